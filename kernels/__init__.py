@@ -1,0 +1,21 @@
+"""The mathematics of Pyramid Sparse Attention (arXiv 2512.04025): torch and triton only, no ComfyUI.
+
+`pyramid_sparse_attention` is the one public entry. Every idea has a file: the plain torch reference stands in it,
+the Triton kernel beside it in `*_triton.py`.
+"""
+
+from .attention import AttentionResult, pyramid_sparse_attention
+from .config import ConfigError, PyramidConfig
+from .order import TokenLayout, TokenOrder, make_order
+from .presets import load_presets
+
+__all__ = [
+    "AttentionResult",
+    "ConfigError",
+    "PyramidConfig",
+    "TokenLayout",
+    "TokenOrder",
+    "load_presets",
+    "make_order",
+    "pyramid_sparse_attention",
+]

@@ -1,0 +1,132 @@
+"""Pyramid Sparse Attention as one call: order, pyramid, importance, levels, attention, order undone.
+
+It knows nothing of models or of sampling. Every stage stands in a file of its own; this one only lines them up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from .backends import attend_function, choose_backend
+from .config import PyramidConfig
+from .density import block_tokens, density
+from .importance import importance, similarity_cap
+from .levels import choose_levels
+from .order import TokenLayout, TokenOrder, make_order
+from .pyramid import build_pyramid
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionResult:
+    """What a call did.
+
+    Attributes:
+        output: [B, H, Lq, D], dtype of q.
+        factors: pooling factor of every pair, int16 [B, H, n_q, n_k], 0 = dropped, in block order.
+        density: scalar tensor on the device, see `density.py`; reading it waits for the device.
+        backend: the backend that computed it.
+    """
+
+    output: torch.Tensor
+    factors: torch.Tensor
+    density: torch.Tensor
+    backend: str
+
+
+def pyramid_sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: PyramidConfig,
+    *,
+    layout: TokenLayout | None = None,
+    query_layout: TokenLayout | None = None,
+    order: TokenOrder | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    generator: torch.Generator | None = None,
+) -> AttentionResult:
+    """Attention in which every query block sees key blocks at the resolution that their importance earns.
+
+    Args:
+        q, k, v: [B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, D]; float32, float16 or bfloat16, any strides. H must be
+            a multiple of Hkv (grouped queries; keys and values are then repeated).
+        config: the setting.
+        layout: video grid of the keys and the tokens before and after it, which stay at full resolution and outside
+            order and pooling: every query sees them, and as queries they see everything. None: all tokens are video,
+            left in the order they have.
+        query_layout: the same for the queries; by default `layout` where Lq == Lk, else none.
+        order: the token order of the keys' grid, made once with `make_order`; by default made from `config`.
+        scale: factor of the logits, by default 1/sqrt(D).
+        backend: auto, triton or torch.
+        generator: random source of `sampled` importance; by default seeded with config.seed, a fresh one per call.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        ConfigError: a setting that this length cannot meet.
+        BackendError: the backend cannot serve the call; the message says why.
+    """
+    _check_shapes(q, k, v, layout)
+    if k.shape[1] != q.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    same_length = q.shape[2] == k.shape[2]
+    layout = layout or TokenLayout((1, 1, k.shape[2]))
+    if query_layout is None:
+        query_layout = layout if same_length else TokenLayout((1, 1, q.shape[2]))
+    if query_layout.length != q.shape[2]:
+        raise ValueError(f"query_layout has {query_layout.length} tokens, q has {q.shape[2]}")
+    if order is None:
+        order = _default_order(layout, config, k.device)
+    query_order = order if query_layout == layout else _default_order(query_layout, config, q.device)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    name = choose_backend(backend, q)
+
+    video_q = query_order.apply(_video(q, query_layout))
+    video_k, video_v = order.apply(_video(k, layout)), order.apply(_video(v, layout))
+    extra_k, extra_v = _others(k, layout), _others(v, layout)
+
+    scores = importance(video_q, video_k, config, scale, generator)
+    cap = similarity_cap(video_k, config.similarity_cap, config.block_kv) if config.similarity_cap else None
+    factors = choose_levels(scores, config, cap)
+    pyramid = build_pyramid(video_k, video_v, config.stored_factors, config.block_kv)
+    attended = attend_function(name)(video_q, pyramid, factors, config.block_q, scale, extra_k, extra_v)
+
+    output = query_order.undo(attended)
+    if query_layout.before or query_layout.after:
+        # Text and reference queries are few: they see everything at full resolution.
+        others = F.scaled_dot_product_attention(_others(q, query_layout), k, v, scale=scale)
+        output = torch.cat([others[:, :, : query_layout.before], output, others[:, :, query_layout.before :]], 2)
+    key_tokens = block_tokens(layout.video, config.block_kv, k.device)
+    return AttentionResult(output, factors, density(factors, key_tokens), name)
+
+
+def _default_order(layout: TokenLayout, config: PyramidConfig, device: torch.device) -> TokenOrder:
+    name = "raster" if layout.grid[:2] == (1, 1) else config.order
+    return make_order(name, layout.grid, config.tile, device)
+
+
+def _video(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    return x[:, :, layout.before : layout.before + layout.video]
+
+
+def _others(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor | None:
+    if not layout.before and not layout.after:
+        return None
+    return torch.cat([x[:, :, : layout.before], x[:, :, x.shape[2] - layout.after :]], 2)
+
+
+def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout | None) -> None:
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            f"q, k, v must be [B, H, L, D] with k and v alike: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch, head size and head groups")
+    if not q.shape[2] or not k.shape[2]:
+        raise ValueError("q and k must hold at least one token")
+    if layout is not None and (layout.length != k.shape[2] or layout.video < 1):
+        raise ValueError(f"layout {layout} has {layout.length} tokens, k has {k.shape[2]}")

@@ -1,0 +1,66 @@
+"""Which backend serves a call, and why another cannot: a reason is a sentence that a user can read.
+
+Nothing here computes. Triton is looked for when it is asked for, never at import.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve the call; the message is the reason."""
+
+
+def triton_reason(q: torch.Tensor) -> str | None:
+    """Why the Triton backend cannot serve q [B, H, L, D], or None when it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if q.dtype not in _DTYPES:
+        return f"the Triton kernel computes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] > 256:
+        return f"the Triton kernel serves head sizes up to 256, not {q.shape[-1]}"
+    if q.is_cuda:
+        if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
+            return "the Triton kernel needs an NVIDIA GPU of compute capability 8.0 or newer"
+        return None
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the Triton kernel needs a GPU, and the tensors are on {q.device.type}"
+    return None
+
+
+def choose_backend(name: str, q: torch.Tensor) -> str:
+    """The backend for q: `auto` takes Triton on a GPU and torch elsewhere.
+
+    Raises:
+        BackendError: the named backend cannot serve the call, or auto finds none that would be faster than dense.
+        ValueError: no such backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: {name!r} was given; allowed: {', '.join(BACKENDS)}")
+    if name == "torch" or (name == "auto" and not q.is_cuda):
+        return "torch"
+    reason = triton_reason(q)
+    if reason is None:
+        return "triton"
+    if name == "auto":
+        reason += "; the torch backend is meant for CPUs and would be slower than dense attention here"
+    raise BackendError(reason)
+
+
+def attend_function(backend: str) -> Callable[..., torch.Tensor]:
+    """The attention function of a backend; all have the signature of `attend.attend_reference`."""
+    if backend == "triton":
+        from .attend_triton import attend_triton
+
+        return attend_triton
+    from .attend import attend_streaming
+
+    return attend_streaming

@@ -1,0 +1,168 @@
+"""What a user may choose about PSA: one immutable, validated object.
+
+It knows nothing of tensors or of ComfyUI. The names follow the paper (arXiv 2512.04025, sections 3.2-3.4); a level is
+named by its pooling factor: 1 is full resolution, 2, 4, 8 are mean-pooled, 0 means dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+MODES = ("budget", "topk", "threshold")
+ORDERS = ("raster", "curve", "tiles")
+IMPORTANCES = ("means", "sampled")
+REDUCTIONS = ("max", "mean")
+BLOCK_SIZES = (32, 64, 128)
+
+# Below this share of the finest level no scaling of the shares reaches the high densities, see `scaled_bounds`.
+_TOLERANCE = 1e-6
+
+
+class ConfigError(ValueError):
+    """An impossible setting. `field` names it; the message says what was given and what is allowed."""
+
+    def __init__(self, field: str, given: object, allowed: str) -> None:
+        self.field = field
+        self.given = given
+        self.allowed = allowed
+        super().__init__(f"{field}: {given!r} was given; allowed: {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PyramidConfig:
+    """One setting of Pyramid Sparse Attention.
+
+    Attributes:
+        shares: pooling factor -> share. In `topk` mode a share of the key blocks, in `threshold` and `budget` mode a
+            share of the attention mass; both are taken from the most important blocks downward, finest level first.
+            Any subset of the powers of two up to `block_kv`, in any order; stored sorted by factor.
+        mode: `topk` gives every query block the same number of blocks per level; `threshold` cuts each row where its
+            cumulative importance passes the cumulative shares (paper's default; density follows the data);
+            `budget` is `threshold` with the cuts scaled together so that the mean density meets `sparsity`.
+        sparsity: target FLOP-equivalent sparsity, tail included (see `density.py`), 0..1 exclusive. None takes the
+            shares as they are written. Must be None in `threshold` mode and must be given in `budget` mode.
+        tail: True keeps one row, the mean of the whole block, of every block that would be dropped (beyond the paper).
+        block_q, block_kv: tokens per query block and per key block.
+        order: token order before the blocks are cut, see `order.py`.
+        tile: tokens (time, height, width) of one tile of the `tiles` order.
+        importance: `means` ranks blocks by their mean query and mean key, `sampled` by a random sample (paper).
+        sample_share: share of the tokens of a block that `sampled` importance draws.
+        reduction: how `sampled` importance reduces the sampled pairs of a block pair.
+        similarity_cap: pooling factor -> least mean cosine similarity of neighbours in a key block that may be pooled
+            that far (paper 3.3); empty for no cap.
+        seed: seed of the random sample of `sampled` importance.
+
+    Raises:
+        ConfigError: names the field, what was given and what is allowed.
+    """
+
+    shares: Mapping[int, float] = dataclasses.field(default_factory=lambda: {1: 0.4, 2: 0.1, 4: 0.1, 8: 0.2})
+    mode: str = "budget"
+    sparsity: float | None = 0.85
+    tail: bool = True
+    block_q: int = 128
+    block_kv: int = 64
+    order: str = "tiles"
+    tile: tuple[int, int, int] = (1, 8, 8)
+    importance: str = "means"
+    sample_share: float = 0.25
+    reduction: str = "max"
+    similarity_cap: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field, allowed in (
+            ("mode", MODES),
+            ("order", ORDERS),
+            ("importance", IMPORTANCES),
+            ("reduction", REDUCTIONS),
+            ("block_q", BLOCK_SIZES),
+            ("block_kv", BLOCK_SIZES),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ConfigError(field, getattr(self, field), "one of " + ", ".join(map(str, allowed)))
+        object.__setattr__(self, "shares", self._validated_shares())
+        object.__setattr__(self, "similarity_cap", self._validated_cap())
+        if not 0 < self.sample_share <= 1:
+            raise ConfigError("sample_share", self.sample_share, "more than 0, at most 1")
+        if len(self.tile) != 3 or any(int(n) != n or n < 1 for n in self.tile):
+            raise ConfigError("tile", self.tile, "three whole numbers of at least 1: time, height, width")
+        self._validate_sparsity()
+
+    def _validated_shares(self) -> dict[int, float]:
+        factors = [2**h for h in range(int(math.log2(self.block_kv)) + 1)]
+        for factor, share in self.shares.items():
+            if factor not in factors:
+                raise ConfigError("shares", factor, f"pooling factors {factors} with block_kv {self.block_kv}")
+            if not 0 <= share <= 1 or math.isnan(share):
+                raise ConfigError("shares", {factor: share}, "a share between 0 and 1 for every pooling factor")
+        # A level with no share is no level: leaving it out must not change the others.
+        shares = {int(factor): float(self.shares[factor]) for factor in sorted(self.shares) if self.shares[factor] > 0}
+        if not shares:
+            raise ConfigError("shares", dict(self.shares), "at least one pooling factor with a share above 0")
+        if sum(shares.values()) > 1 + _TOLERANCE:
+            raise ConfigError("shares", dict(self.shares), "shares that add up to at most 1")
+        return shares
+
+    def _validated_cap(self) -> dict[int, float]:
+        for factor, similarity in self.similarity_cap.items():
+            if factor not in (2, 4, 8, 16, 32, 64, 128) or factor > self.block_kv:
+                raise ConfigError("similarity_cap", factor, f"pooling factors 2 to {self.block_kv}")
+            if not -1 <= similarity <= 1:
+                raise ConfigError("similarity_cap", {factor: similarity}, "a cosine similarity between -1 and 1")
+        return {int(factor): float(self.similarity_cap[factor]) for factor in sorted(self.similarity_cap)}
+
+    def _validate_sparsity(self) -> None:
+        if self.mode == "threshold":
+            if self.sparsity is not None:
+                raise ConfigError("sparsity", self.sparsity, "None in threshold mode, where sparsity follows the data")
+            return
+        if self.sparsity is None:
+            if self.mode == "budget":
+                raise ConfigError("sparsity", None, "a number in budget mode, which meets it")
+            return
+        least, most = self.reachable_sparsity
+        if not least - _TOLERANCE <= self.sparsity <= most + _TOLERANCE:
+            raise ConfigError(
+                "sparsity",
+                self.sparsity,
+                f"{least:.3f} to {most:.3f} with finest pooling factor {self.factors[0]}, block_kv {self.block_kv} "
+                f"and tail {'on' if self.tail else 'off'}",
+            )
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """Pooling factors of the levels that are chosen by importance, finest first."""
+        return tuple(self.shares)
+
+    @property
+    def dropped_factor(self) -> int:
+        """What a block that no level takes becomes: `block_kv` (the tail row) or 0 (dropped)."""
+        return self.block_kv if self.tail else 0
+
+    @property
+    def stored_factors(self) -> tuple[int, ...]:
+        """Every pooling factor whose rows attention may read, finest first: the levels, the tail, the cap's results."""
+        factors = set(self.factors)
+        if self.tail:
+            factors.add(self.block_kv)
+        if self.similarity_cap:
+            factors.add(1)
+            factors.update(f for f in self.similarity_cap if f < max(self.factors))
+        return tuple(sorted(factors))
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """Cumulative shares, finest level first: the `tau_h` of the paper in threshold mode."""
+        total, bounds = 0.0, []
+        for share in self.shares.values():
+            total += share
+            bounds.append(min(1.0, total))
+        return tuple(bounds)
+
+    @property
+    def reachable_sparsity(self) -> tuple[float, float]:
+        """Least and greatest sparsity that scaling the shares can reach, for a long sequence."""
+        return 1 - 1 / self.factors[0], 1 - (1 / self.block_kv if self.tail else 0.0)

@@ -1,0 +1,45 @@
+"""Density, sparsity and coverage: the numbers a user sees, defined here and nowhere else.
+
+All are computed from a map of pooling factors (0 = dropped) over (query block, key block) pairs, as in the paper's
+cost model (arXiv 2512.04025, section 3.4): a pair at pooling factor f costs 1/f of its full-resolution FLOPs.
+Text and reference tokens, which stay outside the blocks at full resolution, are not counted.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def block_tokens(length: int, block: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Tokens in each block of a sequence of `length` tokens cut into blocks of `block`: int64 [n_blocks]."""
+    starts = torch.arange(0, length, block, device=device)
+    return (length - starts).clamp_max(block)
+
+
+def pair_cost(factors: torch.Tensor) -> torch.Tensor:
+    """Cost of each pair relative to full resolution: 1/f, and 0 where f is 0. Float32, shape of `factors`."""
+    return torch.where(factors > 0, 1.0 / factors.clamp_min(1).float(), 0.0)
+
+
+def density(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean cost of a pair, a scalar on the device of `factors` (reading it on the host waits for the device).
+
+    Args:
+        factors: pooling factors [..., n_q, n_k].
+        key_tokens: tokens of each key block [n_k]; a block that is partly filled then weighs what it holds.
+    """
+    cost = pair_cost(factors)
+    if key_tokens is None:
+        return cost.mean()
+    weight = key_tokens.to(cost) / key_tokens.sum()
+    return (cost * weight).sum(-1).mean()
+
+
+def sparsity(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """1 - density: the FLOP-equivalent sparsity that the slider sets and the paper reports."""
+    return 1 - density(factors, key_tokens)
+
+
+def coverage(factors: torch.Tensor) -> torch.Tensor:
+    """Share of pairs of which anything at all is seen (paper: KV coverage), a scalar."""
+    return (factors > 0).float().mean()

@@ -1,0 +1,52 @@
+"""Presets: the published settings of PSA, unchanged, and ours derived from each.
+
+The published numbers stand in `presets.json` (arXiv 2512.04025 and the official release; shares are the differences of
+its cumulative bounds). A published preset computes what the paper describes: sampled importance, no tail. Ours keeps
+the shape of the pyramid and turns on what goes beyond the paper: budget mode, tail, importance by block means.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from .config import PyramidConfig
+
+PUBLISHED_SUFFIX = " (published)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named setting. `settings` are fields of `PyramidConfig`, without `sparsity`; `about` is a sentence."""
+
+    name: str
+    about: str
+    settings: dict[str, object]
+
+    def config(self, sparsity: float | None, **changes: object) -> PyramidConfig:
+        """The configuration at a target sparsity; in threshold mode density follows the data and sparsity is unused.
+
+        Raises:
+            ConfigError: the combination is impossible.
+        """
+        settings = {**self.settings, **changes}
+        if settings["mode"] == "threshold":
+            sparsity = None
+        return PyramidConfig(sparsity=sparsity, **settings)
+
+
+def load_presets(path: Path | None = None) -> dict[str, Preset]:
+    """All presets by name: for every entry of the file ours under its name and the published one beside it."""
+    entries = json.loads((path or Path(__file__).with_name("presets.json")).read_text(encoding="utf-8"))
+    presets: dict[str, Preset] = {}
+    for name, entry in entries.items():
+        settings = {key: value for key, value in entry.items() if key not in ("about", "dense_steps")}
+        for field in ("shares", "similarity_cap"):
+            settings[field] = {int(factor): share for factor, share in settings.get(field, {}).items()}
+        ours = {"mode": "budget", "shares": settings["shares"], "tail": True, "importance": "means"}
+        presets[name] = Preset(name, f"{entry['about']}: its pyramid, met to the slider's sparsity, with tail", ours)
+        published = settings | {"tail": False, "importance": "sampled"}
+        about = f"{entry['about']}, as published (dense steps: {entry['dense_steps']})"
+        presets[name + PUBLISHED_SUFFIX] = Preset(name + PUBLISHED_SUFFIX, about, published)
+    return presets

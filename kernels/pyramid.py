@@ -1,0 +1,82 @@
+"""The pyramid: keys and values mean-pooled inside each key block (arXiv 2512.04025, section 3.2).
+
+A row at pooling factor f stands for up to f neighbouring tokens of one block; in a partly filled tail it is the mean of
+the tokens that exist. Its logit carries the bias ln(number of tokens it stands for), which is (h-1) ln 2 in the paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramid:
+    """Keys and values at every pooling factor, finest first.
+
+    Attributes:
+        keys, values: pooling factor f -> [B, H, R_f, D], block_kv/f rows per block. At factor 1 these are the tokens
+            themselves, without a copy, so the last block may end early; coarser levels end with padding rows of zeros.
+        tokens: pooling factor -> int32 [R_f], how many tokens each row stands for; 0 for padding.
+        block_kv: tokens per key block.
+        length: number of key tokens.
+    """
+
+    keys: dict[int, torch.Tensor]
+    values: dict[int, torch.Tensor]
+    tokens: dict[int, torch.Tensor]
+    block_kv: int
+    length: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of key blocks."""
+        return -(-self.length // self.block_kv)
+
+
+def pool(x: torch.Tensor, factor: int, block: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of every `factor` neighbouring tokens: [B, H, L, D] -> [B, H, n_blocks * block / factor, D].
+
+    Means are taken in float32 (float64 for float64) over the tokens that exist; rows beyond the last token are zero.
+    """
+    batch, heads, length, dim = x.shape
+    if out is None:
+        out = x.new_empty(batch, heads, -(-length // block) * (block // factor), dim)
+    whole = length // block * block
+    work = torch.promote_types(x.dtype, torch.float32)
+    if whole:
+        groups = x[:, :, :whole].unflatten(2, (-1, factor))
+        out[:, :, : whole // factor] = groups.mean(3, dtype=work)
+    if whole < length:
+        # Only the last block is padded, so that a long sequence is not copied for its sake.
+        groups = F.pad(x[:, :, whole:].to(work), (0, 0, 0, whole + block - length)).unflatten(2, (-1, factor))
+        tokens = row_tokens(length - whole, factor, block, x.device).clamp_min(1)
+        out[:, :, whole // factor :] = groups.sum(3) / tokens[:, None]
+    return out
+
+
+def row_tokens(length: int, factor: int, block_kv: int, device: torch.device | str) -> torch.Tensor:
+    """Tokens that each pooled row stands for: int32 [n_blocks * block_kv / factor], 0 for padding."""
+    rows = -(-length // block_kv) * (block_kv // factor)
+    return (length - factor * torch.arange(rows, device=device)).clamp(0, factor).to(torch.int32)
+
+
+def build_pyramid(k: torch.Tensor, v: torch.Tensor, factors: tuple[int, ...], block_kv: int) -> Pyramid:
+    """Pool k and v [B, H, L, D] to every factor of `factors` (ascending powers of two up to block_kv).
+
+    The coarse levels of one tensor lie behind each other in one storage, row after row of blocks.
+    """
+    blocks = -(-k.shape[2] // block_kv)
+    coarse = [factor for factor in factors if factor > 1]
+    rows = [blocks * (block_kv // factor) for factor in coarse]
+    levels: list[dict[int, torch.Tensor]] = []
+    for x in (k, v):
+        storage = x.new_empty(*x.shape[:2], sum(rows), x.shape[3])
+        level = {1: x} if 1 in factors else {}
+        for factor, part in zip(coarse, storage.split(rows, 2), strict=True):
+            level[factor] = pool(x, factor, block_kv, out=part)
+        levels.append(level)
+    tokens = {factor: row_tokens(k.shape[2], factor, block_kv, k.device) for factor in factors}
+    return Pyramid(levels[0], levels[1], tokens, block_kv, k.shape[2])

@@ -1,0 +1,37 @@
+"""PSA Demo Scene: conditioning for the small model of the demo, in place of a prompt; listed only while it runs."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..demo.scene import ATTRIBUTES, Scene, conditioning, scene_from_indices, scene_to_indices
+
+_DEFAULT = scene_to_indices(Scene())
+
+
+class PSADemoScene(io.ComfyNode):
+    """Two moving objects over a moving background, as conditioning of the demo model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PSADemoScene",
+            display_name="PSA Demo Scene",
+            category="PSA/demo",
+            description="What the demo model shall show. It replaces the prompt; other models cannot read it.",
+            inputs=[
+                io.Combo.Input(
+                    f"{slot}_{name}",
+                    options=list(words),
+                    default=words[default],
+                    tooltip=f"{name.capitalize()} of the {slot}: one of {len(words)}.",
+                )
+                for (slot, name, words), default in zip(ATTRIBUTES, _DEFAULT, strict=True)
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(cls, **words: str) -> io.NodeOutput:
+        indices = [choices.index(words[f"{slot}_{name}"]) for slot, name, choices in ATTRIBUTES]
+        return io.NodeOutput([[conditioning([scene_from_indices(indices)]), {}]])

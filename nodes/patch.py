@@ -1,0 +1,143 @@
+"""PSA Patch: the node between loader and sampler. Schema and tooltips only; the work is done in `patching`."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..kernels.backends import BACKENDS
+from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS
+from ..kernels.presets import load_presets
+from ..patching.patch import patch_model
+from ..patching.settings import FROM_PRESET
+
+AUTO = "auto"
+
+
+def _from_preset(name: str, options: tuple, tooltip: str) -> io.Combo.Input:
+    values = [FROM_PRESET, *map(str, options)]
+    return io.Combo.Input(name, options=values, default=FROM_PRESET, tooltip=tooltip, advanced=True)
+
+
+class PSAPatch(io.ComfyNode):
+    """Patch a video model with Pyramid Sparse Attention (arXiv 2512.04025)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PSAPatch",
+            display_name="PSA Patch",
+            category="model/patch",
+            description=(
+                "Pyramid Sparse Attention: important parts of the video are attended in full, the rest at a half, a "
+                "quarter, an eighth or one row per block. Put it between the model loader (after any LoRA) and the "
+                "sampler. Serves Wan2.1 and Wan2.2 text-to-video and image-to-video; other models stay dense."
+            ),
+            search_aliases=["pyramid sparse attention", "sparse attention", "PSA", "speed up video", "wan speed"],
+            inputs=[
+                io.Model.Input("model", tooltip="A loaded Wan2.1 or Wan2.2 model."),
+                io.Float.Input(
+                    "sparsity",
+                    default=0.85,
+                    min=0.0,
+                    max=0.97,
+                    step=0.01,
+                    display_mode=io.NumberDisplay.slider,
+                    tooltip=(
+                        "Share of the attention work that is saved in the sparse steps. 0.85 leaves 15 % of it, 0.70 "
+                        "leaves 30 % and is closer to the dense video, 0.95 leaves 5 %. 0 is the stock model. Met "
+                        "within 0.01 in budget and topk mode; in threshold mode sparsity follows the data."
+                    ),
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[AUTO, *load_presets()],
+                    default=AUTO,
+                    tooltip=(
+                        "Shape of the pyramid. auto takes the one for the loaded model's size. The entries marked "
+                        "published are the paper's and its release's settings, unchanged."
+                    ),
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.25,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip=(
+                        "Where in the schedule PSA begins. The steps before it stay dense and settle the composition: "
+                        "0.25 is safe, 0.1 is faster and further from the dense video. It is schedule time, not a "
+                        "share of the steps: with a high shift more steps lie before it."
+                    ),
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in the schedule PSA ends; 1.0 is the last step.",
+                ),
+                _from_preset(
+                    "mode",
+                    MODES,
+                    "budget: cut each row by its attention mass, all cuts scaled to meet the slider. topk: the same "
+                    "number of blocks for every row, scaled to the slider. threshold: the preset's cuts as they are.",
+                ),
+                io.String.Input(
+                    "pyramid",
+                    default="",
+                    advanced=True,
+                    tooltip=(
+                        "Share per pooling factor, e.g. '1: 0.10, 2: 0.05, 8: 0.20': of the blocks in topk mode, of "
+                        "the attention mass in budget and threshold mode. Empty takes the preset's."
+                    ),
+                ),
+                _from_preset(
+                    "tail",
+                    ("on", "off"),
+                    "on: of every block that would be dropped one mean row is kept, 1/64 of its work at block_kv 64. "
+                    "off: it is dropped, as published.",
+                ),
+                _from_preset(
+                    "order",
+                    ORDERS,
+                    "How tokens are lined up before blocks are cut. raster: row by row. curve: space-filling curve, as "
+                    "published. tiles: 8x8 squares of one latent frame.",
+                ),
+                _from_preset(
+                    "importance",
+                    IMPORTANCES,
+                    "How blocks are ranked. means: by block means, cheap. sampled: by a random quarter of the tokens, "
+                    "as published.",
+                ),
+                _from_preset("block_q", BLOCK_SIZES, "Tokens per query block; 128 by default."),
+                _from_preset("block_kv", BLOCK_SIZES, "Tokens per key block; 64 by default, smaller is finer."),
+                io.String.Input(
+                    "dense_blocks",
+                    default="",
+                    advanced=True,
+                    tooltip="Transformer blocks that stay dense, e.g. '0, 1, 38-39'.",
+                ),
+                io.Int.Input(
+                    "min_tokens",
+                    default=12288,
+                    min=0,
+                    max=1_000_000,
+                    advanced=True,
+                    tooltip="Shorter sequences stay dense: below about 12,000 tokens dense is usually faster on a GPU.",
+                ),
+                io.Combo.Input(
+                    "backend",
+                    options=list(BACKENDS),
+                    default="auto",
+                    advanced=True,
+                    tooltip="auto: Triton on a GPU, plain torch on a CPU. Where neither serves, the model stays dense.",
+                ),
+                io.Boolean.Input("verbose", default=False, advanced=True, tooltip="Write one log line per step."),
+            ],
+            outputs=[io.Model.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, **inputs) -> io.NodeOutput:
+        return io.NodeOutput(patch_model(model, **inputs))

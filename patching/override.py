@@ -1,0 +1,104 @@
+"""One attention call: PSA, or the dense attention it would have been, with the reason why.
+
+ComfyUI calls the override for every attention of the model, cross-attention too. What PSA declines goes to the override
+that was there before, or to the user's dense backend, with every argument as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..kernels.attention import pyramid_sparse_attention
+from ..kernels.backends import BackendError
+from .run import Run, log
+
+RUN_KEY = "psa_run"
+OVERRIDE_KEY = "optimized_attention_override"
+
+
+class PSAOverride:
+    """The value of `transformer_options["optimized_attention_override"]`; holds no state of a run."""
+
+    def __init__(self, previous: Callable[..., torch.Tensor] | None) -> None:
+        self.previous = previous
+
+    @torch.compiler.disable
+    def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Attention of q, k, v [B, L, H*D], or [B, H, L, D] with `skip_reshape`; see ComfyUI's attention functions."""
+        run: Run | None = (kwargs.get("transformer_options") or {}).get(RUN_KEY)
+        if run is not None and len(args) >= 3 and is_self_attention(run, *args[:3], **kwargs):
+            reason = None
+            if run.active:
+                reason = decline_reason(run, *args, **kwargs)
+                if reason is None:
+                    output = _sparse(run, *args, **kwargs)
+                    if output is not None:
+                        return output
+                    reason = run.failure
+            if reason is None:
+                run.dense_call()
+            else:
+                run.fell_back(reason)
+        if self.previous is not None:
+            return self.previous(func, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def is_self_attention(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> bool:
+    """Whether the call is the model's self-attention over all its tokens (equal lengths, at least the video's)."""
+    axis = 2 if kwargs.get("skip_reshape") else 1
+    return q.shape == k.shape == v.shape and run.layout is not None and q.shape[axis] >= run.layout.length
+
+
+def decline_reason(
+    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: Any = None, *_: Any, **kwargs: Any
+) -> str | None:
+    """Why PSA leaves a self-attention call of an active step to dense attention; None when it takes it."""
+    settings, layout = run.settings, run.layout
+    if run.failure:
+        return run.failure
+    tokens = q.shape[2 if kwargs.get("skip_reshape") else 1]
+    if mask is not None:
+        return "the attention call carries a mask"
+    if tokens < settings.min_tokens:
+        return f"{tokens} tokens are fewer than min_tokens {settings.min_tokens}; dense is usually faster there"
+    if tokens != layout.length:
+        grid = "x".join(map(str, layout.grid))
+        return f"{tokens} tokens, but the video grid {grid} has {layout.length}: reference tokens are not served yet"
+    if tokens in run.context_tokens:
+        return f"the video and the conditioning both have {tokens} tokens, so self-attention cannot be told apart"
+    if tokens < 2 * settings.config.block_q:
+        return f"{tokens} tokens are fewer than two query blocks of {settings.config.block_q}"
+    if not q.is_floating_point() or q.element_size() < 2:
+        return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served"
+    block = (kwargs.get("transformer_options") or {}).get("block_index")
+    if block in settings.dense_blocks:
+        return f"block {block} is listed in dense_blocks"
+    return None
+
+
+def _sparse(
+    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *_: Any, **kwargs: Any
+) -> torch.Tensor | None:
+    """PSA on one call; None when it failed, with the reason in `run.failure` (the rest of the run is dense)."""
+    if not kwargs.get("skip_reshape"):
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    try:
+        result = pyramid_sparse_attention(
+            q, k, v, run.settings.config, layout=run.layout, order=run.order(q.device), backend=run.settings.backend
+        )
+    except BackendError as error:
+        run.failure = str(error)
+        return None
+    except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
+        run.failure = f"PSA failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        log.debug("PSA: the failure in full", exc_info=True)
+        return None
+    block = kwargs["transformer_options"].get("block_index", -1)
+    run.sparse_call(block, result.density, result.factors, result.backend)
+    if kwargs.get("skip_output_reshape"):
+        return result.output
+    return result.output.transpose(1, 2).flatten(2)

@@ -1,0 +1,131 @@
+"""Patch a loaded ComfyUI model with PSA, and take the patch off again: a clone is changed, never the model itself.
+
+Two keyed wrappers carry the run: OUTER_SAMPLE makes it and drops it, DIFFUSION_MODEL tells it the step and the grid.
+Everything that touches ComfyUI's internals for patching stands here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .family import find_family
+from .layout import wan_layout
+from .override import OVERRIDE_KEY, RUN_KEY, PSAOverride
+from .run import Run, log
+from .settings import PatchSettings, make_settings
+
+KEY = "psa"
+
+
+@dataclasses.dataclass
+class PatchHandle:
+    """Attached to the patched model and shared by its clones: what was set, and the report of the last run."""
+
+    note: str
+    settings: PatchSettings | None = None
+    report: dict[str, Any] | None = None
+
+
+def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> Any:
+    """A clone of a ComfyUI MODEL that attends with PSA; unpatched, with one log line, where PSA cannot serve it.
+
+    Args:
+        model: ComfyUI's ModelPatcher; sparsity 0 returns the stock model. preset: a name or `auto`.
+        inputs: the other inputs of `settings.make_settings`.
+
+    Raises:
+        InputError: an input is wrong, naming it.
+    """
+    family = find_family(model)
+    if isinstance(family, str):
+        make_settings(sparsity=sparsity or 0.5, preset="wan2.1-14b" if preset == "auto" else preset, **inputs)
+        log.warning("PSA: the model stays dense: %s", family)
+        return _unpatched(model, family)
+    preset = family.preset if preset == "auto" else preset
+    if sparsity == 0:
+        make_settings(sparsity=0.5, preset=preset, blocks=family.blocks, **inputs)
+        return _unpatched(model, "sparsity is 0: the model is the stock one")
+    settings = make_settings(sparsity=sparsity, preset=preset, blocks=family.blocks, **inputs)
+    if settings.config.sparsity is None:
+        log.info("PSA: threshold mode: sparsity follows the data, the slider (%.2f) does not act", sparsity)
+    log.info("PSA: %s, preset %s, %s", family.name, preset, settings.config)
+    return apply_patch(model, settings, pictured_block=family.blocks // 2)
+
+
+def apply_patch(model: Any, settings: PatchSettings, pictured_block: int) -> Any:
+    """A clone of `model` with override and wrappers in place; an earlier PSA patch on it is replaced."""
+    import comfy.patcher_extension
+
+    patched = remove_patch(model)
+    handle = PatchHandle("patched", settings)
+    options = patched.model_options["transformer_options"]
+    options[OVERRIDE_KEY] = PSAOverride(options.get(OVERRIDE_KEY))
+
+    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        run = Run(
+            settings,
+            float(sampling.percent_to_sigma(settings.start_percent)),
+            float(sampling.percent_to_sigma(settings.end_percent)),
+            pictured_block,
+        )
+        # The guider's options are a copy made for this run, so nothing of it outlives the run.
+        guider.model_options["transformer_options"][RUN_KEY] = run
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.model_options["transformer_options"].pop(RUN_KEY, None)
+            handle.report = run.end()
+
+    wrappers = comfy.patcher_extension.WrappersMP
+    patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample)
+    patched.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, _diffusion_model)
+    patched.set_attachments(KEY, handle)
+    return patched
+
+
+def remove_patch(model: Any) -> Any:
+    """A clone of `model` without PSA: whatever override was there before is back."""
+    import comfy.patcher_extension
+
+    clone = model.clone()
+    options = clone.model_options.setdefault("transformer_options", {})
+    override = options.get(OVERRIDE_KEY)
+    if isinstance(override, PSAOverride):
+        if override.previous is None:
+            del options[OVERRIDE_KEY]
+        else:
+            options[OVERRIDE_KEY] = override.previous
+    wrappers = comfy.patcher_extension.WrappersMP
+    for kind in (wrappers.OUTER_SAMPLE, wrappers.DIFFUSION_MODEL):
+        clone.remove_wrappers_with_key(kind, KEY)
+    clone.remove_attachments(KEY)
+    return clone
+
+
+def _unpatched(model: Any, note: str) -> Any:
+    clone = remove_patch(model)
+    clone.set_attachments(KEY, PatchHandle(note))
+    return clone
+
+
+def _diffusion_model(executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+    """DIFFUSION_MODEL wrapper: (x [B, C, T, H, W], timestep, context [B, L, C], clip_fea, time_dim_concat, options)."""
+    options = kwargs.get("transformer_options")
+    if options is None:
+        options = next((arg for arg in args if isinstance(arg, dict)), {})
+    run: Run | None = options.get(RUN_KEY)
+    if run is not None:
+        time_concat = args[1] if len(args) > 1 else kwargs.get("time_dim_concat")
+        frames = 0 if time_concat is None else time_concat.shape[2]
+        # One read from the device per model call; attention calls must not do it.
+        sigma = float(options["sigmas"].flatten()[0])
+        schedule = options.get("sample_sigmas")
+        step = 0 if schedule is None else int((schedule > sigma * (1 + 1e-4)).sum())
+        clip = args[0] if args else kwargs.get("clip_fea")
+        text = context.shape[1]
+        contexts = (text,) if clip is None else (text, clip.shape[-2], text + clip.shape[-2])
+        run.begin_model_call(sigma, step, wan_layout(x.shape, executor.class_obj.patch_size, frames), contexts)
+    return executor(x, timestep, context, *args, **kwargs)

@@ -1,0 +1,124 @@
+"""One sampling run: the step it is in, the grid, the token orders it made, and what was measured.
+
+Born when sampling starts, dropped when it ends, also after an error or an interrupt. What remains is the report, plain
+numbers on the host. Densities stay on the device until the end, so that measuring waits for nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import Counter
+
+import torch
+
+from ..kernels.density import pair_cost
+from ..kernels.order import TokenLayout, TokenOrder, make_order
+from .settings import PatchSettings
+
+log = logging.getLogger("ComfyUI-PSA")
+
+
+@dataclasses.dataclass
+class Step:
+    """Figures of one sampler step; `densities` holds (block index, scalar tensor) of every sparse call."""
+
+    index: int
+    sigma: float
+    started: float
+    seconds: float = 0.0
+    dense_calls: int = 0
+    densities: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class LevelMap:
+    """The pooling factors of one call, of its first batch entry and head: the picture in the report."""
+
+    step: int
+    block: int
+    factors: torch.Tensor
+    order: TokenOrder
+
+
+class Run:
+    """State of one run. `active` says whether the current model call lies in PSA's part of the schedule."""
+
+    def __init__(self, settings: PatchSettings, sigma_start: float, sigma_end: float, pictured_block: int) -> None:
+        self.settings = settings
+        self.sigma_start = sigma_start
+        self.sigma_end = sigma_end
+        self.pictured_block = pictured_block
+        self.layout: TokenLayout | None = None
+        self.context_tokens: tuple[int, ...] = ()
+        self.active = False
+        self.failure: str | None = None
+        self.backend: str | None = None
+        self.level_map: LevelMap | None = None
+        self.steps: list[Step] = []
+        self.fallbacks: Counter[str] = Counter()
+        self._orders: dict[tuple, TokenOrder] = {}
+
+    def begin_model_call(self, sigma: float, step: int, layout: TokenLayout, context_tokens: tuple[int, ...]) -> None:
+        """Called once per forward of the diffusion model, before its first attention call."""
+        self.layout, self.context_tokens = layout, context_tokens
+        self.active = self.sigma_end < sigma <= self.sigma_start
+        if not self.steps or self.steps[-1].index != step:
+            self._end_step()
+            self.steps.append(Step(step, sigma, time.perf_counter()))
+
+    def order(self, device: torch.device) -> TokenOrder:
+        """The token order of the current grid on `device`, made once per run."""
+        config = self.settings.config
+        key = (self.layout.grid, device)
+        if key not in self._orders:
+            self._orders[key] = make_order(config.order, self.layout.grid, config.tile, device)
+        return self._orders[key]
+
+    def fell_back(self, reason: str) -> None:
+        """Count a call that stays dense although its step is sparse; each reason is logged once per run."""
+        if not self.fallbacks[reason]:
+            log.warning("PSA: staying dense: %s", reason)
+        self.fallbacks[reason] += 1
+        self.dense_call()
+
+    def dense_call(self) -> None:
+        """Count a self-attention call that ran dense."""
+        if self.steps:
+            self.steps[-1].dense_calls += 1
+
+    def sparse_call(self, block: int, density: torch.Tensor, factors: torch.Tensor, backend: str) -> None:
+        """Record a sparse call: its density (scalar on the device) and, for one block, the map of levels."""
+        self.backend = backend
+        step = self.steps[-1]
+        step.densities.append((block, density))
+        if block == self.pictured_block:
+            self.level_map = LevelMap(step.index, block, factors[0, 0], self.order(factors.device))
+
+    def end(self) -> dict:
+        """Close the run and return its report (the fields are described in `report.py`)."""
+        from .report import make_report
+
+        self._end_step()
+        report = make_report(self)
+        self._orders.clear()
+        self.level_map = None
+        return report
+
+    def _end_step(self) -> None:
+        if not self.steps:
+            return
+        step = self.steps[-1]
+        step.seconds = time.perf_counter() - step.started
+        if self.settings.verbose:
+            kind = f"{len(step.densities)} sparse and {step.dense_calls} dense self-attention calls"
+            log.info("PSA: step %d, sigma %.4f, %.2f s: %s", step.index, step.sigma, step.seconds, kind)
+
+
+def token_levels(level_map: LevelMap, layout: TokenLayout, block_kv: int) -> list[float]:
+    """Share of its resolution (0..1) at which each video token was seen, mean over query blocks: raster order."""
+    per_block = pair_cost(level_map.factors).mean(0)
+    per_token = per_block.repeat_interleave(block_kv)[: layout.video]
+    inverse = level_map.order.inverse
+    return (per_token if inverse is None else per_token[inverse]).cpu().tolist()

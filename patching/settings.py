@@ -1,0 +1,126 @@
+"""What the PSA Patch node was told, validated into one immutable object. No model is touched here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from ..kernels.backends import BACKENDS
+from ..kernels.config import ConfigError, PyramidConfig
+from ..kernels.presets import load_presets
+
+FROM_PRESET = "preset"
+
+
+class InputError(ValueError):
+    """A wrong node input: names the node, the input, what was given and what is allowed."""
+
+    def __init__(self, field: str, given: object, allowed: str, node: str = "PSA Patch") -> None:
+        super().__init__(f"{node}, input {field}: {given!r} was given; allowed: {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchSettings:
+    """Settings of one patched model.
+
+    Attributes:
+        config: the pyramid; preset: the name it came from.
+        start_percent, end_percent: part of the schedule in which PSA is active, as ComfyUI counts percent.
+        dense_blocks: indices of transformer blocks that stay dense.
+        min_tokens: shorter sequences stay dense.
+        backend: auto, triton or torch; verbose: log every step.
+    """
+
+    config: PyramidConfig
+    preset: str
+    start_percent: float = 0.25
+    end_percent: float = 1.0
+    dense_blocks: frozenset[int] = frozenset()
+    min_tokens: int = 12288
+    backend: str = "auto"
+    verbose: bool = False
+
+
+def make_settings(
+    *,
+    sparsity: float,
+    preset: str,
+    start_percent: float,
+    end_percent: float,
+    mode: str = FROM_PRESET,
+    pyramid: str = "",
+    tail: str = FROM_PRESET,
+    order: str = FROM_PRESET,
+    importance: str = FROM_PRESET,
+    block_q: str = FROM_PRESET,
+    block_kv: str = FROM_PRESET,
+    dense_blocks: str = "",
+    min_tokens: int = 12288,
+    backend: str = "auto",
+    verbose: bool = False,
+    blocks: int | None = None,
+) -> PatchSettings:
+    """Settings from the inputs of the node; `preset` is a name of `load_presets`, `blocks` the model's block count.
+
+    Raises:
+        InputError: an input is wrong or the combination is impossible.
+    """
+    if not start_percent < end_percent:
+        raise InputError("start_percent", start_percent, f"less than end_percent, which is {end_percent}")
+    if backend not in BACKENDS:
+        raise InputError("backend", backend, ", ".join(BACKENDS))
+    presets = load_presets()
+    if preset not in presets:
+        raise InputError("preset", preset, ", ".join(presets))
+    changes: dict[str, object] = {}
+    for field, value in (("mode", mode), ("order", order), ("importance", importance)):
+        if value != FROM_PRESET:
+            changes[field] = value
+    for field, value in (("block_q", block_q), ("block_kv", block_kv)):
+        if value != FROM_PRESET:
+            changes[field] = int(value)
+    if tail != FROM_PRESET:
+        changes["tail"] = tail == "on"
+    if pyramid.strip():
+        changes["shares"] = parse_pyramid(pyramid)
+    try:
+        config = presets[preset].config(sparsity, **changes)
+    except ConfigError as error:
+        field = {"shares": "pyramid"}.get(error.field, error.field)
+        raise InputError(field, error.given, error.allowed) from error
+    return PatchSettings(
+        config=config,
+        preset=preset,
+        start_percent=start_percent,
+        end_percent=end_percent,
+        dense_blocks=parse_blocks(dense_blocks, blocks),
+        min_tokens=min_tokens,
+        backend=backend,
+        verbose=verbose,
+    )
+
+
+def parse_pyramid(text: str) -> dict[int, float]:
+    """'1: 0.10, 2: 0.05, 8: 0.20' -> {1: 0.10, 2: 0.05, 8: 0.20}: pooling factor and its share."""
+    shares: dict[int, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,3})\s*:\s*(\d*\.?\d+)\s*", part)
+        if match is None or int(match[1]) in shares:
+            raise InputError("pyramid", text, "each pooling factor once, with its share: '1: 0.10, 2: 0.05, 8: 0.20'")
+        shares[int(match[1])] = float(match[2])
+    return shares
+
+
+def parse_blocks(text: str, blocks: int | None = None) -> frozenset[int]:
+    """'0, 1, 38-39' -> {0, 1, 38, 39}. `blocks` is the number of transformer blocks, where it is known."""
+    allowed = "block numbers and ranges such as '0, 1, 38-39'" + (f", from 0 to {blocks - 1}" if blocks else "")
+    indices: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", part)
+        if match is None:
+            raise InputError("dense_blocks", text, allowed)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or (blocks is not None and last >= blocks):
+            raise InputError("dense_blocks", text, allowed)
+        indices.update(range(first, last + 1))
+    return frozenset(indices)

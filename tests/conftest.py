@@ -1,0 +1,38 @@
+"""Loads the pack the way ComfyUI does: from its `__init__.py`, under a name of its own, the root never on sys.path."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_pack(name: str = "comfyui_psa"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+load_pack()
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """The folder of a real ComfyUI, importable; tests that need it are skipped with the reason where there is none."""
+    folder = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")
+    if not (folder / "comfy").is_dir():
+        pytest.skip(f"no ComfyUI in {folder}; `python dev.py setup` brings one")
+    sys.path.insert(0, str(folder))
+    sys.argv = [sys.argv[0], "--cpu"]
+    import comfy.options
+
+    comfy.options.enable_args_parsing(False)
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = True
+    return folder
