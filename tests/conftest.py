@@ -35,4 +35,5 @@ def comfyui():
     import comfy.cli_args
 
     comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.use_pytorch_cross_attention = True
     return folder
