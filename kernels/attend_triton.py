@@ -32,6 +32,28 @@ def _accumulate(q, k, v, scale, bias, top, total, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _attend_level(
+    q, k_ptr, v_ptr, stride_k, stride_v, list_ptr, start, end, length_k, scale, top, total, acc, lanes, dims,
+    FACTOR: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it."""
+    ROWS: tl.constexpr = BLOCK_KV // FACTOR
+    for first in range(start * ROWS, end * ROWS, TILE):
+        entry = (first + lanes) // ROWS
+        seen = entry < end
+        key_block = tl.load(list_ptr + entry, mask=seen, other=0)
+        row = key_block.to(tl.int64) * ROWS + (first + lanes) % ROWS
+        tokens = tl.minimum(tl.maximum(length_k - row * FACTOR, 0), FACTOR)
+        exists = seen & (tokens > 0)
+        mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + row[:, None] * stride_k + dims[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + row[:, None] * stride_v + dims[None, :], mask=mask, other=0.0)
+        bias = tl.where(exists, tl.log2(tl.maximum(tokens, 1).to(tl.float32)), float("-inf"))
+        top, total, acc = _accumulate(q, k, v, scale, bias, top, total, acc, PRECISION)
+    return top, total, acc
+
+
+@triton.jit
 def _attend(
     q_ptr, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, blocks_ptr, ends_ptr, out_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
@@ -57,35 +79,26 @@ def _attend(
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
-    coarse_base = b * stride_cb + h * stride_ch
 
+    list_ptr = blocks_ptr + row * n_k
     start = 0
-    level_row = 0  # first row of the level in the storage of the coarse levels
+    coarse = b * stride_cb + h * stride_ch  # first row of the level in the storage of the coarse levels
     for level in tl.static_range(LEVELS):
-        FACTOR: tl.constexpr = FACTORS[level]
-        ROWS: tl.constexpr = BLOCK_KV // FACTOR
         end = tl.load(ends_ptr + row * LEVELS + level)
-        for first in range(start * ROWS, end * ROWS, TILE):
-            entry = (first + lanes) // ROWS
-            seen = entry < end
-            key_block = tl.load(blocks_ptr + row * n_k + entry, mask=seen, other=0)
-            in_level = key_block.to(tl.int64) * ROWS + (first + lanes) % ROWS
-            tokens = tl.minimum(tl.maximum(length_k - in_level * FACTOR, 0), FACTOR)
-            exists = seen & (tokens > 0)
-            mask = exists[:, None] & dim_exists[None, :]
-            if FACTOR == 1:
-                k_address = k_ptr + b * stride_kb + h * stride_kh + in_level[:, None] * stride_kl + dims[None, :]
-                v_address = v_ptr + b * stride_vb + h * stride_vh + in_level[:, None] * stride_vl + dims[None, :]
-            else:
-                address = coarse_base + (level_row + in_level)[:, None] * stride_cl + dims[None, :]
-                k_address, v_address = coarse_k_ptr + address, coarse_v_ptr + address
-            k = tl.load(k_address, mask=mask, other=0.0)
-            v = tl.load(v_address, mask=mask, other=0.0)
-            bias = tl.where(exists, tl.log2(tl.maximum(tokens, 1).to(tl.float32)), float("-inf"))
-            top, total, acc = _accumulate(q, k, v, scale, bias, top, total, acc, PRECISION)
+        if FACTORS[level] == 1:
+            top, total, acc = _attend_level(
+                q, k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh, stride_kl, stride_vl,
+                list_ptr, start, end, length_k, scale, top, total, acc, lanes, dims,
+                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+        else:
+            top, total, acc = _attend_level(
+                q, coarse_k_ptr + coarse, coarse_v_ptr + coarse, stride_cl, stride_cl,
+                list_ptr, start, end, length_k, scale, top, total, acc, lanes, dims,
+                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+            coarse += n_k * (BLOCK_KV // FACTORS[level]) * stride_cl
         start = end
-        if FACTOR > 1:
-            level_row += n_k * ROWS
 
     if HAS_EXTRA:
         extra_base = b * stride_eb + h * stride_eh
@@ -136,8 +149,8 @@ def attend_triton(
         *extra_k.stride()[:3], *out.stride()[:3],
         heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,
         FACTORS=tuple(pyramid.keys), LEVELS=len(pyramid.keys), BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv,
-        TILE=64, HEAD_DIM=dim, DIM=max(16, triton.next_power_of_2(dim)), HAS_EXTRA=has_extra,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        TILE=64 if q.element_size() == 2 else 32, HEAD_DIM=dim, DIM=max(16, triton.next_power_of_2(dim)),
+        HAS_EXTRA=has_extra, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=4 if block_q <= 64 or q.element_size() == 2 else 8, num_stages=2 if q.element_size() == 2 else 1,
     )  # fmt: skip
     return out

@@ -81,6 +81,8 @@ def pyramid_sparse_attention(
         raise ValueError(f"query_layout has {query_layout.length} tokens, q has {q.shape[2]}")
     if order is None:
         order = _default_order(layout, config, k.device)
+    elif order.index is not None and len(order.index) != layout.video:
+        raise ValueError(f"order was made for {len(order.index)} tokens, the grid {layout.grid} has {layout.video}")
     query_order = order if query_layout == layout else _default_order(query_layout, config, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(backend, q)

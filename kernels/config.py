@@ -41,7 +41,7 @@ class PyramidConfig:
         mode: `topk` gives every query block the same number of blocks per level; `threshold` cuts each row where its
             cumulative importance passes the cumulative shares (paper's default; density follows the data);
             `budget` is `threshold` with the cuts scaled together so that the mean density meets `sparsity`.
-        sparsity: target FLOP-equivalent sparsity, tail included (see `density.py`), 0..1 exclusive. None takes the
+        sparsity: target FLOP-equivalent sparsity, tail included (see `density.py`), from 0 to below 1. None takes the
             shares as they are written. Must be None in `threshold` mode and must be given in `budget` mode.
         tail: True keeps one row, the mean of the whole block, of every block that would be dropped (beyond the paper).
         block_q, block_kv: tokens per query block and per key block.
@@ -64,7 +64,7 @@ class PyramidConfig:
     tail: bool = True
     block_q: int = 128
     block_kv: int = 64
-    order: str = "tiles"
+    order: str = "raster"
     tile: tuple[int, int, int] = (1, 8, 8)
     importance: str = "means"
     sample_share: float = 0.25
@@ -124,7 +124,7 @@ class PyramidConfig:
                 raise ConfigError("sparsity", None, "a number in budget mode, which meets it")
             return
         least, most = self.reachable_sparsity
-        if not least - _TOLERANCE <= self.sparsity <= most + _TOLERANCE:
+        if not (least - _TOLERANCE <= self.sparsity <= most + _TOLERANCE and self.sparsity < 1):
             raise ConfigError(
                 "sparsity",
                 self.sparsity,

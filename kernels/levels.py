@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 
 from .config import ConfigError, PyramidConfig
 
 # Spread over all blocks of a row in budget mode, so that blocks whose importance underflows still have an order and
 # a place; far below any importance that matters.
 _FLOOR = 1e-6
-_BISECTIONS = 26
+# The histogram of depths in budget mode: log2(depth) from -_LOG_RANGE to _LOG_RANGE.
+_LOG_RANGE = 24.0
+_BINS = 8192
 
 
 def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None = None) -> torch.Tensor:
@@ -31,19 +34,21 @@ def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor
     if config.mode == "topk":
         ranked = scores.argsort(dim=-1, descending=True, stable=True)
         by_rank = torch.tensor(topk_table(scores.shape[-1], config), dtype=torch.int16, device=scores.device)
-        factors = torch.empty_like(scores, dtype=torch.int16).scatter_(-1, ranked, by_rank.expand_as(ranked))
-        return _refine(factors, config, cap)
+        by_rank = by_rank.expand_as(ranked)
+        cap_ranked = _by_rank(cap, ranked)
+        return _place(by_rank, ranked, config, cap_ranked)
 
     remaining, ranked = remaining_mass(scores, floor=_FLOOR if config.mode == "budget" else 0.0)
     depth = -remaining.log()  # 0 for the first block, growing; a cut tau is the depth -ln(1 - tau)
-    cuts = [-math.log(max(1 - bound, 1e-12)) for bound in config.bounds]
-    cap_ranked = None if cap is None else cap[:, :, None].expand(*scores.shape).gather(-1, ranked)
+    cap_ranked = _by_rank(cap, ranked)
     if config.mode == "threshold":
+        # A bound of 1 takes every block, whatever rounding leaves of its cumulative importance.
+        cuts = [math.inf if bound >= 1 - 1e-6 else -math.log(1 - bound) for bound in config.bounds]
         by_rank = _cut(depth, cuts, 1.0, config)
     else:
+        cuts = [-math.log(max(1 - bound, 1e-12)) for bound in config.bounds]
         by_rank = _cut(depth, cuts, budget_scale(depth, cuts, config, cap_ranked), config)
-    by_rank = _refine_ranked(by_rank, config, cap_ranked)
-    return torch.empty_like(by_rank).scatter_(-1, ranked, by_rank)
+    return _place(by_rank, ranked, config, cap_ranked)
 
 
 def remaining_mass(scores: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,42 +72,61 @@ def budget_scale(
 ) -> torch.Tensor:
     """Factor [B, 1, 1, 1] of the cuts at which the mean density of each batch entry is 1 - sparsity.
 
-    Density grows with the factor, so it is bisected in log2; nothing is read back to the host.
+    The density at a factor c follows from how many blocks lie within depth c * cut of every level, which one histogram
+    of log2(depth) tells for all c at once; nothing is read back to the host. With a cap, one histogram per cap.
     """
-    target = 1 - config.sparsity
-    low = depth.new_full((depth.shape[0], 1, 1, 1), -24.0)
-    high = -low
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        factors = _refine_ranked(_cut(depth, cuts, middle.exp2(), config), config, cap_ranked)
-        cost = torch.where(factors > 0, 1.0 / factors.clamp_min(1).float(), 0.0).mean((1, 2, 3), keepdim=True)
-        low, high = torch.where(cost < target, middle, low), torch.where(cost < target, high, middle)
-    return low.exp2()
+    caps = [None] if cap_ranked is None else sorted({1, *config.similarity_cap})
+    log_depth = depth.log2().clamp(-_LOG_RANGE, _LOG_RANGE)
+    width = 2 * _LOG_RANGE / _BINS
+    candidates = torch.linspace(-_LOG_RANGE, _LOG_RANGE, _BINS + 1, device=depth.device)
+    dropped_cost = 1 / config.dropped_factor if config.dropped_factor else 0.0
+    scales = []
+    for b in range(depth.shape[0]):
+        density = torch.full_like(candidates, dropped_cost)
+        for cap in caps:
+            # Values outside the range are not counted: that is how the histogram of one cap leaves out the others.
+            values = log_depth[b] if cap is None else torch.where(cap_ranked[b] == cap, log_depth[b], math.inf)
+            counts = torch.histc(values, _BINS, -_LOG_RANGE, _LOG_RANGE)
+            share_within = F.pad(counts.cumsum(0, dtype=torch.float64) / depth[b].numel(), (1, 0)).float()
+            costs = [1 / (factor if cap is None else min(factor, cap)) for factor in config.factors]
+            for cut, cost, next_cost in zip(cuts, costs, [*costs[1:], dropped_cost], strict=True):
+                position = ((candidates + math.log2(cut) + _LOG_RANGE) / width).clamp(0, _BINS)
+                below = position.floor().clamp_max(_BINS - 1).long()
+                within = torch.lerp(share_within[below], share_within[below + 1], position - below)
+                density += (cost - next_cost) * within
+        after = (density < 1 - config.sparsity).sum().clamp(1, _BINS)
+        low, high = density[after - 1], density[after]
+        part = ((1 - config.sparsity - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
+        scales.append(torch.lerp(candidates[after - 1], candidates[after], part).exp2())
+    return torch.stack(scales).view(-1, 1, 1, 1)
 
 
 def _cut(depth: torch.Tensor, cuts: list[float], scale: torch.Tensor | float, config: PyramidConfig) -> torch.Tensor:
-    """Level of each ranked block: the first (finest) one whose scaled cut is not below the block's depth."""
-    factors = torch.full_like(depth, config.dropped_factor, dtype=torch.int16)
+    """Level of each ranked block: the first (finest) one whose scaled cut is not below the block's depth; else 0."""
+    factors = torch.zeros_like(depth, dtype=torch.int16)
     for factor, cut in reversed(list(zip(config.factors, cuts, strict=True))):
         # The small slack keeps a block whose cumulative importance equals the bound, in spite of rounding.
         factors = torch.where(depth <= cut * scale * (1 + 1e-6), factor, factors)
     return factors.to(torch.int16)
 
 
-def _refine(factors: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None) -> torch.Tensor:
-    return factors if cap is None else _refine_ranked(factors, config, cap[:, :, None].expand_as(factors))
+def _by_rank(cap: torch.Tensor | None, ranked: torch.Tensor) -> torch.Tensor | None:
+    return None if cap is None else cap[:, :, None].expand(*ranked.shape).gather(-1, ranked)
 
 
-def _refine_ranked(factors: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None) -> torch.Tensor:
-    """Refine chosen levels to the cap; what no level took (0 or the tail) stays as it is."""
-    if cap is None:
-        return factors
-    chosen = (factors > 0) & (factors <= config.factors[-1])
-    return torch.where(chosen, torch.minimum(factors, cap), factors)
+def _place(
+    by_rank: torch.Tensor, ranked: torch.Tensor, config: PyramidConfig, cap_ranked: torch.Tensor | None
+) -> torch.Tensor:
+    """Factors by rank (0: no level took the block) -> factors by block: levels refined to the cap, the rest dropped."""
+    taken = by_rank > 0
+    if cap_ranked is not None:
+        by_rank = torch.minimum(by_rank, cap_ranked)
+    by_rank = torch.where(taken, by_rank, config.dropped_factor).to(torch.int16)
+    return torch.empty_like(by_rank).scatter_(-1, ranked, by_rank)
 
 
 def topk_table(blocks: int, config: PyramidConfig) -> list[int]:
-    """Pooling factor of each rank in topk mode, the same for every row.
+    """Pooling factor of each rank in topk mode, the same for every row; 0 where no level takes the block.
 
     With `sparsity` given, the cumulative shares are multiplied by one number (and held at 1) so that the density meets
     it as closely as whole blocks allow. At least one block, the most important, is at the finest level.
@@ -113,10 +137,12 @@ def topk_table(blocks: int, config: PyramidConfig) -> list[int]:
     if config.sparsity is None:
         return _table(blocks, config, 1.0)
     target = 1 - config.sparsity
+    dropped_cost = 1 / config.dropped_factor if config.dropped_factor else 0.0
 
     def miss(scale: float) -> float:
         table = _table(blocks, config, scale)
-        return sum(1 / factor for factor in table if factor) / blocks - target
+        cost = sum(1 / factor if factor else dropped_cost for factor in table)
+        return cost / blocks - target
 
     low, high = 0.0, 1 / config.bounds[0] + 1
     for _ in range(40):
@@ -135,7 +161,7 @@ def _table(blocks: int, config: PyramidConfig, scale: float) -> list[int]:
     for factor, end in zip(config.factors, ends, strict=True):
         table += [factor] * (end - start)
         start = max(start, end)
-    return table + [config.dropped_factor] * (blocks - start)
+    return table + [0] * (blocks - start)
 
 
 def group_by_level(factors: torch.Tensor, levels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,11 +58,17 @@ class TokenOrder:
 def make_order(
     name: str, grid: tuple[int, int, int], tile: tuple[int, int, int] = (1, 8, 8), device: torch.device | str = "cpu"
 ) -> TokenOrder:
-    """The order `name` (raster, curve, tiles) of a grid (time, height, width) as index tensors on `device`."""
+    """The order `name` (raster, curve, tiles) of a grid (time, height, width) as index tensors on `device`.
+
+    Raises:
+        ValueError: no such order.
+    """
     if name == "raster":
         return TokenOrder(None, None)
+    if name not in ("curve", "tiles"):
+        raise ValueError(f"order: {name!r} was given; allowed: raster, curve, tiles")
     index = curve_index(grid) if name == "curve" else tiles_index(grid, tuple(tile))
-    index = index.to(device)
+    index = index.clone().to(device)  # the cached tensor itself is never handed out
     return TokenOrder(index, torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=device)))
 
 

@@ -101,8 +101,8 @@ class PSAPatch(io.ComfyNode):
                 _from_preset(
                     "order",
                     ORDERS,
-                    "How tokens are lined up before blocks are cut. raster: row by row. curve: space-filling curve, as "
-                    "published. tiles: 8x8 squares of one latent frame.",
+                    "How tokens are lined up before blocks are cut. raster: row by row, the most "
+                    "accurate with importance by means. curve: space-filling curve, as published. tiles: 8x8 squares.",
                 ),
                 _from_preset(
                     "importance",

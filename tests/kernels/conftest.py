@@ -1,0 +1,60 @@
+"""Fixtures of the tests of the mathematics: the oracle, and tensors whose surroundings are poisoned with NaN.
+
+Nothing here calls `kernels/`.
+"""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    """The module `oracle.py` beside this file; tests are imported without a path to their neighbours."""
+    spec = importlib.util.spec_from_file_location("psa_oracle", Path(__file__).with_name("oracle.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def random_tensor():
+    """random_tensor(*shape, seed, dtype) -> normal numbers that depend on nothing but the arguments."""
+
+    def make(*shape, seed=0, dtype=torch.float32):
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def poisoned():
+    """poisoned(x [B, H, L, D]) -> the same numbers as a strided view of [B, L, H, D] storage full of NaN."""
+
+    def make(x, spare=70):
+        batch, heads, length, dim = x.shape
+        storage = torch.full((batch, length + spare, heads, dim + 3), math.nan, dtype=x.dtype, device=x.device)
+        view = storage[:, :length, :, :dim].transpose(1, 2)
+        view.copy_(x)
+        return view
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_factors():
+    """random_factors(shape, choices, seed) -> int16 map of pooling factors; no row drops everything."""
+
+    def make(shape, choices, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        pick = torch.randint(len(choices), shape, generator=generator)
+        factors = torch.tensor(choices, dtype=torch.int16)[pick]
+        finest = min(factor for factor in choices if factor)
+        keep = torch.randint(shape[-1], shape[:-1], generator=generator)[..., None]
+        current = factors.gather(-1, keep)
+        return factors.scatter(-1, keep, torch.where(current == 0, finest, current).to(torch.int16))
+
+    return make

@@ -1,0 +1,105 @@
+"""Importance against the oracle, its randomness, and the similarity cap."""
+
+import pytest
+import torch
+
+from comfyui_psa.kernels import PyramidConfig
+from comfyui_psa.kernels.importance import importance, means_importance, sampled_importance, similarity_cap
+
+SHAPES = [
+    (64, 64, 32, 32),
+    (1, 1, 32, 32),
+    (31, 33, 32, 32),
+    (129, 200, 128, 64),
+    (65, 257, 32, 128),
+    (300, 63, 64, 32),
+]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("length_q", "length_k", "block_q", "block_kv"), SHAPES)
+def test_means_against_the_oracle(oracle, random_tensor, poisoned, length_q, length_k, block_q, block_kv):
+    q, k = 4 * random_tensor(2, 2, length_q, 8, seed=1), 4 * random_tensor(2, 2, length_k, 8, seed=2)
+    scores = means_importance(poisoned(q), poisoned(k), block_q, block_kv, 0.3)
+    assert scores.dtype == torch.float32
+    for b in range(2):
+        for h in range(2):
+            expected = oracle.means_importance(q[b, h], k[b, h], block_q, block_kv, 0.3)
+            torch.testing.assert_close(scores[b, h].double(), expected, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+@pytest.mark.parametrize(("length_q", "length_k", "block_q", "block_kv"), SHAPES)
+def test_sampling_everything_is_the_exact_softmax(
+    oracle, random_tensor, poisoned, length_q, length_k, block_q, block_kv, reduction
+):
+    """The official code takes exp(score - maximum) without the sum; a row then ranks by its own maximum only."""
+    q, k = 2 * random_tensor(1, 2, length_q, 8, seed=3), 2 * random_tensor(1, 2, length_k, 8, seed=4)
+    scores = sampled_importance(
+        poisoned(q), poisoned(k), block_q, block_kv, 0.35, generator(), share=1.0, reduction=reduction
+    )
+    assert scores.dtype == torch.float32
+    for h in range(2):
+        expected = oracle.exact_importance(q[0, h], k[0, h], block_q, block_kv, 0.35, reduction)
+        torch.testing.assert_close(scores[0, h].double(), expected, atol=1e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.25, 0.5])
+def test_a_sample_finds_the_needle_block(share):
+    """Blocks that are alike inside are ranked right by any sample."""
+    direction = torch.eye(8).repeat_interleave(32, 0)[None, None]
+    scores = sampled_importance(direction, direction, 32, 32, 8.0, generator(), share=share)
+    assert torch.equal(scores[0, 0].argmax(-1), torch.arange(8))
+    assert torch.isfinite(scores).all()
+    assert (scores >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["means", "sampled"])
+def test_the_same_seed_gives_the_same_scores_and_the_global_generator_is_untouched(random_tensor, kind):
+    q, k = random_tensor(1, 2, 200, 16, seed=5), random_tensor(1, 2, 300, 16, seed=6)
+    config = PyramidConfig(importance=kind, seed=7)
+    before = torch.random.get_rng_state()
+    first = importance(q, k, config, 0.25)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(3)
+    assert torch.equal(importance(q, k, config, 0.25), first)
+    if kind == "sampled":
+        assert not torch.equal(importance(q, k, PyramidConfig(importance=kind, seed=8), 0.25), first)
+        assert torch.equal(importance(q, k, config, 0.25, generator(7)), first)
+
+
+def test_sampled_importance_is_the_same_in_chunks(random_tensor, monkeypatch):
+    q, k = random_tensor(1, 1, 300, 8, seed=1), random_tensor(1, 1, 300, 8, seed=2)
+    whole = sampled_importance(q, k, 32, 32, 0.3, generator())
+    monkeypatch.setitem(sampled_importance.__globals__, "_SCORES_AT_ONCE", 1)
+    torch.testing.assert_close(sampled_importance(q, k, 32, 32, 0.3, generator()), whole)
+
+
+def test_bfloat16_is_scored_in_float32(oracle, random_tensor):
+    q, k = (random_tensor(1, 1, 256, 16, seed=s, dtype=torch.bfloat16) for s in (1, 2))
+    scores = sampled_importance(q, k, 64, 64, 0.25, generator(), share=1.0)
+    expected = oracle.exact_importance(q[0, 0], k[0, 0], 64, 64, 0.25)
+    torch.testing.assert_close(scores[0, 0].double(), expected, atol=1e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 33, 64, 100, 160, 191])
+def test_similarity_cap_against_the_oracle(oracle, random_tensor, length):
+    thresholds = {2: 0.7, 4: 0.65, 8: 0.6}
+    steps = random_tensor(2, 3, length, 6, seed=length)
+    # A random walk: the nearer its starting point to zero, the less its neighbours resemble each other.
+    k = steps.cumsum(2) + 3 * random_tensor(2, 3, 1, 6, seed=9)
+    cap = similarity_cap(k, dict(reversed(thresholds.items())), 32)
+    assert cap.dtype == torch.int16
+    for b in range(2):
+        for h in range(3):
+            assert cap[b, h].tolist() == oracle.similarity_caps(k[b, h], thresholds, 32)
+
+
+def test_similarity_cap_extremes():
+    alike = torch.ones(1, 1, 64, 4)
+    assert similarity_cap(alike, {2: 0.7, 4: 0.65, 8: 0.6}, 32).tolist() == [[[8, 8]]]
+    opposed = alike * torch.tensor([1.0, -1.0]).repeat(32)[:, None]
+    assert similarity_cap(opposed, {2: 0.7, 4: 0.65, 8: 0.6}, 32).tolist() == [[[1, 1]]]
