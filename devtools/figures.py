@@ -1,0 +1,123 @@
+"""The demo's figures: what is measured, from what, defined once.
+
+PSNR and SSIM compare the decoded, losslessly stored frames; seconds come from the server's progress messages; sparsity
+comes from PSA Report. Nothing is estimated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from .client import Prompt, PromptResult
+from .terminal import Failure
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one demo run measured. Seconds are per sampling step; `None` where a run had no such step."""
+
+    psnr: float
+    """dB over all pixels of all frames, 8 bit; infinite when the videos are identical."""
+    ssim: float
+    """Mean over the frames, colour channels included."""
+    dense_seconds: list[float]
+    psa_seconds: list[float]
+    sparsity: list[float | None]
+    """Per step of the PSA run; None for a dense step."""
+    report: dict
+    """PSA Report's JSON."""
+
+    @property
+    def sparse_steps(self) -> list[int]:
+        """Step numbers, from 0, in which PSA was sparse."""
+        return [step for step, value in enumerate(self.sparsity) if value is not None]
+
+    @property
+    def mean_sparsity(self) -> float | None:
+        """Mean over the sparse steps."""
+        return _mean([value for value in self.sparsity if value is not None])
+
+    @property
+    def dense_step(self) -> float | None:
+        """Median seconds of a step of the dense run; the first, which loads the model, is left out."""
+        return _median(self.dense_seconds[1:])
+
+    @property
+    def psa_warm_up_step(self) -> float | None:
+        """Median seconds of a dense step of the PSA run; the first is left out."""
+        steps = range(1, len(self.psa_seconds))
+        return _median([self.psa_seconds[step] for step in steps if step not in self.sparse_steps])
+
+    @property
+    def psa_sparse_step(self) -> float | None:
+        """Median seconds of a sparse step of the PSA run; step 0 is left out."""
+        return _median([self.psa_seconds[step] for step in self.sparse_steps if step > 0])
+
+    def line(self) -> str:
+        """All of it in one line."""
+        parts = [
+            f"sparsity of the sparse steps {_text(self.mean_sparsity, '.3f')} "
+            f"(slider {_text(self.report.get('target_sparsity'), '.2f')})",
+            f"PSNR {self.psnr:.2f} dB",
+            f"SSIM {self.ssim:.4f}",
+            f"seconds per step: dense {_text(self.dense_step, '.2f')}, "
+            f"PSA sparse {_text(self.psa_sparse_step, '.2f')}, PSA warm-up {_text(self.psa_warm_up_step, '.2f')}",
+        ]
+        return "; ".join(parts)
+
+
+def measure(dense: np.ndarray, psa: np.ndarray, nodes: dict[str, str], result: PromptResult, report: dict) -> Figures:
+    """Compute the figures.
+
+    Args:
+        dense, psa: uint8 [F, H, W, 3].
+        nodes: {"dense": id of the dense sampler, "psa": id of the other}.
+        result: of the prompt that made both.
+        report: PSA Report's JSON.
+
+    Raises:
+        Failure: videos of different shapes, or steps that the report does not know.
+    """
+    from skimage.metrics import structural_similarity
+
+    if dense.shape != psa.shape:
+        raise Failure(f"The two videos differ in shape: {dense.shape} and {psa.shape}.")
+    error = np.mean((dense.astype(np.float64) - psa) ** 2)
+    psnr = float(10 * np.log10(255**2 / error)) if error else float("inf")
+    ssim = [structural_similarity(a, b, channel_axis=-1) for a, b in zip(dense, psa, strict=True)]
+    seconds = {name: result.step_seconds(node) for name, node in nodes.items()}
+    sparsity = [step["sparsity"] for step in report.get("steps", [])]
+    if len(sparsity) != len(seconds["psa"]):
+        raise Failure(f"PSA Report knows {len(sparsity)} steps, the sampler showed {len(seconds['psa'])}.")
+    return Figures(psnr, float(np.mean(ssim)), seconds["dense"], seconds["psa"], sparsity, report)
+
+
+def find_node(prompt: Prompt, class_type: str, **inputs: object) -> str:
+    """Id of the one node of a class whose inputs have the given values.
+
+    Raises:
+        Failure: none or several.
+    """
+    found = [
+        node
+        for node, entry in prompt.items()
+        if entry["class_type"] == class_type and all(entry["inputs"].get(name) == inputs[name] for name in inputs)
+    ]
+    if len(found) != 1:
+        raise Failure(f"The demo workflow has {len(found)} nodes {class_type} {inputs or ''} where one was expected.")
+    return found[0]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None
+
+
+def _text(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)

@@ -1,0 +1,18 @@
+"""Where things lie. Everything that dev.py makes is in `.dev/` and `output/`, both git-ignored."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DEV = ROOT / ".dev"
+VENV = DEV / "venv"
+VENV_SCRIPTS = VENV / ("Scripts" if os.name == "nt" else "bin")
+VENV_PYTHON = VENV_SCRIPTS / ("python.exe" if os.name == "nt" else "python")
+COMFYUI = DEV / "ComfyUI"
+HOME = DEV / "home"
+SERVER_LOG = DEV / "server.log"
+OUTPUT = ROOT / "output"
+WORKFLOWS = ROOT / "workflows"
+DEMO_WEIGHTS = ROOT / "weights" / "demo"

@@ -1,0 +1,51 @@
+"""ComfyUI for a person: started with the pack and the example workflows, until Ctrl-C.
+
+Also the one short visit to a server that `workflows/` needs to be written anew.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import webbrowser
+from contextlib import contextmanager
+from pathlib import Path
+
+from .build_workflows import build_all
+from .client import Client
+from .paths import HOME, SERVER_LOG, WORKFLOWS
+from .server import ComfyServer
+from .terminal import Phase, is_interactive
+
+
+@contextmanager
+def running_server(comfyui: Path, port: int = 0):
+    """A server with the pack, with its start shown as a phase."""
+    with Phase("Starting ComfyUI") as phase:
+        server = ComfyServer(comfyui, port=port, on_wait=phase.update).start()
+    with server:
+        yield server
+
+
+def serve(comfyui: Path, port: int, open_browser: bool) -> None:
+    """Start ComfyUI, show its page and keep it running until Ctrl-C."""
+    library = HOME / "user" / "default" / "workflows"
+    library.mkdir(parents=True, exist_ok=True)
+    for workflow in WORKFLOWS.glob("*.json"):
+        shutil.copy(workflow, library)
+    with running_server(comfyui, port) as server:
+        print(f"ComfyUI is at {server.url}; the example workflows are in its Workflows panel.")
+        print(f"Its log: {SERVER_LOG}\nCtrl-C stops it.", flush=True)
+        if open_browser and is_interactive():
+            webbrowser.open(server.url)
+        while True:
+            server.check_alive()
+            time.sleep(1)
+
+
+def rebuild_workflows(comfyui: Path) -> None:
+    """Write `workflows/*.json` from the node definitions of a running server."""
+    with running_server(comfyui) as server:
+        definitions = Client(server.url).get("/object_info")
+    for path in build_all(definitions, WORKFLOWS):
+        print(path)

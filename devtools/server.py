@@ -1,0 +1,169 @@
+"""A ComfyUI server with this pack, on a free loopback port, for as long as a `with` block lasts.
+
+The ComfyUI folder stays as it is: models, nodes and results live in a base directory of our own, where the pack is
+linked into `custom_nodes` the way a user installs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from .paths import COMFYUI, DEMO_WEIGHTS, HOME, ROOT, SERVER_LOG
+from .terminal import Failure
+
+PACK = "ComfyUI-PSA"
+HOME_FOLDERS = ("custom_nodes", "models", "input", "output", "temp", "user")
+NOT_THE_PACK = (".*", "output", "__pycache__")
+START_SECONDS = 180
+
+
+class ComfyServer:
+    """Context manager. `with ComfyServer() as server: ...` gives a server that answers at `server.url`.
+
+    Args:
+        comfyui: folder of ComfyUI.
+        home: its base directory, made when missing.
+        log: file that takes what the server prints.
+        port: 0 chooses a free one.
+        on_wait: called about five times a second until the server answers.
+
+    Raises:
+        Failure: on entering, when the server dies or does not answer; it holds the last lines of the log.
+    """
+
+    def __init__(self, comfyui: Path = COMFYUI, home: Path = HOME, log: Path = SERVER_LOG, port: int = 0, on_wait=None):
+        self.comfyui, self.home, self.log = comfyui, home, log
+        self.port = port or _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._on_wait = on_wait or (lambda: None)
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> ComfyServer:
+        if self._process is None:
+            self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> ComfyServer:
+        """Start and wait until it answers. Whoever calls this without a `with` block must call `stop`."""
+        prepare_home(self.home)
+        try:
+            self._launch()
+            self._wait_until_it_answers()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _launch(self) -> None:
+        # Only what the command says: no user's PYTHONPATH, and never the repository root on sys.path.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        environment.update(COMFYUI_PSA_DEMO="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+        own_group = (
+            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
+        )
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                self._command(), cwd=self.comfyui, env=environment, stdout=log, stderr=subprocess.STDOUT, **own_group
+            )
+
+    def _command(self) -> list[str]:
+        command = [sys.executable, str(self.comfyui / "main.py"), "--listen=127.0.0.1", f"--port={self.port}"]
+        command += [f"--base-directory={self.home}", f"--database-url=sqlite:///{self.home / 'user' / 'comfyui.db'}"]
+        command += [f"--extra-model-paths-config={self.home / 'models.yaml'}"]
+        command += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method=none"]
+        # Without the second option ComfyUI's attention on a CPU is a chunked one, three times slower than torch's.
+        return command if _has_cuda() else [*command, "--cpu", "--use-pytorch-cross-attention"]
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            self.check_alive()
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                urllib.request.urlopen(f"{self.url}/system_stats", timeout=5).close()
+                return
+            self._on_wait()
+            time.sleep(0.2)
+        raise Failure(f"ComfyUI did not answer within {START_SECONDS} s.\n{self.log_tail()}")
+
+    def check_alive(self) -> None:
+        """Raise `Failure` with the last lines of the log when the server has ended."""
+        code = self._process.poll()
+        if code is not None:
+            raise Failure(f"ComfyUI ended with exit code {code}; the last lines of {self.log}:\n{self.log_tail()}")
+
+    def log_tail(self, lines: int = 12) -> str:
+        """The last lines that the server printed, indented."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        return "\n".join("    " + line for line in text.splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """End the server and everything it started; safe to call twice."""
+        process, self._process = self._process, None
+        if process is None or process.poll() is not None:
+            return
+        _end_group(process, gently=True)
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            _end_group(process, gently=False)
+            process.wait()
+
+
+def prepare_home(home: Path) -> None:
+    """Make the base directory: its folders, the pack in `custom_nodes` and the way to the demo's weights."""
+    for name in HOME_FOLDERS:
+        (home / name).mkdir(parents=True, exist_ok=True)
+    # The weights stay where they are; JSON is YAML, and quotes every path safely.
+    weights = {"base_path": str(DEMO_WEIGHTS), "diffusion_models": ".", "vae": "."}
+    (home / "models.yaml").write_text(json.dumps({"psa_demo": weights}), encoding="utf-8")
+    _link_pack(home / "custom_nodes" / PACK)
+
+
+def _link_pack(link: Path) -> None:
+    if link.exists() and link.resolve() == ROOT:
+        return
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        shutil.rmtree(link)
+    try:
+        link.symlink_to(ROOT, target_is_directory=True)
+    except OSError:  # Windows without developer mode: a junction, and where that fails a copy
+        junction = ["cmd", "/c", "mklink", "/J", str(link), str(ROOT)]
+        if os.name != "nt" or subprocess.run(junction, capture_output=True).returncode:
+            shutil.copytree(ROOT, link, ignore=shutil.ignore_patterns(*NOT_THE_PACK))
+
+
+def _end_group(process: subprocess.Popen, gently: bool) -> None:
+    if os.name == "nt":
+        subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True)
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM if gently else signal.SIGKILL)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _has_cuda() -> bool:
+    import torch  # takes a second, and only the server's owner needs it
+
+    return torch.cuda.is_available()
