@@ -41,22 +41,19 @@ def run_demo(comfyui: Path, steps: int | None, sparsity: float | None) -> None:
     with running_server(comfyui) as server:
         client = Client(server.url)
         prompt = graph_to_prompt(load_workflow(WORKFLOW), client.get("/object_info"))
-        _apply_options(prompt, steps, sparsity)
+        apply_options(prompt, steps, sparsity)
         result = _sample(server, client, prompt)
-        saves = {
-            name: figures.find_node(prompt, "SaveAnimatedWEBP", filename_prefix=f"psa_demo/{name}")
-            for name in ("dense", "psa")
-        }
-        films = {name: _download(client, result, node) for name, node in saves.items()}
-    told = _report_of(result, figures.find_node(prompt, "PSAReport"))
+        films = download_films(client, prompt, result)
+    told = report_of(prompt, result)
     with Phase("Comparing the videos"):
-        measured = _write_results(films, _samplers(prompt), result, told)
+        measured = write_results(RESULTS, films, samplers_of(prompt), result, told)
     print(f"\n{measured.line()}\n")
     for name in ("report.html", "report.png", "side_by_side.mp4", "dense.webp", "psa.webp", "figures.json"):
         print(f"  {RESULTS / name}")
 
 
-def _apply_options(prompt: Prompt, steps: int | None, sparsity: float | None) -> None:
+def apply_options(prompt: Prompt, steps: int | None, sparsity: float | None) -> None:
+    """Put the command line's options into the prompt; None keeps what the workflow says."""
     if steps is not None:
         for entry in prompt.values():
             if entry["class_type"] == "KSampler":
@@ -65,15 +62,17 @@ def _apply_options(prompt: Prompt, steps: int | None, sparsity: float | None) ->
         prompt[figures.find_node(prompt, "PSAPatch")]["inputs"]["sparsity"] = sparsity
 
 
-def _samplers(prompt: Prompt) -> dict[str, str]:
-    """Node ids of the sampler behind PSA Patch and of the other one."""
+def samplers_of(prompt: Prompt) -> dict[str, str]:
+    """Node ids of the sampler behind PSA Patch ("psa") and of the other one ("dense")."""
     psa = figures.find_node(prompt, "KSampler", model=[figures.find_node(prompt, "PSAPatch"), 0])
     (dense,) = (node for node, entry in prompt.items() if entry["class_type"] == "KSampler" and node != psa)
     return {"dense": dense, "psa": psa}
 
 
 def _sample(server: ComfyServer, client: Client, prompt: Prompt) -> PromptResult:
-    titles = {_samplers(prompt)["dense"]: "Sampling, dense", _samplers(prompt)["psa"]: "Sampling, PSA"}
+    samplers = samplers_of(prompt)
+    titles = {node: "Decoding and saving" for node, entry in prompt.items() if entry["class_type"] == "VAEDecode"}
+    titles |= {samplers["dense"]: "Sampling, dense", samplers["psa"]: "Sampling, PSA"}
     display = _Display(titles)
     try:
         return client.run(prompt, display)
@@ -116,48 +115,63 @@ class _Display:
             phase.__exit__(type(failure) if failure else None)
 
 
-def _download(client: Client, result: PromptResult, node: str) -> bytes:
-    try:
-        (image,) = result.outputs[node]["images"]
-    except (KeyError, ValueError):
-        raise Failure(f"Node {node} saved no video.") from None
-    return client.download("/view?" + urllib.parse.urlencode(image))
+def download_films(client: Client, prompt: Prompt, result: PromptResult) -> dict[str, bytes]:
+    """The two lossless WebP files that the prompt saved, under "dense" and "psa"."""
+    films = {}
+    for name in ("dense", "psa"):
+        node = figures.find_node(prompt, "SaveAnimatedWEBP", filename_prefix=f"psa_demo/{name}")
+        try:
+            (image,) = result.outputs[node]["images"]
+        except (KeyError, ValueError):
+            raise Failure(f"Node {node} saved no video.") from None
+        films[name] = client.download("/view?" + urllib.parse.urlencode(image))
+    return films
 
 
-def _report_of(result: PromptResult, node: str) -> dict:
-    texts = result.outputs.get(node, {}).get("text")
+def report_of(prompt: Prompt, result: PromptResult) -> dict:
+    """What PSA Report said, as a dictionary."""
+    texts = result.outputs.get(figures.find_node(prompt, "PSAReport"), {}).get("text")
     found = json.loads(texts[0]) if texts else {}
     if not found.get("steps"):
         raise Failure(f"PSA Report has no steps to show: {found.get('note', 'it gave no report')}.")
     return found
 
 
-def _write_results(
-    films: dict[str, bytes], samplers: dict[str, str], result: PromptResult, told: dict
+def write_results(
+    folder: Path, films: dict[str, bytes], samplers: dict[str, str], result: PromptResult, told: dict
 ) -> figures.Figures:
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    """Compare the two films and write everything that the demo leaves into `folder`.
+
+    Args:
+        folder: made when missing.
+        films: lossless WebP files under "dense" and "psa".
+        samplers: node ids under the same names.
+        result: of the prompt that made both.
+        told: PSA Report's JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     for name, film in films.items():
-        (RESULTS / f"{name}.webp").write_bytes(film)
+        (folder / f"{name}.webp").write_bytes(film)
     dense, psa = (pictures.read_frames(films[name]) for name in ("dense", "psa"))
     measured = figures.measure(dense, psa, samplers, result, told)
     target = measured.report.get("target_sparsity")
     title = f"PSA at sparsity {target:.2f}" if target is not None else "PSA"
-    pictures.write_video(pictures.side_by_side({"dense": dense, title: psa}), RESULTS / "side_by_side.mp4", FPS)
+    pictures.write_video(pictures.side_by_side({"dense": dense, title: psa}), folder / "side_by_side.mp4", FPS)
     caption = f"{title}: PSNR {measured.psnr:.1f} dB, SSIM {measured.ssim:.3f} against dense"
     strip = pictures.contact_strip(dense, psa, caption)
-    (RESULTS / "report.png").write_bytes(pictures.png(strip))
+    (folder / "report.png").write_bytes(pictures.png(strip))
     frames, height, width = dense.shape[:3]
     subtitle = (
-        f"Demo model of this repository, {frames} frames of {width}×{height}, {len(measured.dense_seconds)} steps, "
+        f"Demo model of this repository, {frames} frames of {width} by {height}, {len(measured.dense_seconds)} steps, "
         f"same noise for both; {_hardware()}."
     )
-    video = (RESULTS / "side_by_side.mp4").read_bytes()
-    report.write_report(RESULTS / "report.html", measured, subtitle, video, strip, psa)
-    _write_figures(measured, subtitle)
+    video = (folder / "side_by_side.mp4").read_bytes()
+    report.write_report(folder / "report.html", measured, subtitle, video, strip, psa)
+    _write_figures(folder / "figures.json", measured, subtitle)
     return measured
 
 
-def _write_figures(measured: figures.Figures, subtitle: str) -> None:
+def _write_figures(path: Path, measured: figures.Figures, subtitle: str) -> None:
     content = {
         "what": subtitle,
         "psnr_db": measured.psnr,
@@ -172,7 +186,7 @@ def _write_figures(measured: figures.Figures, subtitle: str) -> None:
         "seconds_per_step": {"dense": measured.dense_seconds, "psa": measured.psa_seconds},
         "report": {name: value for name, value in measured.report.items() if name != "level_map"},
     }
-    (RESULTS / "figures.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _hardware() -> str:

@@ -7,6 +7,7 @@ linked into `custom_nodes` the way a user installs it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -72,9 +73,10 @@ class ComfyServer:
         # Only what the command says: no user's PYTHONPATH, and never the repository root on sys.path.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment.update(COMFYUI_PSA_DEMO="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
-        own_group = (
-            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if os.name == "nt" else {"start_new_session": True}
-        )
+        if os.name == "nt":
+            own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        else:
+            own_group = {"start_new_session": True, "preexec_fn": _end_with_parent}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("w", encoding="utf-8") as log:
             self._process = subprocess.Popen(
@@ -155,6 +157,13 @@ def _end_group(process: subprocess.Popen, gently: bool) -> None:
         return
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM if gently else signal.SIGKILL)
+
+
+def _end_with_parent() -> None:
+    """In the child: let Linux end it when its parent dies in a way that runs no clean-up."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _free_port() -> int:

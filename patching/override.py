@@ -24,10 +24,14 @@ class PSAOverride:
 
     def __init__(self, previous: Callable[..., torch.Tensor] | None) -> None:
         self.previous = previous
+        # Tracing would freeze the gating into a compiled graph. A decorator would load the compiler at import.
+        self._untraced = torch.compiler.disable(self._attend)
 
-    @torch.compiler.disable
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attention of q, k, v [B, L, H*D], or [B, H, L, D] with `skip_reshape`; see ComfyUI's attention functions."""
+        return self._untraced(func, *args, **kwargs)
+
+    def _attend(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         run: Run | None = (kwargs.get("transformer_options") or {}).get(RUN_KEY)
         if run is not None and len(args) >= 3 and is_self_attention(run, *args[:3], **kwargs):
             reason = None

@@ -110,11 +110,15 @@ def main() -> int:
         if failed:
             print("training failed: see the messages above", file=sys.stderr)
             return 1
-        figures = {n: json.loads((work / f"{n}.json").read_text()) for n in networks}
+        metrics = arguments.out / files.METRICS_FILE
+        figures = json.loads(metrics.read_text()) if metrics.exists() else {}
+        for network in networks:
+            label = f"{network}_resumed" if arguments.resume and network == "dit" else network
+            figures[label] = json.loads((work / f"{network}.json").read_text())
     device = torch.device(devices[0])
     if (arguments.out / files.DIT_FILE).exists() and (arguments.out / files.VAE_FILE).exists():
         sheet.make_sheet(arguments.out, chosen, device)
-    figures["run"] = {
+    run = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "devices": len(devices),
@@ -122,7 +126,8 @@ def main() -> int:
         "seconds_in_all": round(time.time() - begun, 1),
         "bytes": {p.name: p.stat().st_size for p in sorted(arguments.out.glob("*.safetensors"))},
     }
-    (arguments.out / files.METRICS_FILE).write_text(json.dumps(figures, indent=1) + "\n")
+    figures["run_resumed" if arguments.resume else "run"] = run
+    metrics.write_text(json.dumps(figures, indent=1) + "\n")
     print(json.dumps({k: {n: v for n, v in f.items() if n != "loss_history"} for k, f in figures.items()}, indent=1))
     return 0
 

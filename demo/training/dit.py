@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -95,7 +96,7 @@ def train_dit(
 ) -> dict:
     """Train until `deadline` (as `time.time()` counts) and write the averaged weights into `folder`.
 
-    resume: weights to go on from, at the last stage alone and half the learning rates.
+    resume: weights to go on from, at the last stage alone with `resume_shift` and `resume_rate`.
     Returns the figures of the run: steps, clips, seconds and losses.
     """
     begun = time.time()
@@ -104,7 +105,7 @@ def train_dit(
     plan, rate = settings.dit_stages, 1.0
     if resume is not None:
         load_weights(model, resume)
-        plan, rate = plan[-1:], 0.5
+        plan, rate = (replace(plan[-1], shift=settings.resume_shift),), settings.resume_rate
     model.to(device)
     parameters = list(model.parameters())
     matrices, others = _split(model)

@@ -39,6 +39,9 @@ class Settings:
         DitStage(side=256, batch=32, spatial_step=2.0, shift=5.0, until=0.55),
         DitStage(side=512, batch=8, spatial_step=1.0, shift=10.0, until=1.0),
     )
+    # Going on from finished weights: the last stage alone, more of its time where the layout is made.
+    resume_shift: float = 16.0
+    resume_rate: float = 0.5
     matrix_rate: float = 3e-3
     other_rate: float = 1.5e-3
     dit_decay: float = 0.998

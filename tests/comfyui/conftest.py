@@ -1,34 +1,33 @@
-"""One real ComfyUI server for all tests of this folder, with the pack linked into its custom_nodes."""
+"""One real ComfyUI server for all tests of this folder, started as a user starts it, stopped at the end."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from comfyui_psa.devtools.client import Client
+from comfyui_psa.devtools.paths import COMFYUI
+from comfyui_psa.devtools.server import ComfyServer
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    from devtools.server import ComfyServer
+    """A running `ComfyServer` with an empty base directory of its own."""
+    comfyui = Path(os.environ.get("COMFYUI_PATH") or COMFYUI)
+    if not (comfyui / "main.py").is_file():
+        pytest.skip(f"no ComfyUI in {comfyui}; `python dev.py setup` brings one")
+    folder = tmp_path_factory.mktemp("comfyui")
+    with ComfyServer(comfyui, home=folder / "home", log=folder / "server.log") as server:
+        yield server
 
-    folder = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")
-    if not (folder / "main.py").is_file():
-        pytest.skip(f"no ComfyUI in {folder}; `python dev.py setup` brings one")
-    base = tmp_path_factory.mktemp("comfyui")
-    with ComfyServer(folder, home=base / "home", log=base / "server.log") as running:
-        yield running
 
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(server):
-    from devtools.client import Client
-
+    """A client of the server."""
     return Client(server.url)
 
 
 @pytest.fixture(scope="session")
-def definitions(server):
-    from devtools.client import Client
-
-    return Client(server.url).get("/object_info")
+def definitions(client):
+    """The node definitions that the frontend sees."""
+    return client.get("/object_info")

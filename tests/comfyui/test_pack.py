@@ -1,0 +1,69 @@
+"""What a user sees of the pack before anything runs: it loads, quickly, and its nodes are described."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from comfyui_psa.devtools.workflow import inputs_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Registering a pack means importing it and asking it for its nodes. ComfyUI's own modules are there already.
+IMPORT_SCRIPT = """
+import asyncio, importlib.util, sys, time
+import torch, comfy.options
+import comfy_api.latest
+before = set(sys.modules)  # ComfyUI itself may have loaded triton
+begin = time.process_time()
+path = sys.argv[1]
+spec = importlib.util.spec_from_file_location("pack", path + "/__init__.py", submodule_search_locations=[path])
+sys.modules["pack"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
+print(time.process_time() - begin)
+print([name for name in ("triton", "diffusers", "transformers") if name in set(sys.modules) - before])
+"""
+
+
+def test_the_nodes_are_registered(definitions):
+    shown = {name: definitions[name]["display_name"] for name in definitions if name.startswith("PSA")}
+    assert shown == {"PSAPatch": "PSA Patch", "PSAReport": "PSA Report", "PSADemoScene": "PSA Demo Scene"}
+    assert definitions["PSAPatch"]["category"] == definitions["PSAReport"]["category"] == "model/patch"
+
+
+def test_the_sparsity_slider_has_its_range(definitions):
+    (sparsity,) = (spec for spec in inputs_of(definitions["PSAPatch"]) if spec.name == "sparsity")
+    shown = {name: sparsity.options[name] for name in ("display", "min", "max", "step", "default")}
+    assert shown == {"display": "slider", "min": 0.0, "max": 0.97, "step": 0.01, "default": 0.85}
+
+
+@pytest.mark.parametrize("node", ["PSAPatch", "PSAReport", "PSADemoScene"])
+def test_every_input_is_explained(definitions, node):
+    assert definitions[node]["description"]
+    assert [spec.name for spec in inputs_of(definitions[node]) if not spec.options.get("tooltip")] == []
+
+
+def test_the_everyday_inputs_come_first_and_the_rest_is_folded_away(definitions):
+    specs = list(inputs_of(definitions["PSAPatch"]))
+    everyday = [spec.name for spec in specs if not spec.options.get("advanced")]
+    assert everyday == ["model", "sparsity", "preset", "start_percent", "end_percent"]
+    assert [spec.name for spec in specs[: len(everyday)]] == everyday
+
+
+def test_the_server_has_no_complaint_about_the_pack(server, definitions):
+    log = server.log.read_text(encoding="utf-8")
+    assert "IMPORT FAILED" not in log
+    assert not re.search(r"ComfyUI-PSA.*(error|warning)", log, re.IGNORECASE)
+
+
+def test_importing_costs_under_a_second_and_needs_neither_triton_nor_diffusers(server):
+    script = [sys.executable, "-c", IMPORT_SCRIPT, str(ROOT)]
+    environment = {"PATH": "", "PYTHONPATH": str(server.comfyui), "CUDA_VISIBLE_DEVICES": "", "HOME": str(server.home)}
+    found = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=server.home)
+    assert found.returncode == 0, found.stderr
+    seconds, loaded = found.stdout.split("\n")[-3:-1]
+    assert loaded == "[]"
+    assert float(seconds) < 1.0
