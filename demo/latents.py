@@ -87,7 +87,8 @@ class LatentBasis:
 def fit_basis(device: torch.device | str, seed: int = 7, clips: int = 192, side: int = 128) -> LatentBasis:
     """Fit the basis on random crops of clips at two scales (512 and 256 pixels a frame).
 
-    The sign of each direction is fixed (its largest entry is positive), so equal seeds and devices agree.
+    The sign of each direction is fixed (its largest entry is positive). CPU and CUDA draw different clips from one
+    seed, so a basis fitted on one does not fit weights trained with the other.
     """
     generator = torch.Generator(device).manual_seed(seed)
     total = torch.zeros(CELL_SIZE, CELL_SIZE, device=device, dtype=torch.float64)

@@ -70,7 +70,14 @@ def train_one(arguments: argparse.Namespace) -> None:
 
 def start(arguments: argparse.Namespace, network: str, device: str, deadline: float, work: Path) -> subprocess.Popen:
     command = [sys.executable, str(Path(__file__).resolve()), "--only", network, "--device", device]
-    command += ["--deadline", str(deadline), "--out", str(arguments.out), "--basis", str(work / "basis.safetensors")]
+    command += [
+        "--deadline",
+        str(deadline),
+        "--out",
+        str(arguments.out),
+        "--basis",
+        str(arguments.out / "latent_basis.safetensors"),
+    ]
     command += ["--figures", str(work / f"{network}.json")] + (["--tiny"] if arguments.tiny else [])
     command += ["--resume", str(arguments.resume)] if arguments.resume else []
     return subprocess.Popen(command)
@@ -96,7 +103,9 @@ def main() -> int:
     end = begun + arguments.minutes * 60
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        files.save_basis(fit_basis(devices[0], clips=chosen.basis_clips), work / "basis.safetensors")
+        known = arguments.resume.parent / files.BASIS_FILE if arguments.resume else None
+        basis = files.load_basis(known) if known and known.exists() else fit_basis(devices[0], clips=chosen.basis_clips)
+        files.save_basis(basis, arguments.out / files.BASIS_FILE)
         print(f"latent basis after {time.time() - begun:.0f} s; training on {', '.join(devices)}", flush=True)
         failed = False
         if len(devices) > 1 and len(networks) > 1:

@@ -14,6 +14,7 @@ DIT_FILE = "psa_demo_wan_dit.safetensors"
 VAE_FILE = "psa_demo_wan_vae.safetensors"
 SHEET_FILE = "contact_sheet.jpg"
 METRICS_FILE = "metrics.json"
+BASIS_FILE = "latent_basis.safetensors"
 
 
 def save_weights(model: torch.nn.Module, path: Path, dtype: torch.dtype, **facts: object) -> None:
