@@ -71,7 +71,8 @@ def samplers_of(prompt: Prompt) -> dict[str, str]:
 
 def _sample(server: ComfyServer, client: Client, prompt: Prompt) -> PromptResult:
     samplers = samplers_of(prompt)
-    titles = {node: "Decoding and saving" for node, entry in prompt.items() if entry["class_type"] == "VAEDecode"}
+    classes = {"VAEDecode": "Decoding", "SaveAnimatedWEBP": "Saving"}
+    titles = {node: classes[e["class_type"]] for node, e in prompt.items() if e["class_type"] in classes}
     titles |= {samplers["dense"]: "Sampling, dense", samplers["psa"]: "Sampling, PSA"}
     display = _Display(titles)
     try:

@@ -6,11 +6,9 @@ It is the development environment; users install requirements.txt into their own
 from __future__ import annotations
 
 import hashlib
-import queue
 import shutil
 import subprocess
 import sys
-import threading
 from collections import deque
 from pathlib import Path
 
@@ -73,21 +71,13 @@ def run_pip(title: str, arguments: list[str]) -> None:
     process = subprocess.Popen(
         [*command, "--progress-bar=off"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read_into, args=(process.stdout, lines), daemon=True).start()
     last: deque[str] = deque(maxlen=30)
     try:
         with Phase(title) as phase:
-            while True:
-                try:
-                    line = lines.get(timeout=0.2)
-                except queue.Empty:
-                    phase.update()
-                    continue
-                if line is None:
-                    break
+            for line in process.stdout:
                 last.append(line)
-                phase.update(line.split(" from ")[0].strip())
+                if line.lstrip().startswith(("Collecting ", "Downloading ", "Building ", "Installing ")):
+                    phase.update(line.split(" from ")[0].strip()[:72])
             if process.wait():
                 errors = [line for line in last if line.startswith("ERROR")] or list(last)[-1:]
                 raise Failure(f"pip could not finish ({title.lower()}): {' '.join(errors)[:600].strip()}")
@@ -95,12 +85,6 @@ def run_pip(title: str, arguments: list[str]) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
-
-
-def _read_into(stream, lines: queue.Queue) -> None:
-    for line in stream:
-        lines.put(line)
-    lines.put(None)
 
 
 def _requirement_files(comfyui: Path) -> list[Path]:

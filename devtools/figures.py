@@ -87,7 +87,8 @@ def measure(dense: np.ndarray, psa: np.ndarray, nodes: dict[str, str], result: P
         raise Failure(f"The two videos differ in shape: {dense.shape} and {psa.shape}.")
     error = np.mean((dense.astype(np.float64) - psa) ** 2)
     psnr = float(10 * np.log10(255**2 / error)) if error else float("inf")
-    ssim = [structural_similarity(a, b, channel_axis=-1) for a, b in zip(dense, psa, strict=True)]
+    pairs = zip(dense.astype(np.float32), psa.astype(np.float32), strict=True)
+    ssim = [structural_similarity(a, b, channel_axis=-1, data_range=255) for a, b in pairs]
     seconds = {name: result.step_seconds(node) for name, node in nodes.items()}
     sparsity = [step["sparsity"] for step in report.get("steps", [])]
     if len(sparsity) != len(seconds["psa"]):

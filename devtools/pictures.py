@@ -99,7 +99,7 @@ def attention_over_video(frames: np.ndarray, token_levels: Sequence[float], grid
     side, gap, columns = 230, 4, min(5, time)
     tall = round(side * frames.shape[1] / frames.shape[2])
     rows = -(-time // columns)
-    sheet = Image.new("RGB", (columns * (side + gap) - gap, rows * (tall + gap) - gap), PAPER)
+    sheet = Image.new("RGBA", (columns * (side + gap) - gap, rows * (tall + gap) - gap))
     for step in range(time):
         # A latent frame stands for four video frames, the first one for a single one.
         frame = min(len(frames) - 1, round(step * (len(frames) - 1) / max(1, time - 1)))
@@ -125,5 +125,5 @@ def font(size: int) -> ImageFont.ImageFont:
 def png(picture: Image.Image) -> bytes:
     """The picture as a PNG file."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG")
     return buffer.getvalue()

@@ -21,8 +21,8 @@ from .terminal import Phase, is_interactive
 @contextmanager
 def running_server(comfyui: Path, port: int = 0):
     """A server with the pack, with its start shown as a phase."""
-    with Phase("Starting ComfyUI") as phase:
-        server = ComfyServer(comfyui, port=port, on_wait=phase.update).start()
+    with Phase("Starting ComfyUI"):
+        server = ComfyServer(comfyui, port=port).start()
     with server:
         yield server
 

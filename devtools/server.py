@@ -37,17 +37,15 @@ class ComfyServer:
         home: its base directory, made when missing.
         log: file that takes what the server prints.
         port: 0 chooses a free one.
-        on_wait: called about five times a second until the server answers.
 
     Raises:
         Failure: on entering, when the server dies or does not answer; it holds the last lines of the log.
     """
 
-    def __init__(self, comfyui: Path = COMFYUI, home: Path = HOME, log: Path = SERVER_LOG, port: int = 0, on_wait=None):
+    def __init__(self, comfyui: Path = COMFYUI, home: Path = HOME, log: Path = SERVER_LOG, port: int = 0) -> None:
         self.comfyui, self.home, self.log = comfyui, home, log
         self.port = port or _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self._on_wait = on_wait or (lambda: None)
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> ComfyServer:
@@ -98,7 +96,6 @@ class ComfyServer:
             with contextlib.suppress(OSError, urllib.error.URLError):
                 urllib.request.urlopen(f"{self.url}/system_stats", timeout=5).close()
                 return
-            self._on_wait()
             time.sleep(0.2)
         raise Failure(f"ComfyUI did not answer within {START_SECONDS} s.\n{self.log_tail()}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import threading
 import time
 
 
@@ -26,7 +27,7 @@ def is_interactive() -> bool:
 
 
 class Phase:
-    """Context manager: shows `title`, the seconds it has taken and what it is doing now.
+    """Context manager: shows `title`, the seconds it has taken and what it is doing now, until the block ends.
 
     Usage: `with Phase("Installing packages") as phase: phase.update("torch")`.
     """
@@ -35,17 +36,19 @@ class Phase:
         self.title = title
         self._detail = ""
         self._interactive = is_interactive()
-        self._interval = 0.1 if self._interactive else 10.0
+        self._ended = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
 
     def __enter__(self) -> Phase:
-        self._began = self._shown = time.monotonic()
-        if self._interactive:
-            self._show()
-        else:
+        self._began = time.monotonic()
+        if not self._interactive:
             print(self.title, flush=True)
+        self._ticker.start()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._ended.set()
+        self._ticker.join()
         ending = "failed" if error else "done"
         if self._interactive:
             self._rewrite(f"{self.title}: {ending} ({self.seconds:.0f} s)")
@@ -58,19 +61,16 @@ class Phase:
         """Seconds since the phase began."""
         return time.monotonic() - self._began
 
-    def update(self, detail: str | None = None) -> None:
-        """Show `detail` (None keeps the last one); cheap enough to be called at every turn of a loop."""
-        if detail is not None:
-            self._detail = detail
-        if time.monotonic() - self._shown >= self._interval:
-            self._show()
+    def update(self, detail: str) -> None:
+        """Say what is being done now; cheap, it is shown at the next tick."""
+        self._detail = detail
 
-    def _show(self) -> None:
-        self._shown = time.monotonic()
-        if self._interactive:
-            self._rewrite(f"{self.title} ({self.seconds:.0f} s) {self._detail}")
-        else:
-            print(f"  {self.seconds:.0f} s {self._detail}", flush=True)
+    def _tick(self) -> None:
+        while not self._ended.wait(0.2 if self._interactive else 10):
+            if self._interactive:
+                self._rewrite(f"{self.title} ({self.seconds:.0f} s) {self._detail}")
+            else:
+                print(f"  {self.seconds:.0f} s {self._detail}".rstrip(), flush=True)
 
     @staticmethod
     def _rewrite(line: str) -> None:
