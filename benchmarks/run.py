@@ -44,15 +44,15 @@ def load_pack():
 
 def settings() -> Iterator[tuple[str, object]]:
     """The settings that are compared: the published default, and ours at several densities."""
-    from comfyui_psa.kernels import PyramidConfig, load_presets
+    from comfyui_psa.kernels import load_presets
 
     published = load_presets()["module-default (published)"]
     yield "psa-published", published.config(None, order="curve")
     for sparsity in (0.85, 0.9, 0.95):
-        yield f"psa-{sparsity}", PyramidConfig(sparsity=sparsity)
+        yield f"psa-{sparsity}", load_presets()["module-default"].config(sparsity)
     for order, tile in (("raster", (1, 8, 8)), ("curve", (1, 8, 8)), ("tiles", (1, 8, 8)), ("tiles", (4, 4, 4))):
         name = order if order != "tiles" else "tiles" + "x".join(map(str, tile))
-        yield f"psa-0.85-{name}", PyramidConfig(sparsity=0.85, order=order, tile=tile)
+        yield f"psa-0.85-{name}", load_presets()["module-default"].config(0.85, order=order, tile=tile)
 
 
 def median_ms(call: Callable[[], object], cuda: bool, runs: int) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 MODES = ("budget", "topk", "threshold")
 ORDERS = ("raster", "curve", "tiles")
-IMPORTANCES = ("means", "sampled")
+IMPORTANCES = ("pooled", "means", "sampled")
 REDUCTIONS = ("max", "mean")
 BLOCK_SIZES = (32, 64, 128)
 
@@ -47,9 +47,10 @@ class PyramidConfig:
         block_q, block_kv: tokens per query block and per key block.
         order: token order before the blocks are cut, see `order.py`.
         tile: tokens (time, height, width) of one tile of the `tiles` order.
-        importance: `means` ranks blocks by their mean query and mean key, `sampled` by a random sample (paper).
+        importance: `sampled` ranks blocks by a random sample of their tokens (paper), `pooled` by the means of 8
+            neighbouring tokens, `means` by one mean query and one mean key per block, cheapest and least accurate.
         sample_share: share of the tokens of a block that `sampled` importance draws.
-        reduction: how `sampled` importance reduces the sampled pairs of a block pair.
+        reduction: how `sampled` and `pooled` importance reduce the token pairs of a block pair.
         similarity_cap: pooling factor -> least mean cosine similarity of neighbours in a key block that may be pooled
             that far (paper 3.3); empty for no cap.
         seed: seed of the random sample of `sampled` importance.
@@ -66,7 +67,7 @@ class PyramidConfig:
     block_kv: int = 64
     order: str = "raster"
     tile: tuple[int, int, int] = (1, 8, 8)
-    importance: str = "means"
+    importance: str = "pooled"
     sample_share: float = 0.25
     reduction: str = "max"
     similarity_cap: Mapping[int, float] = dataclasses.field(default_factory=dict)

@@ -2,7 +2,8 @@
 
 The published numbers stand in `presets.json` (arXiv 2512.04025 and the official release; shares are the differences of
 its cumulative bounds). A published preset computes what the paper describes: sampled importance, no tail. Ours keeps
-the shape of the pyramid and turns on what goes beyond the paper: budget mode, tail, importance by block means.
+the shape of the pyramid and turns on what goes beyond the paper: the tail, budget mode in place of threshold, pooled
+importance.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def load_presets(path: Path | None = None) -> dict[str, Preset]:
         settings = {key: value for key, value in entry.items() if key not in ("about", "dense_steps")}
         for field in ("shares", "similarity_cap"):
             settings[field] = {int(factor): share for factor, share in settings.get(field, {}).items()}
-        ours = {"mode": "budget", "shares": settings["shares"], "tail": True, "importance": "means"}
+        # A threshold preset would leave the slider without effect; budget mode is its way to meet it.
+        mode = "budget" if settings["mode"] == "threshold" else settings["mode"]
+        ours = {"mode": mode, "shares": settings["shares"], "tail": True, "importance": "pooled"}
         presets[name] = Preset(name, f"{entry['about']}: its pyramid, met to the slider's sparsity, with tail", ours)
         published = settings | {"tail": False, "importance": "sampled"}
         about = f"{entry['about']}, as published (dense steps: {entry['dense_steps']})"

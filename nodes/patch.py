@@ -53,7 +53,7 @@ class PSAPatch(io.ComfyNode):
                     options=[AUTO, *load_presets()],
                     default=AUTO,
                     tooltip=(
-                        "Shape of the pyramid. auto takes the one for the loaded model's size. The entries marked "
+                        "Shape of the pyramid. auto takes module-default, the best so far. The entries marked "
                         "published are the paper's and its release's settings, unchanged."
                     ),
                 ),
@@ -102,13 +102,13 @@ class PSAPatch(io.ComfyNode):
                     "order",
                     ORDERS,
                     "How tokens are lined up before blocks are cut. raster: row by row, the most "
-                    "accurate with importance by means. curve: space-filling curve, as published. tiles: 8x8 squares.",
+                    "accurate so far. curve: space-filling curve, as published. tiles: 8x8 squares.",
                 ),
                 _from_preset(
                     "importance",
                     IMPORTANCES,
-                    "How blocks are ranked. means: by block means, cheap. sampled: by a random quarter of the tokens, "
-                    "as published.",
+                    "How blocks are ranked. sampled: by a random quarter of the tokens, as published. pooled: by means "
+                    "of 8 tokens, 4 times cheaper. means: by one mean per block, cheapest, can leave visible strips.",
                 ),
                 _from_preset("block_q", BLOCK_SIZES, "Tokens per query block; 128 by default."),
                 _from_preset("block_kv", BLOCK_SIZES, "Tokens per key block; 64 by default, smaller is finer."),

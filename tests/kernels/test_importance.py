@@ -103,3 +103,24 @@ def test_similarity_cap_extremes():
     assert similarity_cap(alike, {2: 0.7, 4: 0.65, 8: 0.6}, 32).tolist() == [[[8, 8]]]
     opposed = alike * torch.tensor([1.0, -1.0]).repeat(32)[:, None]
     assert similarity_cap(opposed, {2: 0.7, 4: 0.65, 8: 0.6}, 32).tolist() == [[[1, 1]]]
+
+
+def test_pooled_is_the_block_max_of_the_softmax_over_means_of_eight(random_tensor):
+    """Written out in float64: means of the tokens that exist, bias ln of their number, max over the block pair."""
+    from comfyui_psa.kernels.importance import pooled_importance
+
+    q, k = random_tensor(1, 2, 70, 16), random_tensor(1, 2, 101, 16)
+    scale = 0.25
+    groups_q = [q[0, :, i : i + 8].double().mean(1) for i in range(0, 70, 8)]
+    groups_k = [k[0, :, i : i + 8].double().mean(1) for i in range(0, 101, 8)]
+    bias = torch.tensor([min(8, 101 - i) for i in range(0, 101, 8)], dtype=torch.float64).log()
+    logits = torch.stack(groups_q, 1) @ torch.stack(groups_k, 1).transpose(1, 2) * scale + bias
+    weights = torch.softmax(logits, -1)
+    expected = torch.stack(
+        [
+            torch.stack([weights[:, a : a + 4, b : b + 8].amax((1, 2)) for b in range(0, 13, 8)], -1)
+            for a in range(0, 9, 4)
+        ],
+        1,
+    )
+    torch.testing.assert_close(pooled_importance(q, k, 32, 64, scale)[0].double(), expected, atol=1e-5, rtol=1e-4)
