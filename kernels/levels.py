@@ -6,6 +6,7 @@ its cuts scaled together until the mean density is the target. Ties are broken b
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -29,14 +30,17 @@ def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor
             blocks that no level takes stay dropped, or at the tail. In budget mode its cost is inside the budget.
 
     Raises:
-        ConfigError: `sparsity` cannot be met with this number of key blocks.
+        ConfigError: in topk mode, `sparsity` cannot be met with this number of key blocks. Budget mode comes as close as
+            the one block that every row keeps in full allows.
     """
     if config.mode == "topk":
         ranked = scores.argsort(dim=-1, descending=True, stable=True)
-        by_rank = torch.tensor(topk_table(scores.shape[-1], config), dtype=torch.int16, device=scores.device)
-        by_rank = by_rank.expand_as(ranked)
-        cap_ranked = _by_rank(cap, ranked)
-        return _place(by_rank, ranked, config, cap_ranked)
+        by_rank = torch.zeros(scores.shape[-1], dtype=torch.int16, device=scores.device)
+        start = 0
+        for factor, end in zip(config.factors, topk_ends(len(by_rank), config), strict=True):
+            by_rank[start:end] = factor
+            start = end
+        return _place(by_rank.expand_as(ranked), ranked, config, _by_rank(cap, ranked))
 
     remaining, ranked = remaining_mass(scores, floor=_FLOOR if config.mode == "budget" else 0.0)
     depth = -remaining.log()  # 0 for the first block, growing; a cut tau is the depth -ln(1 - tau)
@@ -125,8 +129,8 @@ def _place(
     return torch.empty_like(by_rank).scatter_(-1, ranked, by_rank)
 
 
-def topk_table(blocks: int, config: PyramidConfig) -> list[int]:
-    """Pooling factor of each rank in topk mode, the same for every row; 0 where no level takes the block.
+def topk_ends(blocks: int, config: PyramidConfig) -> list[int]:
+    """Where the ranks of each level end in topk mode, the same for every row; later ranks are taken by no level.
 
     With `sparsity` given, the cumulative shares are multiplied by one number (and held at 1) so that the density meets
     it as closely as whole blocks allow. At least one block, the most important, is at the finest level.
@@ -135,14 +139,13 @@ def topk_table(blocks: int, config: PyramidConfig) -> list[int]:
         ConfigError: the sequence has too few blocks to come within 0.05 of the sparsity.
     """
     if config.sparsity is None:
-        return _table(blocks, config, 1.0)
-    target = 1 - config.sparsity
-    dropped_cost = 1 / config.dropped_factor if config.dropped_factor else 0.0
+        return _scaled_ends(blocks, config, 1.0)
+    costs = [*(1 / factor for factor in config.factors), 1 / config.dropped_factor if config.dropped_factor else 0.0]
 
     def miss(scale: float) -> float:
-        table = _table(blocks, config, scale)
-        cost = sum(1 / factor if factor else dropped_cost for factor in table)
-        return cost / blocks - target
+        ends = [0, *_scaled_ends(blocks, config, scale), blocks]
+        counts = (end - start for start, end in itertools.pairwise(ends))
+        return sum(cost * count for cost, count in zip(costs, counts, strict=True)) / blocks - (1 - config.sparsity)
 
     low, high = 0.0, 1 / config.bounds[0] + 1
     for _ in range(40):
@@ -151,17 +154,13 @@ def topk_table(blocks: int, config: PyramidConfig) -> list[int]:
     scale = min((low, high), key=lambda s: abs(miss(s)))
     if abs(miss(scale)) > 0.05:
         raise ConfigError("sparsity", config.sparsity, f"a value that {blocks} key blocks can meet; use more tokens")
-    return _table(blocks, config, scale)
+    return _scaled_ends(blocks, config, scale)
 
 
-def _table(blocks: int, config: PyramidConfig, scale: float) -> list[int]:
+def _scaled_ends(blocks: int, config: PyramidConfig, scale: float) -> list[int]:
     ends = [min(blocks, math.floor(bound * scale * blocks + 0.5)) for bound in config.bounds]
-    ends[0] = max(1, ends[0])
-    table, start = [], 0
-    for factor, end in zip(config.factors, ends, strict=True):
-        table += [factor] * (end - start)
-        start = max(start, end)
-    return table + [0] * (blocks - start)
+    # Bounds ascend, so only the one block that the finest level keeps at least can overtake the levels behind it.
+    return [max(1, end) for end in ends]
 
 
 def group_by_level(factors: torch.Tensor, levels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
