@@ -12,6 +12,7 @@ from typing import Any
 from .family import find_family
 from .layout import wan_layout
 from .override import OVERRIDE_KEY, RUN_KEY, PSAOverride
+from .report import make_report
 from .run import Run, log
 from .settings import PatchSettings, make_settings
 
@@ -77,7 +78,8 @@ def apply_patch(model: Any, settings: PatchSettings, pictured_block: int) -> Any
             return executor(*args, **kwargs)
         finally:
             guider.model_options["transformer_options"].pop(RUN_KEY, None)
-            handle.report = run.end()
+            run.end()
+            handle.report = make_report(run)
 
     wrappers = comfy.patcher_extension.WrappersMP
     patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample)

@@ -8,18 +8,17 @@ dense step, sparse_calls, dense_calls), layers (block index -> mean sparsity), f
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from .run import Run
+from ..kernels.density import pair_cost
+from ..kernels.order import TokenLayout
+from .run import LevelMap, Run
 
 
 def make_report(run: Run) -> dict[str, Any]:
     """Read the run's figures from the device, once, and put them into a dictionary."""
-    from .run import token_levels
-
     config = run.settings.config
     calls = [(step, block, density) for step in run.steps for block, density in step.densities]
     values = (1 - torch.stack([density for _, _, density in calls]).cpu()).tolist() if calls else []
@@ -38,7 +37,7 @@ def make_report(run: Run) -> dict[str, Any]:
             "block_kv": config.block_kv,
             "order": config.order,
             "factors": run.level_map.factors.cpu().tolist(),
-            "token_levels": token_levels(run.level_map, run.layout, config.block_kv),
+            "token_levels": _token_levels(run.level_map, run.layout, config.block_kv),
         }
     return {
         "backend": run.backend,
@@ -62,6 +61,14 @@ def make_report(run: Run) -> dict[str, Any]:
         "fallbacks": [{"reason": reason, "calls": count} for reason, count in run.fallbacks.items()],
         "level_map": level_map,
     }
+
+
+def _token_levels(level_map: LevelMap, layout: TokenLayout, block_kv: int) -> list[float]:
+    """Share of its resolution (0..1) at which each video token was seen, mean over query blocks: raster order."""
+    per_block = pair_cost(level_map.factors).mean(0)
+    per_token = per_block.repeat_interleave(block_kv)[: layout.video]
+    inverse = level_map.order.inverse
+    return (per_token if inverse is None else per_token[inverse]).cpu().tolist()
 
 
 def _mean(values: list[float]) -> float | None:

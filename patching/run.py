@@ -13,7 +13,6 @@ from collections import Counter
 
 import torch
 
-from ..kernels.density import pair_cost
 from ..kernels.order import TokenLayout, TokenOrder, make_order
 from .settings import PatchSettings
 
@@ -96,15 +95,9 @@ class Run:
         if block == self.pictured_block:
             self.level_map = LevelMap(step.index, block, factors[0, 0], self.order(factors.device))
 
-    def end(self) -> dict:
-        """Close the run and return its report (the fields are described in `report.py`)."""
-        from .report import make_report
-
+    def end(self) -> None:
+        """Close the last step; what was measured can now be read (`report.py`)."""
         self._end_step()
-        report = make_report(self)
-        self._orders.clear()
-        self.level_map = None
-        return report
 
     def _end_step(self) -> None:
         if not self.steps:
@@ -114,11 +107,3 @@ class Run:
         if self.settings.verbose:
             kind = f"{len(step.densities)} sparse and {step.dense_calls} dense self-attention calls"
             log.info("PSA: step %d, sigma %.4f, %.2f s: %s", step.index, step.sigma, step.seconds, kind)
-
-
-def token_levels(level_map: LevelMap, layout: TokenLayout, block_kv: int) -> list[float]:
-    """Share of its resolution (0..1) at which each video token was seen, mean over query blocks: raster order."""
-    per_block = pair_cost(level_map.factors).mean(0)
-    per_token = per_block.repeat_interleave(block_kv)[: layout.video]
-    inverse = level_map.order.inverse
-    return (per_token if inverse is None else per_token[inverse]).cpu().tolist()
