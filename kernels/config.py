@@ -16,7 +16,7 @@ IMPORTANCES = ("pooled", "means", "sampled")
 REDUCTIONS = ("max", "mean")
 BLOCK_SIZES = (32, 64, 128)
 
-# Below this share of the finest level no scaling of the shares reaches the high densities, see `scaled_bounds`.
+# Rounding of sums of shares and of sparsities that is forgiven.
 _TOLERANCE = 1e-6
 
 

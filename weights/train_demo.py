@@ -34,6 +34,7 @@ def load_pack() -> ModuleType:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """The command line; the hidden options are for the child processes."""
     parser = argparse.ArgumentParser(description="Train the small demonstration model of ComfyUI-PSA.")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything but the contact sheet")
     parser.add_argument("--out", type=Path, default=ROOT / "weights" / "demo", help="folder for the results")
@@ -69,6 +70,7 @@ def train_one(arguments: argparse.Namespace) -> None:
 
 
 def start(arguments: argparse.Namespace, network: str, device: str, deadline: float, work: Path) -> subprocess.Popen:
+    """Start the training of one network in a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), "--only", network, "--device", device]
     command += [
         "--deadline",
@@ -84,6 +86,7 @@ def start(arguments: argparse.Namespace, network: str, device: str, deadline: fl
 
 
 def main() -> int:
+    """Train what was asked for and sample the contact sheet; the exit code."""
     arguments = parse_arguments()
     load_pack()
     if arguments.deadline is not None:
