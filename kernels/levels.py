@@ -30,8 +30,8 @@ def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor
             blocks that no level takes stay dropped, or at the tail. In budget mode its cost is inside the budget.
 
     Raises:
-        ConfigError: in topk mode, `sparsity` cannot be met with this number of key blocks. Budget mode comes as close as
-            the one block that every row keeps in full allows.
+        ConfigError: in topk mode, `sparsity` cannot be met with this number of key blocks. Budget mode comes as close
+            as the one block that every row keeps in full allows.
     """
     if config.mode == "topk":
         ranked = scores.argsort(dim=-1, descending=True, stable=True)
