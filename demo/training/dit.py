@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -73,7 +72,7 @@ def _make_loss(model: WanTransformer, device: torch.device) -> Callable[..., tor
 def _held_out_loss(loss: Callable, data: _Data, device: torch.device, batches: int) -> dict[str, float]:
     """Loss at fixed noise levels on clips of a seed that training never uses."""
     result = {}
-    for sigma in (0.3, 0.6, 0.85, 0.95):
+    for sigma in (0.3, 0.6, 0.85, 0.95, 0.98):
         generator = torch.Generator(device).manual_seed(99991)
         total = 0.0
         for _ in range(batches):
@@ -96,16 +95,16 @@ def train_dit(
 ) -> dict:
     """Train until `deadline` (as `time.time()` counts) and write the averaged weights into `folder`.
 
-    resume: weights to go on from, at the last stage alone with `resume_shift` and `resume_rate`.
+    resume: weights to go on from, through the same stages at `resume_rate` of the learning rate.
     Returns the figures of the run: steps, clips, seconds and losses.
     """
     begun = time.time()
     model = WanTransformer(settings.width, settings.hidden, settings.layers)
     model.initialise(torch.Generator().manual_seed(settings.seed))
-    plan, rate = settings.dit_stages, 1.0
+    rate = 1.0
     if resume is not None:
         load_weights(model, resume)
-        plan, rate = (replace(plan[-1], shift=settings.resume_shift),), settings.resume_rate
+        rate = settings.resume_rate
     model.to(device)
     parameters = list(model.parameters())
     matrices, others = _split(model)
@@ -120,7 +119,7 @@ def train_dit(
         for block in model.blocks:
             block.compile(dynamic=False)
     generator = torch.Generator(device).manual_seed(settings.seed + 1000)
-    stages = [_Data(stage, basis, device, settings.compile) for stage in plan]
+    stages = [_Data(stage, basis, device, settings.compile) for stage in settings.dit_stages]
 
     def backward(data: _Data) -> torch.Tensor:
         latents, context = data.draw(generator)
@@ -165,10 +164,10 @@ def train_dit(
                 running.item()  # keeps the clock honest: work is queued ahead of the device otherwise
             progress = schedule.progress()
             if steps % 200 == 0:
-                rate = (time.time() - mark_time) / (steps - mark_step) * 1000
+                milliseconds = (time.time() - mark_time) / (steps - mark_step) * 1000
                 mark_time, mark_step = time.time(), steps
                 history.append([steps, round(running.item(), 5)])
-                log(f"dit: {progress:4.0%} step {steps} loss {running.item():.4f} {rate:.1f} ms/step")
+                log(f"dit: {progress:4.0%} step {steps} loss {running.item():.4f} {milliseconds:.1f} ms/step")
             if time.time() - checkpoint > CHECKPOINT_SECONDS:
                 checkpoint = time.time()
                 average.swap()

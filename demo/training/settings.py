@@ -34,14 +34,13 @@ class Settings:
     hidden: int = 1024
     layers: int = 6
     # Thousands of tokens share one layout, which stays visible up to sigma 0.97: a large shift trains where it is made.
-    # A quarter of the tokens carries the same picture, so equal difficulty needs half the noise ratio: 10 / 2.
+    # A quarter of the tokens carries the same picture, so equal difficulty needs half the noise ratio: 12 / 2.
     dit_stages: tuple[DitStage, ...] = (
-        DitStage(side=256, batch=32, spatial_step=2.0, shift=5.0, until=0.55),
-        DitStage(side=512, batch=8, spatial_step=1.0, shift=10.0, until=1.0),
+        DitStage(side=256, batch=32, spatial_step=2.0, shift=6.0, until=0.45),
+        DitStage(side=512, batch=8, spatial_step=1.0, shift=12.0, until=1.0),
     )
-    # Going on from finished weights: the last stage alone, more of its time where the layout is made.
-    resume_shift: float = 16.0
-    resume_rate: float = 0.5
+    # Going on from finished weights: the same stages at a part of the learning rate.
+    resume_rate: float = 0.6
     matrix_rate: float = 3e-3
     other_rate: float = 1.5e-3
     dit_decay: float = 0.998
@@ -58,7 +57,7 @@ class Settings:
     held_out: int = 8
     sheet_side: int = 512
     sheet_steps: int = 20
-    sheet_shift: float = 10.0
+    sheet_shift: float = 12.0
     seed: int = 1
 
 
