@@ -35,7 +35,7 @@ def attend_reference(
     logits, values = [], []
     for factor, keys in pyramid.keys.items():
         chosen = (factors == factor)[:, :, q_rows].repeat_interleave(pyramid.block_kv // factor, -1)
-        bias = pyramid.tokens[factor].to(work).log()
+        bias = pyramid.tokens(factor).to(work).log()
         level = q.to(work) @ keys.to(work).transpose(-1, -2) * scale + bias[: keys.shape[2]]
         logits.append(level.masked_fill(~chosen[..., : keys.shape[2]], -math.inf))
         values.append(pyramid.values[factor].to(work))
@@ -57,11 +57,11 @@ def attend_streaming(
     """The same as `attend_reference`, one query block of one head at a time."""
     work = torch.promote_types(q.dtype, torch.float32)
     levels = tuple(pyramid.keys)
-    blocks, ends = group_by_level(factors, levels)
-    ends = ends.tolist()
+    lists = group_by_level(factors, levels)
+    blocks, ends = lists.blocks, lists.ends.tolist()
     rows_per_block = [pyramid.block_kv // factor for factor in levels]
     steps = [torch.arange(rows, device=q.device) for rows in rows_per_block]
-    biases = [pyramid.tokens[factor].to(work).log() for factor in levels]
+    biases = [pyramid.tokens(factor).to(work).log() for factor in levels]
     extra = 0 if extra_k is None else extra_k.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):

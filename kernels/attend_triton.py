@@ -3,6 +3,11 @@
 One program serves one query block of one head. For every level it walks the list of the blocks that the row sees at
 that level and gathers as many of them as fill a tile, so that a block of 8 pooled rows does not starve the tensor
 cores (arXiv 2512.04025, section 3.5). Importing this module needs triton; `backends.py` says whether that is so.
+
+The running maximum of the streaming softmax moves only in the first tile of a level. The other tiles subtract what it
+was then: any reference gives the same softmax as long as nothing overflows, and bfloat16 weights span as many powers
+of two as float32. A query block in which something did overflow is known by its result, and a second launch computes
+it again with a running maximum in every tile (`CAREFUL`).
 """
 
 from __future__ import annotations
@@ -11,149 +16,274 @@ import torch
 import triton
 import triton.language as tl
 
-from .levels import group_by_level
+from .levels import BlockLists
+from .order import TokenOrder
 from .pyramid import Pyramid
+from .tiles import attend_tile
 
 _LOG2_E = 1.4426950408889634
+# Powers of two that the reference of float16 weights lies above the first maximum: they end at 2^16.
+_HEADROOM_FLOAT16 = 8
 
 
 @triton.jit
-def _accumulate(q, k, v, scale, bias, top, total, acc, PRECISION: tl.constexpr):
-    """One tile of the streaming softmax in base 2: `scale` holds log2(e), `bias` is -inf for lanes without a row."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
-    new_top = tl.maximum(top, tl.max(logits, 1))
+def _logits(q, k, INT8: tl.constexpr, PRECISION: tl.constexpr):
+    """q [M, D] times the transpose of k [N, D]: float32 [M, N], not yet scaled."""
+    if INT8:
+        return tl.dot(q, tl.trans(k)).to(tl.float32)
+    else:
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+
+
+@triton.jit
+def _careful_tile(
+    q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr
+):
+    """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row, `top` the reference."""
+    logits = _logits(q, k, INT8, PRECISION) * scale + bias[None, :]
+    new_top = tl.maximum(top, tl.max(logits, 1) + HEADROOM)
     # A row that has seen nothing yet has top = -inf; 0 in its place keeps -inf - -inf out.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(logits - base[:, None])
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(weights, 1)
-    acc = acc * decay[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return new_top, total, acc
 
 
 @triton.jit
-def _attend_level(
-    q, k_ptr, v_ptr, stride_k, stride_v, list_ptr, start, end, length_k, scale, top, total, acc, lanes, dims,
-    FACTOR: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it."""
-    ROWS: tl.constexpr = BLOCK_KV // FACTOR
-    for first in range(start * ROWS, end * ROWS, TILE):
-        entry = (first + lanes) // ROWS
-        seen = entry < end
-        key_block = tl.load(list_ptr + entry, mask=seen, other=0)
-        row = key_block.to(tl.int64) * ROWS + (first + lanes) % ROWS
-        tokens = tl.minimum(tl.maximum(length_k - row * FACTOR, 0), FACTOR)
-        exists = seen & (tokens > 0)
-        mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + row[:, None] * stride_k + dims[None, :], mask=mask, other=0.0)
-        v = tl.load(v_ptr + row[:, None] * stride_v + dims[None, :], mask=mask, other=0.0)
-        bias = tl.where(exists, tl.log2(tl.maximum(tokens, 1).to(tl.float32)), float("-inf"))
-        top, total, acc = _accumulate(q, k, v, scale, bias, top, total, acc, PRECISION)
-    return top, total, acc
+def _fast_tile(q, k, v, scale, shift, total, acc, INT8: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr):
+    """One full tile with a fixed reference: the weights are 2^(logit - shift)."""
+    weights = tl.exp2(_logits(q, k, INT8, PRECISION) * scale - shift[:, None])
+    total += tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    if WAIT:
+        # No instruction: it makes this product end inside the iteration. One that is still under way when the next
+        # product's registers are cleared makes ptxas run all of them one after the other (its note C7515).
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return total, acc
 
 
 @triton.jit
-def _attend(
-    q_ptr, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, blocks_ptr, ends_ptr, out_ptr,
-    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl,
-    stride_vb, stride_vh, stride_vl, stride_cb, stride_ch, stride_cl, stride_eb, stride_eh, stride_el,
-    stride_ob, stride_oh, stride_ol,
-    heads, length_q, length_k, extra, n_q, n_k, scale,
-    FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
-    TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, HAS_EXTRA: tl.constexpr, PRECISION: tl.constexpr,
+def _attend_level(
+    q, k_desc, v_desc, k_ptr, v_ptr, stride_k, stride_v, b, h, list_ptr, scale_ptr, start, end, length_k, scale,
+    top, total, acc,
+    FACTOR: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BULK: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
+    """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it.
+
+    Blocks are listed in ascending order, so that only the last one can be short: the tiles that hold it, at least one,
+    go the careful way and come first; all others are full.
+    """
+    ROWS: tl.constexpr = BLOCK_KV // FACTOR
+    lanes = tl.arange(0, TILE)
+    dims = tl.arange(0, DIM)
+    rows = (end - start) * ROWS
+    full = 0
+    if not CAREFUL:
+        full = tl.maximum(rows - ROWS, 0) // TILE * TILE
+
+    for first in tl.range(full, rows, TILE, num_stages=1):
+        position = first + lanes
+        seen = position < rows
+        block = tl.load(list_ptr + start + position // ROWS, mask=seen, other=0)
+        row = block * ROWS + position % ROWS
+        tokens = tl.minimum(tl.maximum(length_k - row * FACTOR, 0), FACTOR)
+        exists = seen & (tokens > 0)
+        mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + row[:, None].to(tl.int64) * stride_k + dims[None, :], mask=mask, other=0)
+        v = tl.load(v_ptr + row[:, None].to(tl.int64) * stride_v + dims[None, :], mask=mask, other=0)
+        bias = tl.where(exists, tl.log2(tl.maximum(tokens, 1).to(tl.float32)), float("-inf"))
+        tile_scale = scale
+        if INT8:
+            tile_scale = scale * tl.load(scale_ptr + block, mask=seen, other=0)[None, :]
+        top, total, acc = _careful_tile(q, k, v, tile_scale, bias, top, total, acc, HEADROOM, INT8, PRECISION)
+
+    if not CAREFUL:
+        # Every row of a full block stands for FACTOR tokens: the bias becomes part of the reference.
+        shift = tl.where(top == float("-inf"), 0.0, top) - tl.log2(FACTOR * 1.0)
+        for first in tl.range(0, full, TILE, num_stages=STAGES):
+            tile_scale = scale
+            if BULK:
+                block = tl.load(list_ptr + start + first // ROWS)
+                k = k_desc.load([b, h, block * ROWS + first % ROWS, 0]).reshape(TILE, DIM)
+                v = v_desc.load([b, h, block * ROWS + first % ROWS, 0]).reshape(TILE, DIM)
+                if INT8:
+                    tile_scale = scale * tl.load(scale_ptr + block)
+            else:
+                position = first + lanes
+                block = tl.load(list_ptr + start + position // ROWS)
+                row = (block * ROWS + position % ROWS).to(tl.int64)
+                if DIM == HEAD_DIM:
+                    k = tl.load(k_ptr + row[:, None] * stride_k + dims[None, :])
+                    v = tl.load(v_ptr + row[:, None] * stride_v + dims[None, :])
+                else:
+                    mask = (dims < HEAD_DIM)[None, :]
+                    k = tl.load(k_ptr + row[:, None] * stride_k + dims[None, :], mask=mask, other=0)
+                    v = tl.load(v_ptr + row[:, None] * stride_v + dims[None, :], mask=mask, other=0)
+                if INT8:
+                    tile_scale = scale * tl.load(scale_ptr + block)[None, :]
+            total, acc = _fast_tile(q, k, v, tile_scale, shift, total, acc, INT8, PRECISION, WAIT)
+    return top, total, acc
+
+
+@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "extra", "n_q", "n_k"])
+def _attend(
+    q_ptr, index_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, scales_ptr,
+    blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
+    stride_cb, stride_ch, stride_cl, stride_eb, stride_eh, stride_el, stride_ob, stride_oh, stride_ol,
+    heads, length_q, length_k, extra, n_q, n_k, scale,
+    FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr,
+    INT8: tl.constexpr, HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    head_index = tl.program_id(1)
     block = tl.program_id(0)
-    head_index = tl.program_id(1).to(tl.int64)
+    if SORTED:
+        block = tl.load(rows_ptr + head_index * n_q + block)
+    row = head_index.to(tl.int64) * n_q + block
+    if CAREFUL and tl.load(overflow_ptr + row) == 0:
+        return
     b, h = head_index // heads, head_index % heads
-    row = head_index * n_q + block
-    queries = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b_long, h_long = b.to(tl.int64), h.to(tl.int64)
+    position = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     dims = tl.arange(0, DIM)
     lanes = tl.arange(0, TILE)
-    dim_exists = dims < HEAD_DIM
-
-    q_base = q_ptr + b * stride_qb + h * stride_qh
-    q_mask = (queries < length_q)[:, None] & dim_exists[None, :]
-    q = tl.load(q_base + queries[:, None].to(tl.int64) * stride_ql + dims[None, :], mask=q_mask, other=0.0)
+    exists = position < length_q
+    queries = position
+    if ORDERED:
+        queries = tl.load(index_ptr + position, mask=exists, other=0)
+    queries = queries.to(tl.int64)
+    q_mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    q_base = q_ptr + b_long * stride_qb + h_long * stride_qh
+    q = tl.load(q_base + queries[:, None] * stride_ql + dims[None, :], mask=q_mask, other=0)
+    extra_q = q
+    extra_scale = scale
+    if INT8:
+        # One scale for the query block; rounded half away from zero.
+        wide = q.to(tl.float32)
+        largest = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-20)
+        wide *= 127.0 / largest
+        q = (wide + tl.where(wide >= 0, 0.5, -0.5)).to(tl.int8)
+        scale *= largest / 127.0
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
 
+    if HAS_EXTRA:
+        extra_base = b_long * stride_eb + h_long * stride_eh
+        for first in tl.range(0, extra, TILE, num_stages=1):
+            there = first + lanes < extra
+            address = extra_base + (first + lanes)[:, None].to(tl.int64) * stride_el + dims[None, :]
+            mask = there[:, None] & (dims < HEAD_DIM)[None, :]
+            k = tl.load(extra_k_ptr + address, mask=mask, other=0)
+            v = tl.load(extra_v_ptr + address, mask=mask, other=0)
+            bias = tl.where(there, 0.0, float("-inf"))
+            top, total, acc = _careful_tile(
+                extra_q, k, v, extra_scale, bias, top, total, acc, HEADROOM, False, PRECISION
+            )  # fmt: skip
+
     list_ptr = blocks_ptr + row * n_k
     start = 0
-    coarse = b * stride_cb + h * stride_ch  # first row of the level in the storage of the coarse levels
+    coarse_k_ptr += b_long * stride_cb + h_long * stride_ch
+    coarse_v_ptr += b_long * stride_cb + h_long * stride_ch
+    scales_ptr += head_index.to(tl.int64) * LEVELS * n_k
     for level in tl.static_range(LEVELS):
         end = tl.load(ends_ptr + row * LEVELS + level)
         if FACTORS[level] == 1:
             top, total, acc = _attend_level(
-                q, k_ptr + b * stride_kb + h * stride_kh, v_ptr + b * stride_vb + h * stride_vh, stride_kl, stride_vl,
-                list_ptr, start, end, length_k, scale, top, total, acc, lanes, dims,
-                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, PRECISION,
+                q, k_desc, v_desc, k_ptr + b_long * stride_kb + h_long * stride_kh,
+                v_ptr + b_long * stride_vb + h_long * stride_vh, stride_kl, stride_vl,
+                b, h, list_ptr, scales_ptr, start, end, length_k, scale, top, total, acc,
+                1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, HEADROOM, STAGES, PRECISION, WAIT,
             )  # fmt: skip
         else:
             top, total, acc = _attend_level(
-                q, coarse_k_ptr + coarse, coarse_v_ptr + coarse, stride_cl, stride_cl,
-                list_ptr, start, end, length_k, scale, top, total, acc, lanes, dims,
-                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, PRECISION,
+                q, None, None, coarse_k_ptr, coarse_v_ptr, stride_cl, stride_cl,
+                b, h, list_ptr, scales_ptr, start, end, length_k, scale, top, total, acc,
+                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, INT8, CAREFUL, HEADROOM, STAGES, PRECISION, WAIT,
             )  # fmt: skip
-            coarse += n_k * (BLOCK_KV // FACTORS[level]) * stride_cl
+            coarse_k_ptr += n_k.to(tl.int64) * (BLOCK_KV // FACTORS[level]) * stride_cl
+            coarse_v_ptr += n_k.to(tl.int64) * (BLOCK_KV // FACTORS[level]) * stride_cl
+        scales_ptr += n_k
         start = end
 
-    if HAS_EXTRA:
-        extra_base = b * stride_eb + h * stride_eh
-        for first in range(0, extra, TILE):
-            exists = first + lanes < extra
-            address = extra_base + (first + lanes)[:, None].to(tl.int64) * stride_el + dims[None, :]
-            mask = exists[:, None] & dim_exists[None, :]
-            k = tl.load(extra_k_ptr + address, mask=mask, other=0.0)
-            v = tl.load(extra_v_ptr + address, mask=mask, other=0.0)
-            bias = tl.where(exists, 0.0, float("-inf"))
-            top, total, acc = _accumulate(q, k, v, scale, bias, top, total, acc, PRECISION)
-
+    if not CAREFUL:
+        finite = (tl.abs(acc) < float("inf")) & (total < float("inf"))[:, None]
+        tl.store(overflow_ptr + row, 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0))
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    out_base = out_ptr + b * stride_ob + h * stride_oh
-    tl.store(
-        out_base + queries[:, None].to(tl.int64) * stride_ol + dims[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=q_mask,
-    )
+    out_base = out_ptr + b_long * stride_ob + h_long * stride_oh
+    tl.store(out_base + queries[:, None] * stride_ol + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 def attend_triton(
     q: torch.Tensor,
     pyramid: Pyramid,
-    factors: torch.Tensor,
+    lists: BlockLists,
     block_q: int,
     scale: float,
-    extra_k: torch.Tensor | None = None,
-    extra_v: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As `attend.attend_reference`, on the device of q. Inputs float16, bfloat16 or float32; sums in float32."""
+    order: TokenOrder,
+    extra_k: torch.Tensor | None,
+    extra_v: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    uneven: bool = False,
+) -> None:
+    """As `attend.attend_reference` of the ordered q, back in raster order: written to `out` [B, H, Lq, D].
+
+    q: [B, H, Lq, D] in raster order; float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key
+    where the pyramid's keys are int8. uneven: rows differ in cost; the longest of each head then start first.
+    """
     batch, heads, length_q, dim = q.shape
-    n_q, n_k = factors.shape[-2:]
-    blocks, ends = group_by_level(factors, tuple(pyramid.keys))
-    out = torch.empty((batch, heads, length_q, dim), dtype=q.dtype, device=q.device)
+    n_q, n_k = lists.blocks.shape[-2:]
+    int8 = pyramid.scales is not None
     q = _unit_stride(q)
     coarse = [factor for factor in pyramid.keys if factor > 1]
-    # A level that is not there is never read; any tensor may stand in its place.
+    # A tensor that is not there is never touched; any may stand in its place.
     keys, values = (_unit_stride(level.get(1, q)) for level in (pyramid.keys, pyramid.values))
     # The coarse levels share one storage, in which the coarsest begin where the finest of them end.
     coarse_keys, coarse_values = (level[coarse[0]] if coarse else q for level in (pyramid.keys, pyramid.values))
     has_extra = extra_k is not None and extra_k.shape[2] > 0
-    extra_k = extra_k.contiguous() if has_extra else q
-    extra_v = extra_v.contiguous() if has_extra else q
-    _attend[(n_q, batch * heads)](
-        q, keys, values, coarse_keys, coarse_values, extra_k, extra_v, blocks, ends, out,
-        *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
-        *extra_k.stride()[:3], *out.stride()[:3],
-        heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,
-        FACTORS=tuple(pyramid.keys), LEVELS=len(pyramid.keys), BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv,
-        TILE=64 if q.element_size() == 2 else 32, HEAD_DIM=dim, DIM=max(16, triton.next_power_of_2(dim)),
-        HAS_EXTRA=has_extra, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=4 if block_q <= 64 or q.element_size() == 2 else 8, num_stages=2 if q.element_size() == 2 else 1,
-    )  # fmt: skip
-    return out
+    extra_k, extra_v = (x.contiguous() if has_extra else q for x in (extra_k, extra_v))
+    scales = torch.stack(list(pyramid.scales.values()), 2) if int8 else q
+    rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else lists.ends
+    overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
+    padded = max(16, triton.next_power_of_2(dim))
+    tile = attend_tile(q, block_q, padded, int8)
+    bulk = tile.bulk and pyramid.block_kv >= tile.rows and 1 in pyramid.keys
+    k_desc = v_desc = None
+    if bulk:
+        k_desc, v_desc = (_descriptor(x, tile.rows, padded) for x in (keys, values))
+        bulk = k_desc is not None and v_desc is not None
+    for careful in (False, True):
+        _attend[(n_q, batch * heads)](
+            q, q if order.index is None else order.index, k_desc if bulk else None, v_desc if bulk else None,
+            keys, values, coarse_keys, coarse_values, extra_k, extra_v, scales, lists.blocks, lists.ends, rows,
+            overflow, out,
+            *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
+            *extra_k.stride()[:3], *out.stride()[:3],
+            heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,
+            FACTORS=lists.levels, LEVELS=len(lists.levels), BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv,
+            TILE=tile.rows, HEAD_DIM=dim, DIM=padded, ORDERED=order.index is not None, SORTED=uneven, BULK=bulk,
+            INT8=int8, HAS_EXTRA=has_extra, CAREFUL=careful,
+            HEADROOM=_HEADROOM_FLOAT16 if q.dtype == torch.float16 and not careful else 0, STAGES=tile.stages,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", WAIT=tile.wait,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int) -> object | None:
+    """A descriptor for bulk copies of `rows` rows of x [B, H, L, D]; None where x is not aligned as they ask."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:3]):
+        return None
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns])
 
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Pyramid Sparse Attention as one call: order, pyramid, importance, levels, attention, order undone.
+"""Pyramid Sparse Attention as one call: video tokens through a backend, text and reference tokens beside them.
 
-It knows nothing of models or of sampling. Every stage stands in a file of its own; this one only lines them up.
+It knows nothing of models or of sampling. The stages are lined up in `torch_backend.py` and `triton_backend.py`.
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from .backends import attend_function, choose_backend
+from .backends import choose_backend, video_attention
 from .config import PyramidConfig
-from .density import block_tokens, density
-from .importance import importance, similarity_cap
-from .levels import choose_levels
+from .levels import BlockLists
 from .order import TokenLayout, TokenOrder, make_order
-from .pyramid import build_pyramid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +21,21 @@ class AttentionResult:
     """What a call did.
 
     Attributes:
-        output: [B, H, Lq, D], dtype of q.
-        factors: pooling factor of every pair, int16 [B, H, n_q, n_k], 0 = dropped, in block order.
+        output: [B, H, Lq, D], dtype of q; a view of [B, Lq, H, D] storage, the layout that models go on with.
+        lists: the levels of all block pairs, in block order.
         density: scalar tensor on the device, see `density.py`; reading it waits for the device.
         backend: the backend that computed it.
     """
 
     output: torch.Tensor
-    factors: torch.Tensor
+    lists: BlockLists
     density: torch.Tensor
     backend: str
+
+    @property
+    def factors(self) -> torch.Tensor:
+        """Pooling factor of every pair, int16 [B, H, n_q, n_k], 0 = dropped, in block order."""
+        return self.lists.factors()
 
 
 def pyramid_sparse_attention(
@@ -87,23 +89,26 @@ def pyramid_sparse_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(backend, q)
 
-    video_q = query_order.apply(_video(q, query_layout))
-    video_k, video_v = order.apply(_video(k, layout)), order.apply(_video(v, layout))
-    extra_k, extra_v = _others(k, layout), _others(v, layout)
-
-    scores = importance(video_q, video_k, config, scale, generator)
-    cap = similarity_cap(video_k, config.similarity_cap, config.block_kv) if config.similarity_cap else None
-    factors = choose_levels(scores, config, cap)
-    pyramid = build_pyramid(video_k, video_v, config.stored_factors, config.block_kv)
-    attended = attend_function(name)(video_q, pyramid, factors, config.block_q, scale, extra_k, extra_v)
-
-    output = query_order.undo(attended)
+    output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+    lists = video_attention(name)(
+        _video(q, query_layout),
+        _video(k, layout),
+        _video(v, layout),
+        config,
+        query_order,
+        order,
+        scale,
+        _others(k, layout),
+        _others(v, layout),
+        generator,
+        _video(output, query_layout),
+    )
     if query_layout.before or query_layout.after:
         # Text and reference queries are few: they see everything at full resolution.
         others = F.scaled_dot_product_attention(_others(q, query_layout), k, v, scale=scale)
-        output = torch.cat([others[:, :, : query_layout.before], output, others[:, :, query_layout.before :]], 2)
-    key_tokens = block_tokens(layout.video, config.block_kv, k.device)
-    return AttentionResult(output, factors, density(factors, key_tokens), name)
+        output[:, :, : query_layout.before] = others[:, :, : query_layout.before]
+        output[:, :, query_layout.before + query_layout.video :] = others[:, :, query_layout.before :]
+    return AttentionResult(output, lists, lists.density.mean(), name)
 
 
 def _default_order(layout: TokenLayout, config: PyramidConfig, device: torch.device) -> TokenOrder:

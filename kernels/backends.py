@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from .levels import BlockLists
+
 BACKENDS = ("auto", "triton", "torch")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -55,12 +57,10 @@ def choose_backend(name: str, q: torch.Tensor) -> str:
     raise BackendError(reason)
 
 
-def attend_function(backend: str) -> Callable[..., torch.Tensor]:
-    """The attention function of a backend; all have the signature of `attend.attend_reference`."""
+def video_attention(backend: str) -> Callable[..., BlockLists]:
+    """PSA on the video tokens by a backend; all have the signature of `torch_backend.attend_video`."""
     if backend == "triton":
-        from .attend_triton import attend_triton
-
-        return attend_triton
-    from .attend import attend_streaming
-
-    return attend_streaming
+        from .triton_backend import attend_video
+    else:
+        from .torch_backend import attend_video
+    return attend_video

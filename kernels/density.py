@@ -21,8 +21,8 @@ def pair_cost(factors: torch.Tensor) -> torch.Tensor:
     return torch.where(factors > 0, 1.0 / factors.clamp_min(1).float(), 0.0)
 
 
-def density(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cost of a pair, a scalar on the device of `factors` (reading it on the host waits for the device).
+def row_density(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean cost of the pairs of each query block: float32 [..., n_q].
 
     Args:
         factors: pooling factors [..., n_q, n_k].
@@ -30,9 +30,14 @@ def density(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> to
     """
     cost = pair_cost(factors)
     if key_tokens is None:
-        return cost.mean()
+        return cost.mean(-1)
     weight = key_tokens.to(cost) / key_tokens.sum()
-    return (cost * weight).sum(-1).mean()
+    return (cost * weight).sum(-1)
+
+
+def density(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean cost of a pair, a scalar on the device of `factors` (reading it on the host waits for the device)."""
+    return row_density(factors, key_tokens).mean()
 
 
 def sparsity(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,6 +6,8 @@ its cuts scaled together until the mean density is the target. Ties are broken b
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 
@@ -13,13 +15,47 @@ import torch
 import torch.nn.functional as F
 
 from .config import ConfigError, PyramidConfig
+from .density import row_density
 
 # Spread over all blocks of a row in budget mode, so that blocks whose importance underflows still have an order and
 # a place; far below any importance that matters.
-_FLOOR = 1e-6
+FLOOR = 1e-6
 # The histogram of depths in budget mode: log2(depth) from -_LOG_RANGE to _LOG_RANGE.
 _LOG_RANGE = 24.0
 _BINS = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLists:
+    """The levels of all pairs as lists that a kernel walks.
+
+    Attributes:
+        blocks: int32 [B, H, n_q, n_k], the key blocks of every row grouped by level, ascending inside a level; what
+            follows the last level's group is undefined.
+        ends: int32 [B, H, n_q, n_levels], exclusive end of each level's group.
+        levels: pooling factor of each group, finest first.
+        density: float32 [B, H, n_q], see `density.py`.
+    """
+
+    blocks: torch.Tensor
+    ends: torch.Tensor
+    levels: tuple[int, ...]
+    density: torch.Tensor
+
+    def of_head(self, batch: int, head: int) -> BlockLists:
+        """The lists of one head: the tensors above without their first two dimensions."""
+        return BlockLists(self.blocks[batch, head], self.ends[batch, head], self.levels, self.density[batch, head])
+
+    def factors(self) -> torch.Tensor:
+        """The map that the lists were made from: int16 [B, H, n_q, n_k], 0 = dropped."""
+        place = torch.arange(self.blocks.shape[-1], device=self.blocks.device)
+        group = (place >= self.ends[..., None]).sum(-2)  # [B, H, n_q, n_k], number of levels that end before
+        by_level = torch.tensor([*self.levels, 0], dtype=torch.int16, device=self.blocks.device)
+        listed = group < len(self.levels)
+        # One column more takes what is not listed.
+        index = torch.where(listed, self.blocks, len(place)).long()
+        result = by_level.new_zeros(*self.blocks.shape[:-1], len(place) + 1)
+        return result.scatter_(-1, index, by_level[group])[..., :-1]
 
 
 def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None = None) -> torch.Tensor:
@@ -42,17 +78,20 @@ def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor
             start = end
         return _place(by_rank.expand_as(ranked), ranked, config, _by_rank(cap, ranked))
 
-    remaining, ranked = remaining_mass(scores, floor=_FLOOR if config.mode == "budget" else 0.0)
+    remaining, ranked = remaining_mass(scores, floor=FLOOR if config.mode == "budget" else 0.0)
     depth = -remaining.log()  # 0 for the first block, growing; a cut tau is the depth -ln(1 - tau)
     cap_ranked = _by_rank(cap, ranked)
-    if config.mode == "threshold":
-        # A bound of 1 takes every block, whatever rounding leaves of its cumulative importance.
-        cuts = [math.inf if bound >= 1 - 1e-6 else -math.log(1 - bound) for bound in config.bounds]
-        by_rank = _cut(depth, cuts, 1.0, config)
-    else:
-        cuts = [-math.log(max(1 - bound, 1e-12)) for bound in config.bounds]
-        by_rank = _cut(depth, cuts, budget_scale(depth, cuts, config, cap_ranked), config)
-    return _place(by_rank, ranked, config, cap_ranked)
+    cuts = depth_cuts(config)
+    scale = budget_scale(depth, cuts, config, cap_ranked) if config.mode == "budget" else 1.0
+    return _place(_cut(depth, cuts, scale, config), ranked, config, cap_ranked)
+
+
+def depth_cuts(config: PyramidConfig) -> tuple[float, ...]:
+    """The bounds tau of threshold and budget mode as depths -ln(1 - tau)."""
+    if config.mode == "budget":
+        return tuple(-math.log(max(1 - bound, 1e-12)) for bound in config.bounds)
+    # A bound of 1 takes every block, whatever rounding leaves of its cumulative importance.
+    return tuple(math.inf if bound >= 1 - 1e-6 else -math.log(1 - bound) for bound in config.bounds)
 
 
 def remaining_mass(scores: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +111,7 @@ def remaining_mass(scores: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tens
 
 
 def budget_scale(
-    depth: torch.Tensor, cuts: list[float], config: PyramidConfig, cap_ranked: torch.Tensor | None
+    depth: torch.Tensor, cuts: tuple[float, ...], config: PyramidConfig, cap_ranked: torch.Tensor | None
 ) -> torch.Tensor:
     """Factor [B, 1, 1, 1] of the cuts at which the mean density of each batch entry is 1 - sparsity.
 
@@ -105,7 +144,9 @@ def budget_scale(
     return torch.stack(scales).view(-1, 1, 1, 1)
 
 
-def _cut(depth: torch.Tensor, cuts: list[float], scale: torch.Tensor | float, config: PyramidConfig) -> torch.Tensor:
+def _cut(
+    depth: torch.Tensor, cuts: tuple[float, ...], scale: torch.Tensor | float, config: PyramidConfig
+) -> torch.Tensor:
     """Level of each ranked block: the first (finest) one whose scaled cut is not below the block's depth; else 0."""
     factors = torch.zeros_like(depth, dtype=torch.int16)
     for factor, cut in reversed(list(zip(config.factors, cuts, strict=True))):
@@ -129,7 +170,7 @@ def _place(
     return torch.empty_like(by_rank).scatter_(-1, ranked, by_rank)
 
 
-def topk_ends(blocks: int, config: PyramidConfig) -> list[int]:
+def topk_ends(blocks: int, config: PyramidConfig) -> tuple[int, ...]:
     """Where the ranks of each level end in topk mode, the same for every row; later ranks are taken by no level.
 
     With `sparsity` given, the cumulative shares are multiplied by one number (and held at 1) so that the density meets
@@ -138,41 +179,46 @@ def topk_ends(blocks: int, config: PyramidConfig) -> list[int]:
     Raises:
         ConfigError: the sequence has too few blocks to come within 0.05 of the sparsity.
     """
-    if config.sparsity is None:
-        return _scaled_ends(blocks, config, 1.0)
-    costs = [*(1 / factor for factor in config.factors), 1 / config.dropped_factor if config.dropped_factor else 0.0]
+    ends, miss = _searched_ends(blocks, config.factors, config.bounds, config.dropped_factor, config.sparsity)
+    if miss > 0.05:
+        raise ConfigError("sparsity", config.sparsity, f"a value that {blocks} key blocks can meet; use more tokens")
+    return ends
+
+
+@functools.lru_cache(maxsize=64)  # asked for in every attention call
+def _searched_ends(
+    blocks: int, factors: tuple[int, ...], bounds: tuple[float, ...], dropped: int, sparsity: float | None
+) -> tuple[tuple[int, ...], float]:
+    """The ends and by how much the density misses 1 - sparsity."""
+    if sparsity is None:
+        return _scaled_ends(blocks, bounds, 1.0), 0.0
+    costs = [*(1 / factor for factor in factors), 1 / dropped if dropped else 0.0]
 
     def miss(scale: float) -> float:
-        ends = [0, *_scaled_ends(blocks, config, scale), blocks]
+        ends = [0, *_scaled_ends(blocks, bounds, scale), blocks]
         counts = (end - start for start, end in itertools.pairwise(ends))
-        return sum(cost * count for cost, count in zip(costs, counts, strict=True)) / blocks - (1 - config.sparsity)
+        return sum(cost * count for cost, count in zip(costs, counts, strict=True)) / blocks - (1 - sparsity)
 
-    low, high = 0.0, 1 / config.bounds[0] + 1
+    low, high = 0.0, 1 / bounds[0] + 1
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if miss(middle) < 0 else (low, middle)
     scale = min((low, high), key=lambda s: abs(miss(s)))
-    if abs(miss(scale)) > 0.05:
-        raise ConfigError("sparsity", config.sparsity, f"a value that {blocks} key blocks can meet; use more tokens")
-    return _scaled_ends(blocks, config, scale)
+    return _scaled_ends(blocks, bounds, scale), abs(miss(scale))
 
 
-def _scaled_ends(blocks: int, config: PyramidConfig, scale: float) -> list[int]:
-    ends = [min(blocks, math.floor(bound * scale * blocks + 0.5)) for bound in config.bounds]
+def _scaled_ends(blocks: int, bounds: tuple[float, ...], scale: float) -> tuple[int, ...]:
     # Bounds ascend, so only the one block that the finest level keeps at least can overtake the levels behind it.
-    return [max(1, end) for end in ends]
+    return tuple(max(1, min(blocks, math.floor(bound * scale * blocks + 0.5))) for bound in bounds)
 
 
-def group_by_level(factors: torch.Tensor, levels: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block indices of every row grouped by level, and where each level's group ends.
-
-    Returns:
-        blocks int32 [B, H, n_q, n_k]: indices ascending inside a level, levels in the given order, dropped ones last.
-        ends int32 [B, H, n_q, n_levels]: exclusive end of each level's group.
-    """
+def group_by_level(
+    factors: torch.Tensor, levels: tuple[int, ...], key_tokens: torch.Tensor | None = None
+) -> BlockLists:
+    """The map of pooling factors [B, H, n_q, n_k] as lists; `key_tokens` [n_k] as in `density.row_density`."""
     place = torch.full_like(factors, len(levels), dtype=torch.int8)
     for i, factor in enumerate(levels):
         place = torch.where(factors == factor, i, place).to(torch.int8)
     blocks = place.argsort(dim=-1, stable=True).to(torch.int32)
     counts = torch.stack([(place == i).sum(-1, dtype=torch.int32) for i in range(len(levels))], -1)
-    return blocks, counts.cumsum(-1, dtype=torch.int32)
+    return BlockLists(blocks, counts.cumsum(-1, dtype=torch.int32), levels, row_density(factors, key_tokens))

@@ -18,22 +18,30 @@ class Pyramid:
 
     Attributes:
         keys, values: pooling factor f -> [B, H, R_f, D], block_kv/f rows per block. At factor 1 these are the tokens
-            themselves, without a copy, so the last block may end early; coarser levels end with padding rows of zeros.
-        tokens: pooling factor -> int32 [R_f], how many tokens each row stands for; 0 for padding.
+            themselves, so the last block may end early; coarser levels end with padding rows of zeros, and lie behind
+            each other in one storage.
         block_kv: tokens per key block.
         length: number of key tokens.
+        scales, mean: where the keys are int8 (`int8.py`): pooling factor -> float32 [B, H, n_blocks], and the key
+            [B, H, 1, D] that was taken off; else None.
     """
 
     keys: dict[int, torch.Tensor]
     values: dict[int, torch.Tensor]
-    tokens: dict[int, torch.Tensor]
     block_kv: int
     length: int
+    scales: dict[int, torch.Tensor] | None = None
+    mean: torch.Tensor | None = None
 
     @property
     def blocks(self) -> int:
         """Number of key blocks."""
         return -(-self.length // self.block_kv)
+
+    def tokens(self, factor: int) -> torch.Tensor:
+        """How many tokens each row of a level stands for, 0 for padding: int32 [n_blocks * block_kv / factor]."""
+        device = next(iter(self.keys.values())).device
+        return row_tokens(self.length, factor, self.block_kv, device)
 
 
 def pool(x: torch.Tensor, factor: int, block: int, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -78,5 +86,4 @@ def build_pyramid(k: torch.Tensor, v: torch.Tensor, factors: tuple[int, ...], bl
         for factor, part in zip(coarse, storage.split(rows, 2), strict=True):
             level[factor] = pool(x, factor, block_kv, out=part)
         levels.append(level)
-    tokens = {factor: row_tokens(k.shape[2], factor, block_kv, k.device) for factor in factors}
-    return Pyramid(levels[0], levels[1], tokens, block_kv, k.shape[2])
+    return Pyramid(levels[0], levels[1], block_kv, k.shape[2])

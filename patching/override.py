@@ -102,7 +102,7 @@ def _sparse(
         log.debug("PSA: the failure in full", exc_info=True)
         return None
     block = kwargs["transformer_options"].get("block_index", -1)
-    run.sparse_call(block, result.density, result.factors, result.backend)
+    run.sparse_call(block, result)
     if kwargs.get("skip_output_reshape"):
         return result.output
     return result.output.transpose(1, 2).flatten(2)

@@ -13,6 +13,7 @@ from collections import Counter
 
 import torch
 
+from ..kernels.attention import AttentionResult
 from ..kernels.order import TokenLayout, TokenOrder, make_order
 from .settings import PatchSettings
 
@@ -87,13 +88,14 @@ class Run:
         if self.steps:
             self.steps[-1].dense_calls += 1
 
-    def sparse_call(self, block: int, density: torch.Tensor, factors: torch.Tensor, backend: str) -> None:
-        """Record a sparse call: its density (scalar on the device) and, for one block, the map of levels."""
-        self.backend = backend
+    def sparse_call(self, block: int, result: AttentionResult) -> None:
+        """Record a sparse call: its density (it stays on the device) and, for one block, the map of levels."""
+        self.backend = result.backend
         step = self.steps[-1]
-        step.densities.append((block, density))
+        step.densities.append((block, result.density))
         if block == self.pictured_block:
-            self.level_map = LevelMap(step.index, block, factors[0, 0], self.order(factors.device))
+            factors = result.lists.of_head(0, 0).factors()
+            self.level_map = LevelMap(step.index, block, factors, self.order(factors.device))
 
     def end(self) -> None:
         """Close the last step; what was measured can now be read (`report.py`)."""

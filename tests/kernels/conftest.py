@@ -5,10 +5,28 @@ Nothing here calls `kernels/`.
 
 import importlib.util
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session")
+def triton_device():
+    """Where the Triton kernels of this process run: "cpu" in the interpreter, "cuda" on a GPU."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU; test_interpreter.py runs this file in Triton's interpreter")
+    return "cuda"
+
+
+@pytest.fixture(scope="session")
+def half_types(triton_device):
+    """Types of 16 bits that the kernels can be tried with; the interpreter mishandles bfloat16."""
+    return [torch.float16] if triton_device == "cpu" else [torch.float16, torch.bfloat16]
 
 
 @pytest.fixture(scope="session")

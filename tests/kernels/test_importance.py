@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from comfyui_psa.kernels import PyramidConfig
-from comfyui_psa.kernels.importance import importance, means_importance, sampled_importance, similarity_cap
+from comfyui_psa.kernels.importance import importance, pooled, reduced_softmax, sampled
+from comfyui_psa.kernels.similarity import similarity_cap
 
 SHAPES = [
     (64, 64, 32, 32),
@@ -18,6 +19,15 @@ SHAPES = [
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def means_importance(q, k, block_q, block_kv, scale):
+    return reduced_softmax(pooled(q, block_q, block_q), pooled(k, block_kv, block_kv), scale, "max")
+
+
+def sampled_importance(q, k, block_q, block_kv, scale, source, share=0.25, reduction="max"):
+    chosen = (sampled(x, block, share, source) for x, block in ((q, block_q), (k, block_kv)))
+    return reduced_softmax(*chosen, scale, reduction)
 
 
 @pytest.mark.parametrize(("length_q", "length_k", "block_q", "block_kv"), SHAPES)
@@ -74,7 +84,7 @@ def test_the_same_seed_gives_the_same_scores_and_the_global_generator_is_untouch
 def test_sampled_importance_is_the_same_in_chunks(random_tensor, monkeypatch):
     q, k = random_tensor(1, 1, 300, 8, seed=1), random_tensor(1, 1, 300, 8, seed=2)
     whole = sampled_importance(q, k, 32, 32, 0.3, generator())
-    monkeypatch.setitem(sampled_importance.__globals__, "_SCORES_AT_ONCE", 1)
+    monkeypatch.setitem(reduced_softmax.__globals__, "_SCORES_AT_ONCE", 1)
     torch.testing.assert_close(sampled_importance(q, k, 32, 32, 0.3, generator()), whole)
 
 
@@ -107,8 +117,6 @@ def test_similarity_cap_extremes():
 
 def test_pooled_is_the_block_max_of_the_softmax_over_means_of_eight(random_tensor):
     """Written out in float64: means of the tokens that exist, bias ln of their number, max over the block pair."""
-    from comfyui_psa.kernels.importance import pooled_importance
-
     q, k = random_tensor(1, 2, 70, 16), random_tensor(1, 2, 101, 16)
     scale = 0.25
     groups_q = [q[0, :, i : i + 8].double().mean(1) for i in range(0, 70, 8)]
@@ -123,4 +131,5 @@ def test_pooled_is_the_block_max_of_the_softmax_over_means_of_eight(random_tenso
         ],
         1,
     )
-    torch.testing.assert_close(pooled_importance(q, k, 32, 64, scale)[0].double(), expected, atol=1e-5, rtol=1e-4)
+    scores = importance(q, k, PyramidConfig(block_q=32, block_kv=64, importance="pooled"), scale)
+    torch.testing.assert_close(scores[0].double(), expected, atol=1e-5, rtol=1e-4)

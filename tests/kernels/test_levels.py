@@ -1,5 +1,7 @@
 """Levels from importance: topk, threshold and budget against loops, the cap, and the grouping for the kernels."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -274,15 +276,26 @@ def test_remaining_mass(oracle):
         assert left.flatten()[rank].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_group_by_level(random_factors):
+def test_group_by_level(oracle, random_factors):
     factors = random_factors((2, 3, 4, 37), (0, 1, 2, 8, 64), seed=1)
     levels = (1, 2, 4, 8, 64)
-    blocks, ends = group_by_level(factors, levels)
-    assert blocks.dtype == ends.dtype == torch.int32
-    rows = zip(*(x.flatten(0, -2).tolist() for x in (factors, blocks, ends)), strict=True)
+    lists = group_by_level(factors, levels, torch.tensor([64] * 36 + [5]))
+    assert lists.blocks.dtype == lists.ends.dtype == torch.int32
+    rows = zip(*(x.flatten(0, -2).tolist() for x in (factors, lists.blocks, lists.ends)), strict=True)
     for row, listed, row_ends in rows:
         start = 0
         for level, end in zip(levels, row_ends, strict=True):
             assert listed[start:end] == [j for j, f in enumerate(row) if f == level]
             start = end
-        assert listed[start:] == [j for j, f in enumerate(row) if f == 0]
+    for row, density in zip(factors.flatten(0, -2).tolist(), lists.density.flatten().tolist(), strict=True):
+        assert density == pytest.approx(oracle.density([row], [64] * 36 + [5]), abs=1e-6)
+
+
+def test_the_map_comes_back_from_its_lists(random_factors):
+    """What stands behind the last group of a list is undefined."""
+    factors = random_factors((2, 3, 4, 37), (0, 1, 2, 8, 64), seed=2)
+    lists = group_by_level(factors, (1, 2, 8, 64))
+    seen = torch.arange(37) < lists.ends[..., -1:]
+    lists = dataclasses.replace(lists, blocks=torch.where(seen, lists.blocks, -(10**6)))
+    assert torch.equal(lists.factors(), factors)
+    assert torch.equal(lists.of_head(1, 2).factors(), factors[1, 2])

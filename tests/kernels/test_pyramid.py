@@ -56,7 +56,7 @@ def test_large_half_precision_values_do_not_overflow_in_the_mean():
 def test_build_pyramid(oracle, random_tensor, poisoned, factors, length):
     k, v = random_tensor(2, 3, length, 6, seed=1), random_tensor(2, 3, length, 6, seed=2)
     pyramid = build_pyramid(poisoned(k), poisoned(v), factors, 64)
-    assert tuple(pyramid.keys) == tuple(pyramid.values) == tuple(pyramid.tokens) == factors
+    assert tuple(pyramid.keys) == tuple(pyramid.values) == factors
     assert (pyramid.length, pyramid.block_kv, pyramid.blocks) == (length, 64, -(-length // 64))
     for factor in factors:
         for level, x in ((pyramid.keys, k), (pyramid.values, v)):
@@ -64,8 +64,8 @@ def test_build_pyramid(oracle, random_tensor, poisoned, factors, length):
             rows = level[factor][1, 2].double()
             torch.testing.assert_close(rows, expected[: len(rows)], atol=2e-6, rtol=0)
             assert len(rows) == (length if factor == 1 else len(expected))
-            assert pyramid.tokens[factor].tolist() == counts
-            assert pyramid.tokens[factor].dtype == torch.int32
+            assert pyramid.tokens(factor).tolist() == counts
+            assert pyramid.tokens(factor).dtype == torch.int32
 
 
 def test_level_one_is_not_copied(random_tensor):

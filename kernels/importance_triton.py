@@ -1,0 +1,107 @@
+"""Importance in Triton: the kernel beside `importance.reduced_softmax`, without a map of scores in memory.
+
+A program serves the representatives of some query blocks. It walks over all keys twice: first for the sum that every
+softmax row is divided by, then for the largest (or mean) weight of every block pair, both from the same small products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .importance import Representatives
+
+_LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _tile_logits(
+    q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
+    PADDED: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits in base 2 of q [M, D] and the keys first..first + TILE; -inf where there is no key."""
+    dims = tl.arange(0, DIM)
+    row = first + tl.arange(0, TILE)
+    block, member = row // PADDED, row % PADDED
+    held = tl.minimum(tl.maximum(length_k - block * BLOCK, 0), BLOCK) - member * GROUP
+    held = tl.where(member < COUNT, tl.minimum(tl.maximum(held, 0), GROUP), 0)
+    mask = (row < rows_k)[:, None] & (dims < HEAD_DIM)[None, :]
+    k = tl.load(k_ptr + row[:, None].to(tl.int64) * stride_k + dims[None, :], mask=mask, other=0)
+    bias = tl.where((held > 0) & (row < rows_k), tl.log2(tl.maximum(held, 1).to(tl.float32)), float("-inf"))
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+
+
+@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "n_q", "n_k"])
+def _reduce(
+    q_ptr, k_ptr, scores_ptr, stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k,
+    heads, length_q, length_k, n_q, n_k, scale,
+    GROUP_Q: tl.constexpr, BLOCK_Q: tl.constexpr, COUNT_Q: tl.constexpr, PADDED_Q: tl.constexpr,
+    GROUP_K: tl.constexpr, BLOCK_K: tl.constexpr, COUNT_K: tl.constexpr, PADDED_K: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    first_row = tl.program_id(0) * ROWS
+    rows_q, rows_k = n_q * PADDED_Q, n_k * PADDED_K
+    dims = tl.arange(0, DIM)
+    row = first_row + tl.arange(0, ROWS)
+    block, member = row // PADDED_Q, row % PADDED_Q
+    held = tl.minimum(tl.maximum(length_q - block * BLOCK_Q, 0), BLOCK_Q) - member * GROUP_Q
+    there = (held > 0) & (member < COUNT_Q) & (row < rows_q)
+    mask = (row < rows_q)[:, None] & (dims < HEAD_DIM)[None, :]
+    q_ptr += (head // heads) * stride_qb + (head % heads) * stride_qh
+    k_ptr += (head // heads) * stride_kb + (head % heads) * stride_kh
+    q = tl.load(q_ptr + row[:, None].to(tl.int64) * stride_q + dims[None, :], mask=mask, other=0)
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for first in range(0, rows_k, TILE):
+        logits = _tile_logits(q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
+                              TILE, HEAD_DIM, DIM, PRECISION)  # fmt: skip
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+        top = new_top
+    norm = tl.where(there, top + tl.log2(total), float("inf"))
+
+    BLOCKS_Q: tl.constexpr = ROWS // PADDED_Q
+    BLOCKS_K: tl.constexpr = TILE // PADDED_K
+    out_q = first_row // PADDED_Q + tl.arange(0, BLOCKS_Q)
+    scores_ptr += head * n_q * n_k
+    for first in range(0, rows_k, TILE):
+        logits = _tile_logits(q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
+                              TILE, HEAD_DIM, DIM, PRECISION)  # fmt: skip
+        logits -= norm[:, None]
+        out_k = first // PADDED_K + tl.arange(0, BLOCKS_K)
+        if MEAN:
+            weights = tl.reshape(tl.exp2(logits), [BLOCKS_Q, PADDED_Q, BLOCKS_K, PADDED_K])
+            result = tl.sum(tl.sum(weights, 3), 1)
+            held_q = tl.minimum(tl.maximum(length_q - out_q * BLOCK_Q, 0), BLOCK_Q)
+            held_k = tl.minimum(tl.maximum(length_k - out_k * BLOCK_K, 0), BLOCK_K)
+            pairs_q = tl.minimum((held_q + GROUP_Q - 1) // GROUP_Q, COUNT_Q)
+            pairs_k = tl.minimum((held_k + GROUP_K - 1) // GROUP_K, COUNT_K)
+            result /= tl.maximum(pairs_q[:, None] * pairs_k[None, :], 1).to(tl.float32)
+        else:
+            grouped = tl.reshape(logits, [BLOCKS_Q, PADDED_Q, BLOCKS_K, PADDED_K])
+            result = tl.exp2(tl.max(tl.max(grouped, 3), 1))
+        address = out_q[:, None].to(tl.int64) * n_k + out_k[None, :]
+        tl.store(scores_ptr + address, result, mask=(out_q < n_q)[:, None] & (out_k < n_k)[None, :])
+
+
+def reduced_softmax_triton(q: Representatives, k: Representatives, scale: float, reduction: str) -> torch.Tensor:
+    """As `importance.reduced_softmax`: float32 [B, H, n_q, n_k]."""
+    batch, heads, _, dim = q.rows.shape
+    n_q, n_k = q.blocks, k.blocks
+    scores = torch.empty(batch, heads, n_q, n_k, dtype=torch.float32, device=q.rows.device)
+    rows = max(128, q.padded)
+    tile = max(64, k.padded)
+    _reduce[(triton.cdiv(n_q * q.padded, rows), batch * heads)](
+        q.rows, k.rows, scores, *q.rows.stride()[:3], *k.rows.stride()[:3], heads, q.length, k.length, n_q, n_k,
+        scale * _LOG2_E,
+        GROUP_Q=q.group, BLOCK_Q=q.block, COUNT_Q=q.count, PADDED_Q=q.padded,
+        GROUP_K=k.group, BLOCK_K=k.block, COUNT_K=k.count, PADDED_K=k.padded,
+        ROWS=rows, TILE=tile, HEAD_DIM=dim, DIM=max(16, triton.next_power_of_2(dim)), MEAN=reduction == "mean",
+        PRECISION="ieee" if q.rows.dtype == torch.float32 else "tf32", num_warps=8, num_stages=3,
+    )  # fmt: skip
+    return scores

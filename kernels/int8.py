@@ -1,0 +1,61 @@
+"""Keys and queries in eight bits: symmetric rounding with one scale a block, the mean key taken off first.
+
+Taking any vector off all keys shifts the logits of a query equally at every level, so that the softmax does not change;
+what is left of smooth keys is small and rounds well (J. Zhang et al., SageAttention, arXiv 2410.02367, section 4.2).
+Values and weights keep their type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from .pyramid import Pyramid
+
+# Keys that the mean is taken over: one in sixteen. It need not be exact, only the same for all keys.
+_STRIDE = 16
+
+
+def mean_key(k: torch.Tensor) -> torch.Tensor:
+    """Mean of every sixteenth key of k [B, H, L, D]: float32 [B, H, 1, D]."""
+    return k[:, :, ::_STRIDE].mean(2, keepdim=True, dtype=torch.float32)
+
+
+def quantise(x: torch.Tensor, rows_per_block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [B, H, R, D] -> int8 of the same shape and float32 scales [B, H, blocks]; the last block may be short.
+
+    Rounded half away from zero; the largest absolute value of a block becomes 127.
+    """
+    blocks = -(-x.shape[2] // rows_per_block)
+    padded = F.pad(x.float(), (0, 0, 0, blocks * rows_per_block - x.shape[2])).unflatten(2, (blocks, rows_per_block))
+    scales = padded.abs().amax((3, 4)).clamp_min(1e-20) / 127
+    scaled = padded / scales[..., None, None]
+    rounded = (scaled + torch.where(scaled >= 0, 0.5, -0.5)).trunc().to(torch.int8)
+    return rounded.flatten(2, 3)[:, :, : x.shape[2]], scales
+
+
+def dequantise(rows: torch.Tensor, scales: torch.Tensor, rows_per_block: int) -> torch.Tensor:
+    """Inverse of `quantise`, up to rounding: float32 [B, H, R, D]."""
+    return rows.float() * scales.repeat_interleave(rows_per_block, 2)[:, :, : rows.shape[2], None]
+
+
+def quantise_keys(pyramid: Pyramid, mean: torch.Tensor) -> Pyramid:
+    """The pyramid with int8 keys, `mean` [B, H, 1, D] taken off every row that stands for a token."""
+    rows, scales = {}, {}
+    for factor, keys in pyramid.keys.items():
+        there = (pyramid.tokens(factor) > 0)[: keys.shape[2], None]
+        shifted = torch.where(there, keys.float() - mean, 0.0)
+        rows[factor], scales[factor] = quantise(shifted, pyramid.block_kv // factor)
+    coarse = [factor for factor in rows if factor > 1]
+    if coarse:  # one storage, as everywhere
+        storage = torch.cat([rows[factor] for factor in coarse], 2)
+        rows |= zip(coarse, storage.split([rows[factor].shape[2] for factor in coarse], 2), strict=True)
+    return dataclasses.replace(pyramid, keys=rows, scales=scales, mean=mean)
+
+
+def dequantise_keys(pyramid: Pyramid) -> Pyramid:
+    """The pyramid with the float32 keys that its int8 keys stand for, still without their mean."""
+    keys = {f: dequantise(rows, pyramid.scales[f], pyramid.block_kv // f) for f, rows in pyramid.keys.items()}
+    return dataclasses.replace(pyramid, keys=keys, scales=None)

@@ -1,0 +1,41 @@
+"""PSA on the video tokens in plain torch: any device and type, memory linear in the length.
+
+The same stages as `triton_backend.py`, one line each.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attend import attend_streaming
+from .config import PyramidConfig
+from .density import block_tokens
+from .importance import importance
+from .levels import BlockLists, choose_levels, group_by_level
+from .order import TokenOrder
+from .pyramid import build_pyramid
+from .similarity import similarity_cap
+
+
+def attend_video(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    extra_k: torch.Tensor | None,
+    extra_v: torch.Tensor | None,
+    generator: torch.Generator | None,
+    out: torch.Tensor,
+) -> BlockLists:
+    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`."""
+    q, k, v = query_order.apply(q), key_order.apply(k), key_order.apply(v)
+    scores = importance(q, k, config, scale, generator)
+    cap = similarity_cap(k, config.similarity_cap, config.block_kv) if config.similarity_cap else None
+    factors = choose_levels(scores, config, cap)
+    pyramid = build_pyramid(k, v, config.stored_factors, config.block_kv)
+    out.copy_(query_order.undo(attend_streaming(q, pyramid, factors, config.block_q, scale, extra_k, extra_v)))
+    key_tokens = block_tokens(k.shape[2], config.block_kv, k.device)
+    return group_by_level(factors, config.stored_factors, key_tokens)
