@@ -19,7 +19,7 @@ import triton.language as tl
 from .levels import BlockLists
 from .order import TokenOrder
 from .pyramid import Pyramid
-from .tiles import attend_tile
+from .tiles import AttendTile, attend_tile
 
 _LOG2_E = 1.4426950408889634
 # Powers of two that the reference of float16 weights lies above the first maximum: they end at 2^16.
@@ -146,7 +146,7 @@ def _attend(
     if SORTED:
         block = tl.load(rows_ptr + head_index * n_q + block)
     row = head_index.to(tl.int64) * n_q + block
-    if CAREFUL and tl.load(overflow_ptr + row) == 0:
+    if CAREFUL and tl.load(overflow_ptr + 2 * row) + tl.load(overflow_ptr + 2 * row + 1) == 0:
         return
     b, h = head_index // heads, head_index % heads
     b_long, h_long = b.to(tl.int64), h.to(tl.int64)
@@ -215,7 +215,8 @@ def _attend(
 
     if not CAREFUL:
         finite = (tl.abs(acc) < float("inf")) & (total < float("inf"))[:, None]
-        tl.store(overflow_ptr + row, 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0))
+        tl.store(overflow_ptr + 2 * row, 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0))
+        tl.store(overflow_ptr + 2 * row + 1, 0)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_base = out_ptr + b_long * stride_ob + h_long * stride_oh
     tl.store(out_base + queries[:, None] * stride_ol + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -233,16 +234,30 @@ def attend_triton(
     out: torch.Tensor,
     *,
     uneven: bool = False,
+    tile: AttendTile | None = None,
 ) -> None:
     """As `attend.attend_reference` of the ordered q, back in raster order: written to `out` [B, H, Lq, D].
 
     q: [B, H, Lq, D] in raster order; float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key
-    where the pyramid's keys are int8. uneven: rows differ in cost; the longest of each head then start first.
+    where the pyramid's keys are int8. uneven: rows differ in cost; the longest of each head then start first. tile: by
+    default that of the GPU.
     """
     batch, heads, length_q, dim = q.shape
     n_q, n_k = lists.blocks.shape[-2:]
     int8 = pyramid.scales is not None
     q = _unit_stride(q)
+    rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
+    overflow = torch.empty(batch, heads, n_q, 2, dtype=torch.int32, device=q.device)
+    padded = max(16, triton.next_power_of_2(dim))
+    tile = tile or attend_tile(q, block_q, padded)
+    launches = (False, True)
+    if tile.warpgroups:
+        from .attend_hopper import attend_hopper, serves
+
+        if serves(q, pyramid, lists.levels, block_q):
+            attend_hopper(q, pyramid, lists, scale, order, extra_k, extra_v, out, overflow, rows)
+            launches = (True,)
+
     coarse = [factor for factor in pyramid.keys if factor > 1]
     # A tensor that is not there is never touched; any may stand in its place.
     keys, values = (_unit_stride(level.get(1, q)) for level in (pyramid.keys, pyramid.values))
@@ -251,20 +266,14 @@ def attend_triton(
     has_extra = extra_k is not None and extra_k.shape[2] > 0
     extra_k, extra_v = (x.contiguous() if has_extra else q for x in (extra_k, extra_v))
     scales = torch.stack(list(pyramid.scales.values()), 2) if int8 else q
-    rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else lists.ends
-    overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
-    padded = max(16, triton.next_power_of_2(dim))
-    tile = attend_tile(q, block_q, padded, int8)
-    bulk = tile.bulk and pyramid.block_kv >= tile.rows and 1 in pyramid.keys
-    k_desc = v_desc = None
-    if bulk:
-        k_desc, v_desc = (_descriptor(x, tile.rows, padded) for x in (keys, values))
-        bulk = k_desc is not None and v_desc is not None
-    for careful in (False, True):
+    for careful in launches:
+        bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows and 1 in pyramid.keys
+        descriptors = [_descriptor(x, tile.rows, padded) if bulk else None for x in (keys, values)]
+        bulk = bulk and None not in descriptors
         _attend[(n_q, batch * heads)](
-            q, q if order.index is None else order.index, k_desc if bulk else None, v_desc if bulk else None,
-            keys, values, coarse_keys, coarse_values, extra_k, extra_v, scales, lists.blocks, lists.ends, rows,
-            overflow, out,
+            q, q if order.index is None else order.index, *(descriptors if bulk else (None, None)),
+            keys, values, coarse_keys, coarse_values, extra_k, extra_v, scales, lists.blocks, lists.ends,
+            lists.ends if rows is None else rows, overflow, out,
             *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
             *extra_k.stride()[:3], *out.stride()[:3],
             heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,

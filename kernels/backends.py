@@ -30,6 +30,8 @@ def triton_reason(q: torch.Tensor) -> str | None:
     if q.shape[-1] > 256:
         return f"the Triton kernel serves head sizes up to 256, not {q.shape[-1]}"
     if q.is_cuda:
+        if q.dtype == torch.float32:
+            return "on a GPU the Triton kernels compute float16 and bfloat16, not float32"
         if torch.version.hip is None and torch.cuda.get_device_capability(q.device) < (8, 0):
             return "the Triton kernel needs an NVIDIA GPU of compute capability 8.0 or newer"
         return None

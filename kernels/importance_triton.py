@@ -1,7 +1,7 @@
 """Importance in Triton: the kernel beside `importance.reduced_softmax`, without a map of scores in memory.
 
-A program serves the representatives of some query blocks. It walks over all keys twice: first for the sum that every
-softmax row is divided by, then for the largest (or mean) weight of every block pair, both from the same small products.
+A program serves the representatives of some query blocks. It walks over the keys twice: first for the sum that every
+softmax row is divided by, then for the largest (or mean) weight of every block pair.
 """
 
 from __future__ import annotations
@@ -16,34 +16,72 @@ _LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _tile_logits(
+def _logits(
     q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
     PADDED: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2 of q [M, D] and the keys first..first + TILE; -inf where there is no key."""
+    """Logits in base 2 of q [M, D] and the keys first..first + TILE; -inf where there is none. FULL: all are whole."""
     dims = tl.arange(0, DIM)
     row = first + tl.arange(0, TILE)
-    block, member = row // PADDED, row % PADDED
-    held = tl.minimum(tl.maximum(length_k - block * BLOCK, 0), BLOCK) - member * GROUP
-    held = tl.where(member < COUNT, tl.minimum(tl.maximum(held, 0), GROUP), 0)
-    mask = (row < rows_k)[:, None] & (dims < HEAD_DIM)[None, :]
-    k = tl.load(k_ptr + row[:, None].to(tl.int64) * stride_k + dims[None, :], mask=mask, other=0)
-    bias = tl.where((held > 0) & (row < rows_k), tl.log2(tl.maximum(held, 1).to(tl.float32)), float("-inf"))
-    return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+    address = k_ptr + row[:, None].to(tl.int64) * stride_k + dims[None, :]
+    if FULL:
+        if DIM == HEAD_DIM:
+            k = tl.load(address)
+        else:
+            k = tl.load(address, mask=(dims < HEAD_DIM)[None, :], other=0)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        if GROUP > 1:
+            logits += tl.log2(GROUP * 1.0)
+        return logits
+    else:
+        block, member = row // PADDED, row % PADDED
+        held = tl.minimum(tl.maximum(length_k - block * BLOCK, 0), BLOCK) - member * GROUP
+        held = tl.where(member < COUNT, tl.minimum(tl.maximum(held, 0), GROUP), 0)
+        k = tl.load(address, mask=(row < rows_k)[:, None] & (dims < HEAD_DIM)[None, :], other=0)
+        bias = tl.where((held > 0) & (row < rows_k), tl.log2(tl.maximum(held, 1).to(tl.float32)), float("-inf"))
+        return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+
+
+@triton.jit
+def _reduce_tile(
+    logits, scores_ptr, out_q, first, length_q, length_k, n_q, n_k,
+    GROUP_Q: tl.constexpr, BLOCK_Q: tl.constexpr, COUNT_Q: tl.constexpr, PADDED_Q: tl.constexpr,
+    GROUP_K: tl.constexpr, BLOCK_K: tl.constexpr, COUNT_K: tl.constexpr, PADDED_K: tl.constexpr,
+    TILE: tl.constexpr, MEAN: tl.constexpr,
+):  # fmt: skip
+    """Reduce normalised logits [ROWS, TILE] over each block pair and write the scores."""
+    BLOCKS_Q: tl.constexpr = logits.shape[0] // PADDED_Q
+    BLOCKS_K: tl.constexpr = TILE // PADDED_K
+    out_k = first // PADDED_K + tl.arange(0, BLOCKS_K)
+    if MEAN:
+        weights = tl.reshape(tl.exp2(logits), [BLOCKS_Q, PADDED_Q, BLOCKS_K, PADDED_K])
+        result = tl.sum(tl.sum(weights, 3), 1)
+        held_q = tl.minimum(tl.maximum(length_q - out_q * BLOCK_Q, 0), BLOCK_Q)
+        held_k = tl.minimum(tl.maximum(length_k - out_k * BLOCK_K, 0), BLOCK_K)
+        pairs_q = tl.minimum((held_q + GROUP_Q - 1) // GROUP_Q, COUNT_Q)
+        pairs_k = tl.minimum((held_k + GROUP_K - 1) // GROUP_K, COUNT_K)
+        result /= tl.maximum(pairs_q[:, None] * pairs_k[None, :], 1).to(tl.float32)
+    else:
+        grouped = tl.reshape(logits, [BLOCKS_Q, PADDED_Q, BLOCKS_K, PADDED_K])
+        result = tl.exp2(tl.max(tl.max(grouped, 3), 1))
+    address = out_q[:, None].to(tl.int64) * n_k + out_k[None, :]
+    tl.store(scores_ptr + address, result, mask=(out_q < n_q)[:, None] & (out_k < n_k)[None, :])
 
 
 @triton.jit(do_not_specialize=["heads", "length_q", "length_k", "n_q", "n_k"])
 def _reduce(
-    q_ptr, k_ptr, scores_ptr, stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k,
-    heads, length_q, length_k, n_q, n_k, scale,
+    q_ptr, k_ptr, norm_ptr, scores_ptr, stride_qb, stride_qh, stride_q, stride_kb, stride_kh, stride_k,
+    stride_nb, stride_nh, stride_n, heads, length_q, length_k, n_q, n_k, scale,
     GROUP_Q: tl.constexpr, BLOCK_Q: tl.constexpr, COUNT_Q: tl.constexpr, PADDED_Q: tl.constexpr,
     GROUP_K: tl.constexpr, BLOCK_K: tl.constexpr, COUNT_K: tl.constexpr, PADDED_K: tl.constexpr,
+    GROUP_N: tl.constexpr, COUNT_N: tl.constexpr, PADDED_N: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     first_row = tl.program_id(0) * ROWS
-    rows_q, rows_k = n_q * PADDED_Q, n_k * PADDED_K
+    rows_q, rows_k, rows_n = n_q * PADDED_Q, n_k * PADDED_K, n_k * PADDED_N
     dims = tl.arange(0, DIM)
     row = first_row + tl.arange(0, ROWS)
     block, member = row // PADDED_Q, row % PADDED_Q
@@ -52,55 +90,54 @@ def _reduce(
     mask = (row < rows_q)[:, None] & (dims < HEAD_DIM)[None, :]
     q_ptr += (head // heads) * stride_qb + (head % heads) * stride_qh
     k_ptr += (head // heads) * stride_kb + (head % heads) * stride_kh
+    norm_ptr += (head // heads) * stride_nb + (head % heads) * stride_nh
     q = tl.load(q_ptr + row[:, None].to(tl.int64) * stride_q + dims[None, :], mask=mask, other=0)
 
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for first in range(0, rows_k, TILE):
-        logits = _tile_logits(q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
-                              TILE, HEAD_DIM, DIM, PRECISION)  # fmt: skip
-        new_top = tl.maximum(top, tl.max(logits, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
-        top = new_top
+    # The last tile, in which rows may be short or missing, comes first and sets the reference of the sums.
+    last = (rows_n - 1) // TILE * TILE
+    logits = _logits(q, norm_ptr, last, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
+                     TILE, HEAD_DIM, DIM, PRECISION, False)  # fmt: skip
+    top = tl.max(logits, 1)
+    total = tl.sum(tl.exp2(logits - top[:, None]), 1)
+    whole: tl.constexpr = COUNT_N == PADDED_N
+    for first in range(0, last, TILE):
+        logits = _logits(q, norm_ptr, first, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
+                         TILE, HEAD_DIM, DIM, PRECISION, whole)  # fmt: skip
+        # Held at 2^100 so that no sum overflows; so far above the reference nothing else counts.
+        total += tl.sum(tl.exp2(tl.minimum(logits - top[:, None], 100.0)), 1)
     norm = tl.where(there, top + tl.log2(total), float("inf"))
 
-    BLOCKS_Q: tl.constexpr = ROWS // PADDED_Q
-    BLOCKS_K: tl.constexpr = TILE // PADDED_K
-    out_q = first_row // PADDED_Q + tl.arange(0, BLOCKS_Q)
+    out_q = first_row // PADDED_Q + tl.arange(0, ROWS // PADDED_Q)
     scores_ptr += head * n_q * n_k
-    for first in range(0, rows_k, TILE):
-        logits = _tile_logits(q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
-                              TILE, HEAD_DIM, DIM, PRECISION)  # fmt: skip
-        logits -= norm[:, None]
-        out_k = first // PADDED_K + tl.arange(0, BLOCKS_K)
-        if MEAN:
-            weights = tl.reshape(tl.exp2(logits), [BLOCKS_Q, PADDED_Q, BLOCKS_K, PADDED_K])
-            result = tl.sum(tl.sum(weights, 3), 1)
-            held_q = tl.minimum(tl.maximum(length_q - out_q * BLOCK_Q, 0), BLOCK_Q)
-            held_k = tl.minimum(tl.maximum(length_k - out_k * BLOCK_K, 0), BLOCK_K)
-            pairs_q = tl.minimum((held_q + GROUP_Q - 1) // GROUP_Q, COUNT_Q)
-            pairs_k = tl.minimum((held_k + GROUP_K - 1) // GROUP_K, COUNT_K)
-            result /= tl.maximum(pairs_q[:, None] * pairs_k[None, :], 1).to(tl.float32)
-        else:
-            grouped = tl.reshape(logits, [BLOCKS_Q, PADDED_Q, BLOCKS_K, PADDED_K])
-            result = tl.exp2(tl.max(tl.max(grouped, 3), 1))
-        address = out_q[:, None].to(tl.int64) * n_k + out_k[None, :]
-        tl.store(scores_ptr + address, result, mask=(out_q < n_q)[:, None] & (out_k < n_k)[None, :])
+    full: tl.constexpr = COUNT_K == PADDED_K
+    last = (rows_k - 1) // TILE * TILE
+    for first in range(0, last, TILE):
+        logits = _logits(q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
+                         TILE, HEAD_DIM, DIM, PRECISION, full) - norm[:, None]  # fmt: skip
+        _reduce_tile(logits, scores_ptr, out_q, first, length_q, length_k, n_q, n_k, GROUP_Q, BLOCK_Q, COUNT_Q,
+                     PADDED_Q, GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN)  # fmt: skip
+    logits = _logits(q, k_ptr, last, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
+                     TILE, HEAD_DIM, DIM, PRECISION, False) - norm[:, None]  # fmt: skip
+    _reduce_tile(logits, scores_ptr, out_q, last, length_q, length_k, n_q, n_k, GROUP_Q, BLOCK_Q, COUNT_Q, PADDED_Q,
+                 GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN)  # fmt: skip
 
 
-def reduced_softmax_triton(q: Representatives, k: Representatives, scale: float, reduction: str) -> torch.Tensor:
+def reduced_softmax_triton(
+    q: Representatives, k: Representatives, scale: float, reduction: str, norm: Representatives | None = None
+) -> torch.Tensor:
     """As `importance.reduced_softmax`: float32 [B, H, n_q, n_k]."""
     batch, heads, _, dim = q.rows.shape
     n_q, n_k = q.blocks, k.blocks
+    norm = norm or k
     scores = torch.empty(batch, heads, n_q, n_k, dtype=torch.float32, device=q.rows.device)
     rows = max(128, q.padded)
     tile = max(64, k.padded)
     _reduce[(triton.cdiv(n_q * q.padded, rows), batch * heads)](
-        q.rows, k.rows, scores, *q.rows.stride()[:3], *k.rows.stride()[:3], heads, q.length, k.length, n_q, n_k,
-        scale * _LOG2_E,
+        q.rows, k.rows, norm.rows, scores, *q.rows.stride()[:3], *k.rows.stride()[:3], *norm.rows.stride()[:3],
+        heads, q.length, k.length, n_q, n_k, scale * _LOG2_E,
         GROUP_Q=q.group, BLOCK_Q=q.block, COUNT_Q=q.count, PADDED_Q=q.padded,
         GROUP_K=k.group, BLOCK_K=k.block, COUNT_K=k.count, PADDED_K=k.padded,
+        GROUP_N=norm.group, COUNT_N=norm.count, PADDED_N=norm.padded,
         ROWS=rows, TILE=tile, HEAD_DIM=dim, DIM=max(16, triton.next_power_of_2(dim)), MEAN=reduction == "mean",
         PRECISION="ieee" if q.rows.dtype == torch.float32 else "tf32", num_warps=8, num_stages=3,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The pyramid in Triton: one pass over keys or values that puts them in order, pools them and, for int8, rounds them.
 
-The kernel beside `pyramid.build_pyramid` and `int8.quantise_keys`, whose results it reproduces. A program reads one
-block of one head and pools it in registers, pair by pair, in float32.
+The kernel beside `pyramid.build_pyramid` and `int8.quantise_keys`, whose results it reproduces. A program reads some
+blocks of one head, eight neighbouring tokens to a thread, and pools them in registers in float32.
 """
 
 from __future__ import annotations
@@ -16,78 +16,143 @@ from .pyramid import Pyramid
 
 
 @triton.jit
-def _store_rows(rows, out_ptr, base, row_stride, scale_ptr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr,
-                DIM: tl.constexpr, INT8: tl.constexpr, mask):  # fmt: skip
-    """Write rows [ROWS, DIM] from row `base` on, as they are or rounded to int8 with one scale for all of them."""
-    dims = tl.arange(0, DIM)
+def _write(rows, ptr, first, step, there, INT8: tl.constexpr, scale, HEAD_DIM: tl.constexpr):
+    """Write rows [N, DIM] to the rows first, first + step, ... of a level; with int8, rounded half away from zero."""
+    dims = tl.arange(0, rows.shape[1])
     if INT8:
-        scale = tl.maximum(tl.max(tl.max(tl.abs(rows), 1), 0), 1e-20) / 127.0
-        tl.store(scale_ptr, scale)
-        rows = rows / scale
+        rows = rows / scale[:, None]
         rows += tl.where(rows >= 0, 0.5, -0.5)
-    address = (base + tl.arange(0, ROWS))[:, None].to(tl.int64) * row_stride + dims[None, :]
-    tl.store(out_ptr + address, rows.to(out_ptr.dtype.element_ty), mask=mask & (dims < HEAD_DIM)[None, :])
+    address = (first + tl.arange(0, rows.shape[0]) * step)[:, None].to(tl.int64) * HEAD_DIM + dims[None, :]
+    tl.store(ptr + address, rows.to(ptr.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
 
 
-@triton.jit(do_not_specialize=["heads", "length", "blocks"])
+@triton.jit
+def _block_scale(largest, ptr, first_block, blocks, BLOCKS: tl.constexpr):
+    """Scale of each block from the largest value of each of its groups [GROUPS], spread over the groups again."""
+    GROUPS: tl.constexpr = largest.shape[0]
+    scale = tl.max(tl.reshape(largest, [BLOCKS, GROUPS // BLOCKS]), 1)
+    scale = tl.maximum(scale, 1e-20) / 127.0
+    block = tl.arange(0, BLOCKS)
+    tl.store(ptr + first_block + block, scale, mask=first_block + block < blocks)
+    return tl.reshape(tl.broadcast_to(scale[:, None], [BLOCKS, GROUPS // BLOCKS]), [GROUPS])
+
+
+@triton.jit
+def _largest(rows, mean, there, INT8: tl.constexpr):
+    """Rows without the mean key, and the largest absolute value of each."""
+    if INT8:
+        rows = tl.where(there[:, None], rows - mean[None, :], 0.0)
+    return rows, tl.max(tl.abs(rows), 1)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "blocks", "coarse_rows"])
 def _pool(
     x_ptr, index_ptr, mean_ptr, fine_ptr, coarse_ptr, scales_ptr, summary_ptr,
     stride_b, stride_h, stride_l, heads, length, blocks, coarse_rows,
-    FACTORS: tl.constexpr, LEVELS: tl.constexpr, SUMMARY: tl.constexpr, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr, ORDERED: tl.constexpr, FINE: tl.constexpr, INT8: tl.constexpr,
+    FACTORS: tl.constexpr, LEVELS: tl.constexpr, SUMMARY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, FINE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """Block `program_id(0)` of head `program_id(1)`.
+    """Blocks BLOCKS * program_id(0) and on of head `program_id(1)`, read as groups of 8 neighbouring tokens.
 
     x: [B, H, L, D] with unit stride in D. FACTORS: pooling factors of the levels, finest first; those above 1 lie in
     `coarse` [B, H, coarse_rows, D], level after level. FINE: whether level 1 is written, to `fine` [B, H, L, D].
-    SUMMARY: a factor whose means are also written to `summary` [B, H, blocks * BLOCK / SUMMARY, D], without the mean
-    taken off and never rounded to int8; 0 for none.
+    SUMMARY: a factor whose means are also written to `summary` [B, H, blocks * BLOCK / SUMMARY, D], with the mean key
+    and never rounded to int8; 0 for none.
     """
-    block = tl.program_id(0)
+    GROUPS: tl.constexpr = BLOCKS * BLOCK // 8
+    first_block = tl.program_id(0) * BLOCKS
+    first = first_block * BLOCK
     head = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, DIM)
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
-    exists = tokens < length
-    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    source = tokens
-    if ORDERED:
-        source = tl.load(index_ptr + tokens, mask=exists, other=0)
+    dim_exists = dims < HEAD_DIM
+    group = tl.arange(0, GROUPS)
     base = x_ptr + (head // heads) * stride_b + (head % heads) * stride_h
-    x = tl.load(base + source[:, None].to(tl.int64) * stride_l + dims[None, :], mask=mask, other=0).to(tl.float32)
+    mean = tl.zeros([DIM], tl.float32)
     if INT8:
-        mean = tl.load(mean_ptr + head * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0)
-    scales_ptr += head * LEVELS * blocks + block
-
-    rows = x
-    if INT8:
-        rows = tl.where(mask, x - mean[None, :], 0.0)
-    if FINE:
-        _store_rows(rows, fine_ptr + head * length * HEAD_DIM, block * BLOCK, HEAD_DIM, scales_ptr,
-                    BLOCK, HEAD_DIM, DIM, INT8, exists[:, None])  # fmt: skip
-
+        mean = tl.load(mean_ptr + head * HEAD_DIM + dims, mask=dim_exists, other=0)
+    fine_ptr += head * length * HEAD_DIM
     coarse_ptr += head * coarse_rows * HEAD_DIM
-    first_row = 0
-    sums = x
-    FACTOR: tl.constexpr = 1
-    for step in tl.static_range(7):
-        FACTOR: tl.constexpr = 2 << step
-        if FACTOR <= BLOCK:
-            ROWS: tl.constexpr = BLOCK // FACTOR
-            sums = tl.sum(tl.reshape(sums, [ROWS, 2, DIM]), 1)
-            start = block * BLOCK + tl.arange(0, ROWS) * FACTOR
-            held = tl.minimum(tl.maximum(length - start, 0), FACTOR)
+    scales_ptr += head * LEVELS * blocks
+    summary_ptr += head * blocks * (BLOCK // tl.maximum(SUMMARY, 1)) * HEAD_DIM
+    # Rows of the blocks behind the last one are never written.
+    inside = first + group * 8 < blocks * BLOCK
+
+    rows = ()
+    for i in tl.static_range(8):
+        token = first + group * 8 + i
+        source = token
+        if ORDERED:
+            source = tl.load(index_ptr + token, mask=token < length, other=0)
+        address = base + source[:, None].to(tl.int64) * stride_l + dims[None, :]
+        mask = (token < length)[:, None] & dim_exists[None, :]
+        rows = rows + (tl.load(address, mask=mask, other=0).to(tl.float32),)
+    if FINE:
+        largest = tl.zeros([GROUPS], tl.float32)
+        scale = largest
+        if INT8:
+            for i in tl.static_range(8):
+                there = first + group * 8 + i < length
+                largest = tl.maximum(largest, _largest(rows[i], mean, there, INT8)[1])
+            scale = _block_scale(largest, scales_ptr, first_block, blocks, BLOCKS)
+        for i in tl.static_range(8):
+            there = first + group * 8 + i < length
+            _write(_largest(rows[i], mean, there, INT8)[0], fine_ptr, first + i, 8, there, INT8, scale, HEAD_DIM)
+
+    coarse_row = 0
+    for halving in tl.static_range(3):  # factors 2, 4, 8: sums of rows of one thread
+        sums = ()
+        for i in tl.static_range(4 >> halving):
+            sums = sums + (rows[2 * i] + rows[2 * i + 1],)
+        rows = sums
+        for level in tl.static_range(LEVELS):
+            if FACTORS[level] == 2 << halving:
+                largest = tl.zeros([GROUPS], tl.float32)
+                scale = largest
+                if INT8:
+                    for i in tl.static_range(4 >> halving):
+                        held = _held(first, group * (4 >> halving) + i, 2 << halving, length)
+                        means = rows[i] / tl.maximum(held, 1).to(tl.float32)[:, None]
+                        largest = tl.maximum(largest, _largest(means, mean, held > 0, INT8)[1])
+                    scale = _block_scale(largest, scales_ptr + level * blocks, first_block, blocks, BLOCKS)
+                for i in tl.static_range(4 >> halving):
+                    held = _held(first, group * (4 >> halving) + i, 2 << halving, length)
+                    means = rows[i] / tl.maximum(held, 1).to(tl.float32)[:, None]
+                    shifted = _largest(means, mean, held > 0, INT8)[0]
+                    _write(shifted, coarse_ptr, coarse_row + first // (2 << halving) + i, 4 >> halving, inside,
+                           INT8, scale, HEAD_DIM)  # fmt: skip
+                coarse_row += blocks * (BLOCK // (2 << halving))
+        if 2 << halving == SUMMARY:
+            for i in tl.static_range(4 >> halving):
+                held = _held(first, group * (4 >> halving) + i, 2 << halving, length)
+                means = rows[i] / tl.maximum(held, 1).to(tl.float32)[:, None]
+                _write(means, summary_ptr, first // (2 << halving) + i, 4 >> halving, inside, False, held, HEAD_DIM)
+
+    sums = rows[0]
+    for halving in tl.static_range(4):  # factors 16 to 128: sums of neighbouring groups
+        if 16 << halving <= BLOCK:
+            sums = tl.sum(tl.reshape(sums, [GROUPS >> (halving + 1), 2, DIM]), 1)
+            row = tl.arange(0, GROUPS >> (halving + 1))
+            held = _held(first, row, 16 << halving, length)
             means = sums / tl.maximum(held, 1).to(tl.float32)[:, None]
-            if FACTOR == SUMMARY:
-                _store_rows(means, summary_ptr + head * blocks * ROWS * HEAD_DIM, block * ROWS, HEAD_DIM, scales_ptr,
-                            ROWS, HEAD_DIM, DIM, False, held[:, None] >= 0)  # fmt: skip
+            row_inside = first + row * (16 << halving) < blocks * BLOCK
             for level in tl.static_range(LEVELS):
-                if FACTORS[level] == FACTOR:
-                    rows = means
+                if FACTORS[level] == 16 << halving:
+                    shifted, largest = _largest(means, mean, held > 0, INT8)
+                    scale = largest
                     if INT8:
-                        rows = tl.where(held[:, None] > 0, means - mean[None, :], 0.0)
-                    _store_rows(rows, coarse_ptr, first_row + block * ROWS, HEAD_DIM, scales_ptr + level * blocks,
-                                ROWS, HEAD_DIM, DIM, INT8, held[:, None] >= 0)  # fmt: skip
-                    first_row += blocks * ROWS
+                        scale = _block_scale(largest, scales_ptr + level * blocks, first_block, blocks, BLOCKS)
+                    _write(
+                        shifted, coarse_ptr, coarse_row + first // (16 << halving), 1, row_inside, INT8, scale, HEAD_DIM
+                    )
+                    coarse_row += blocks * (BLOCK // (16 << halving))
+            if 16 << halving == SUMMARY:
+                _write(means, summary_ptr, first // (16 << halving), 1, row_inside, False, held, HEAD_DIM)
+
+
+@triton.jit
+def _held(first, row, FACTOR: tl.constexpr, length):
+    """Tokens that exist of the FACTOR that each row stands for; `row` counts from token `first`."""
+    return tl.minimum(tl.maximum(length - first - row * FACTOR, 0), FACTOR)
 
 
 def pool_triton(x: torch.Tensor, factor: int, block: int, order: TokenOrder) -> torch.Tensor:
@@ -156,14 +221,15 @@ def _launch(
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
     blocks = -(-length // block)
+    at_once = max(1, 128 // block)
     # A tensor that is not there is never touched; any may stand in its place.
     index, mean_, fine_, coarse_, scales_, summary_ = (
         x if tensor is None else tensor for tensor in (order.index, mean, fine, coarse, scales, summary)
     )
-    _pool[(blocks, batch * heads)](
+    _pool[(-(-blocks // at_once), batch * heads)](
         x, index, mean_, fine_, coarse_, scales_, summary_,
         *x.stride()[:3], heads, length, blocks, 0 if coarse is None else coarse.shape[2],
-        FACTORS=factors or (0,), LEVELS=len(factors), SUMMARY=summary_factor, BLOCK=block, HEAD_DIM=dim,
+        FACTORS=factors or (0,), LEVELS=len(factors), SUMMARY=summary_factor, BLOCK=block, BLOCKS=at_once, HEAD_DIM=dim,
         DIM=max(16, triton.next_power_of_2(dim)), ORDERED=order.index is not None, FINE=fine is not None,
         INT8=scales is not None, num_warps=4,
     )  # fmt: skip

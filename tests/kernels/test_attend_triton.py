@@ -48,19 +48,21 @@ LARGE = [
 
 
 @pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16], ids=str)
-def dtype(request, half_types):
+def dtype(request, half_types, triton_device):
+    if request.param == torch.float32 and triton_device == "cuda":
+        pytest.skip("float32 is for the interpreter: on a GPU it takes minutes to compile and is not offered")
     if request.param not in (torch.float32, *half_types):
         pytest.skip("the interpreter mishandles bfloat16; on a GPU it is tried")
     return request.param
 
 
-def attend(q, pyramid, factors, block_q, scale, extra=(None, None), order=RASTER, uneven=False):
+def attend(q, pyramid, factors, block_q, scale, extra=(None, None), order=RASTER, **more):
     """The kernel on a map of pooling factors; the storage of the output is poisoned first."""
     from comfyui_psa.kernels.attend_triton import attend_triton
 
     out = torch.full_like(q, torch.nan).transpose(1, 2).contiguous().transpose(1, 2)
     lists = group_by_level(factors, tuple(pyramid.keys))
-    attend_triton(q, pyramid, lists, block_q, scale, order, *extra, out, uneven=uneven)
+    attend_triton(q, pyramid, lists, block_q, scale, order, *extra, out, **more)
     return out
 
 
@@ -123,18 +125,21 @@ def test_int8(triton_device, half_types, case, random_tensor, random_factors, po
     torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_an_order_is_undone(triton_device, random_tensor, random_factors):
-    q, k, v = (random_tensor(1, 2, 300, 64, seed=s).to(triton_device) for s in (1, 2, 3))
+def test_an_order_is_undone(triton_device, half_types, random_tensor, random_factors):
+    dtype = half_types[-1]
+    q, k, v = (random_tensor(1, 2, 300, 64, seed=s).to(triton_device, dtype) for s in (1, 2, 3))
     index = torch.randperm(300, generator=torch.Generator().manual_seed(0)).to(triton_device)
     order = TokenOrder(index, index.argsort())
     factors = random_factors((1, 2, 3, 5), (0, 1, 8, 64)).to(triton_device)
     pyramid = build_pyramid(k, v, (1, 8, 64), 64)
     expected = order.undo(attend_reference(order.apply(q), pyramid, factors, 128, 0.125))
-    torch.testing.assert_close(attend(q, pyramid, factors, 128, 0.125, order=order), expected, atol=2e-5, rtol=2e-5)
+    tolerance = TOLERANCE[dtype]
+    out = attend(q, pyramid, factors, 128, 0.125, order=order)
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 
 def test_row_that_sees_nothing(triton_device):
-    x = torch.ones(1, 1, 64, 64, device=triton_device)
+    x = torch.ones(1, 1, 64, 64, device=triton_device, dtype=torch.float16)
     factors = torch.tensor([[0, 0], [0, 1]], dtype=torch.int16, device=triton_device).view(1, 1, 2, 2)
     out = attend(x, build_pyramid(x, x, (1, 8), 32), factors, 32, 0.1)
     assert torch.equal(out[:, :, :32], torch.zeros_like(out[:, :, :32]))
@@ -144,7 +149,7 @@ def test_row_that_sees_nothing(triton_device):
 @pytest.mark.parametrize("gap", [10.0, 60.0, 300.0])
 def test_logits_far_above_the_first_tile(triton_device, half_types, random_tensor, gap):
     """Weights are taken against a reference from the first tile; what lies far above it must not overflow."""
-    for dtype in (torch.float32, *half_types):
+    for dtype in half_types if triton_device == "cuda" else (torch.float32, *half_types):
         q = torch.ones(1, 1, 64, 16, dtype=dtype, device=triton_device)
         k = torch.zeros(1, 1, 320, 16, dtype=dtype, device=triton_device)
         k[:, :, 32:64] = gap / 4
@@ -158,7 +163,7 @@ def test_logits_far_above_the_first_tile(triton_device, half_types, random_tenso
 
 def test_nan_stays_in_its_row(triton_device, random_tensor):
     """A NaN in one query is in that query's output and in no other of another block."""
-    q, k, v = (random_tensor(1, 1, 128, 16, seed=s).to(triton_device) for s in (1, 2, 3))
+    q, k, v = (random_tensor(1, 1, 128, 16, seed=s).to(triton_device, torch.float16) for s in (1, 2, 3))
     q[0, 0, 5, 3] = torch.nan
     factors = torch.ones(1, 1, 4, 4, dtype=torch.int16, device=triton_device)
     out = attend(q, build_pyramid(k, v, (1,), 32), factors, 32, 0.25)
@@ -170,7 +175,8 @@ def test_nan_stays_in_its_row(triton_device, random_tensor):
 @pytest.mark.parametrize("importance", ["pooled", "means", "sampled"])
 def test_the_whole_call_is_that_of_the_torch_backend(triton_device, random_tensor, importance, mode):
     layout = TokenLayout((3, 8, 9), before=5, after=3)
-    q, k, v = (random_tensor(1, 2, layout.length, 64, seed=s).to(triton_device) for s in (1, 2, 3))
+    dtype, tolerance = (torch.float32, 2e-5) if triton_device == "cpu" else (torch.float16, 4e-3)
+    q, k, v = (random_tensor(1, 2, layout.length, 64, seed=s).to(triton_device, dtype) for s in (1, 2, 3))
     config = PyramidConfig(
         mode=mode,
         sparsity=None if mode == "threshold" else 0.7,
@@ -184,14 +190,16 @@ def test_the_whole_call_is_that_of_the_torch_backend(triton_device, random_tenso
     )
     assert (first.backend, second.backend) == ("triton", "torch")
     same = first.factors == second.factors
-    assert (~same).float().mean() < 0.01  # a pair exactly at a cut may fall to either side
+    assert (~same).float().mean() < (
+        0.01 if triton_device == "cpu" else 0.03
+    )  # a pair exactly at a cut may fall to either side
     rows = same.all(-1).repeat_interleave(32, -1)[:, :, : layout.video]
     video = slice(layout.before, layout.before + layout.video)
     for out, ours in ((first.output, second.output),):
         difference = (out[:, :, video] - ours[:, :, video]).abs().amax(-1)
         order = rows.gather(-1, torch.argsort(_curve(triton_device)).expand_as(rows))
-        assert difference[order].max() < 2e-5
-    torch.testing.assert_close(first.output[:, :, :5], second.output[:, :, :5], atol=2e-5, rtol=2e-5)
+        assert difference[order].max() < tolerance
+    torch.testing.assert_close(first.output[:, :, :5], second.output[:, :, :5], atol=tolerance, rtol=tolerance)
     assert first.density.item() == pytest.approx(second.density.item(), abs=1e-2)
 
 
