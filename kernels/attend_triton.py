@@ -129,24 +129,54 @@ def _attend_level(
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "extra", "n_q", "n_k"])
+@triton.jit
+def _wait_cycles(cycles):
+    """Spin for so many cycles of the multiprocessor's clock."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .u64 now, end;
+        .reg .pred early;
+        cvt.u64.u32 end, $1;
+        mov.u64 now, %clock64;
+        add.u64 end, end, now;
+        SPIN:
+        mov.u64 now, %clock64;
+        setp.lt.u64 early, now, end;
+        @early bra SPIN;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r",
+        [tl.full([1], 0, tl.int32) + cycles],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "extra", "n_q", "n_k", "units"])
 def _attend(
     q_ptr, index_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, scales_ptr,
     blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_cb, stride_ch, stride_cl, stride_eb, stride_eh, stride_el, stride_ob, stride_oh, stride_ol,
-    heads, length_q, length_k, extra, n_q, n_k, scale,
+    heads, length_q, length_k, extra, n_q, n_k, units, scale,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr,
     INT8: tl.constexpr, HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    PRECISION: tl.constexpr, WAIT: tl.constexpr, STAGGER: tl.constexpr,
 ):  # fmt: skip
     head_index = tl.program_id(1)
     block = tl.program_id(0)
+    if STAGGER > 0:
+        # Two programs share a multiprocessor and would stay in step: both in their products, then both in their
+        # softmax. The second of the first round starts later by about a softmax; those that follow keep the distance.
+        number = head_index * n_q + block
+        if (number >= units) & (number < 2 * units):
+            _wait_cycles(STAGGER)
     if SORTED:
         block = tl.load(rows_ptr + head_index * n_q + block)
     row = head_index.to(tl.int64) * n_q + block
-    if CAREFUL and tl.load(overflow_ptr + 2 * row) + tl.load(overflow_ptr + 2 * row + 1) == 0:
+    if CAREFUL and tl.load(overflow_ptr + row) == 0:
         return
     b, h = head_index // heads, head_index % heads
     b_long, h_long = b.to(tl.int64), h.to(tl.int64)
@@ -215,8 +245,7 @@ def _attend(
 
     if not CAREFUL:
         finite = (tl.abs(acc) < float("inf")) & (total < float("inf"))[:, None]
-        tl.store(overflow_ptr + 2 * row, 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0))
-        tl.store(overflow_ptr + 2 * row + 1, 0)
+        tl.store(overflow_ptr + row, 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0))
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_base = out_ptr + b_long * stride_ob + h_long * stride_oh
     tl.store(out_base + queries[:, None] * stride_ol + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=q_mask)
@@ -247,17 +276,9 @@ def attend_triton(
     int8 = pyramid.scales is not None
     q = _unit_stride(q)
     rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
-    overflow = torch.empty(batch, heads, n_q, 2, dtype=torch.int32, device=q.device)
-    padded = max(16, triton.next_power_of_2(dim))
+    overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
+    padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
     tile = tile or attend_tile(q, block_q, padded)
-    launches = (False, True)
-    if tile.warpgroups:
-        from .attend_hopper import attend_hopper, serves
-
-        if serves(q, pyramid, lists.levels, block_q):
-            attend_hopper(q, pyramid, lists, scale, order, extra_k, extra_v, out, overflow, rows)
-            launches = (True,)
-
     coarse = [factor for factor in pyramid.keys if factor > 1]
     # A tensor that is not there is never touched; any may stand in its place.
     keys, values = (_unit_stride(level.get(1, q)) for level in (pyramid.keys, pyramid.values))
@@ -266,7 +287,7 @@ def attend_triton(
     has_extra = extra_k is not None and extra_k.shape[2] > 0
     extra_k, extra_v = (x.contiguous() if has_extra else q for x in (extra_k, extra_v))
     scales = torch.stack(list(pyramid.scales.values()), 2) if int8 else q
-    for careful in launches:
+    for careful in (False, True):
         bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows and 1 in pyramid.keys
         descriptors = [_descriptor(x, tile.rows, padded) if bulk else None for x in (keys, values)]
         bulk = bulk and None not in descriptors
@@ -276,12 +297,13 @@ def attend_triton(
             lists.ends if rows is None else rows, overflow, out,
             *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
             *extra_k.stride()[:3], *out.stride()[:3],
-            heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,
+            heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, tile.units, scale * _LOG2_E,
             FACTORS=lists.levels, LEVELS=len(lists.levels), BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv,
             TILE=tile.rows, HEAD_DIM=dim, DIM=padded, ORDERED=order.index is not None, SORTED=uneven, BULK=bulk,
             INT8=int8, HAS_EXTRA=has_extra, CAREFUL=careful,
             HEADROOM=_HEADROOM_FLOAT16 if q.dtype == torch.float16 and not careful else 0, STAGES=tile.stages,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", WAIT=tile.wait,
+            STAGGER=0 if careful else tile.stagger,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

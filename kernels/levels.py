@@ -35,14 +35,12 @@ class BlockLists:
         ends: int32 [B, H, n_q, n_levels], exclusive end of each level's group.
         levels: pooling factor of each group, finest first.
         density: float32 [B, H, n_q], see `density.py`.
-        last: int8 [B, H, n_q, n_k], 1 where a pair is at the last of the levels, or None.
     """
 
     blocks: torch.Tensor
     ends: torch.Tensor
     levels: tuple[int, ...]
     density: torch.Tensor
-    last: torch.Tensor | None = None
 
     def of_head(self, batch: int, head: int) -> BlockLists:
         """The lists of one head: the tensors above without their first two dimensions."""
@@ -223,5 +221,4 @@ def group_by_level(
         place = torch.where(factors == factor, i, place).to(torch.int8)
     blocks = place.argsort(dim=-1, stable=True).to(torch.int32)
     counts = torch.stack([(place == i).sum(-1, dtype=torch.int32) for i in range(len(levels))], -1)
-    last = (factors == levels[-1]).to(torch.int8)
-    return BlockLists(blocks, counts.cumsum(-1, dtype=torch.int32), levels, row_density(factors, key_tokens), last)
+    return BlockLists(blocks, counts.cumsum(-1, dtype=torch.int32), levels, row_density(factors, key_tokens))

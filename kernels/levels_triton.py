@@ -51,7 +51,7 @@ def _by_mass(keys, weights, least, FLOORED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "n_q", "n_k", "length_k"])
 def _choose(
-    scores_ptr, cap_ptr, scale_ptr, blocks_ptr, ends_ptr, density_ptr, last_ptr, heads, n_q, n_k, length_k, cuts,
+    scores_ptr, cap_ptr, scale_ptr, blocks_ptr, ends_ptr, density_ptr, heads, n_q, n_k, length_k, cuts,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, STORED: tl.constexpr, STORED_LEVELS: tl.constexpr,
     DROPPED: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_KV: tl.constexpr, WIDTH: tl.constexpr,
@@ -90,7 +90,6 @@ def _choose(
     tokens = tl.minimum(tl.maximum(length_k - lanes * BLOCK_KV, 0), BLOCK_KV).to(tl.float32)
     cost = tl.where(factors > 0, tokens / tl.maximum(factors, 1).to(tl.float32), 0.0)
     tl.store(density_ptr + row, tl.sum(cost, 0) / length_k)
-    tl.store(last_ptr + row * n_k + lanes, (factors == STORED[STORED_LEVELS - 1]).to(tl.int8), mask=exists)
     start = 0
     for level in tl.static_range(STORED_LEVELS):
         here = (factors == STORED[level]).to(tl.int32)
@@ -126,14 +125,13 @@ def choose_lists_triton(
     blocks = torch.empty(batch, heads, n_q, n_k, dtype=torch.int32, device=scores.device)
     ends = torch.empty(batch, heads, n_q, len(stored), dtype=torch.int32, device=scores.device)
     density = torch.empty(batch, heads, n_q, dtype=torch.float32, device=scores.device)
-    last = torch.empty(batch, heads, n_q, n_k, dtype=torch.int8, device=scores.device)
     width = max(32, triton.next_power_of_2(n_k))
     _choose[(batch * heads * n_q,)](
         scores, scores if cap is None else cap.contiguous(), scores if scale is None else scale, blocks, ends, density,
-        last, heads, n_q, n_k, length_k, cuts,
+        heads, n_q, n_k, length_k, cuts,
         FACTORS=config.factors, LEVELS=len(cuts), STORED=stored, STORED_LEVELS=len(stored),
         DROPPED=config.dropped_factor, RULE=rule, SCALED=scale is not None,
         FLOOR=FLOOR if config.mode == "budget" else 0.0, CAPPED=cap is not None, BLOCK_KV=config.block_kv, WIDTH=width,
         num_warps=max(1, min(8, width // 1024)),
     )  # fmt: skip
-    return BlockLists(blocks, ends, stored, density, last)
+    return BlockLists(blocks, ends, stored, density)

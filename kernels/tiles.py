@@ -1,4 +1,4 @@
-"""How the attention kernel is cut for a GPU: rows of a tile, warps, tiles in flight, and which kernel.
+"""How the attention kernel is cut for a GPU: rows of a tile, warps, tiles in flight.
 
 What was measured where stands in `benchmarks/`; other GPUs take what fits their shared memory.
 """
@@ -19,7 +19,7 @@ class AttendTile:
         rows: key rows of a tile; warps; stages: tiles in flight.
         bulk: keys of level 1 come by the tensor memory accelerator (compute capability 9.0 and newer).
         wait: see `attend_triton._fast_tile`.
-        warpgroups: `attend_hopper` takes the calls that it serves.
+        stagger: cycles by which the second program of a multiprocessor starts later; units: multiprocessors.
     """
 
     rows: int
@@ -27,7 +27,8 @@ class AttendTile:
     stages: int
     bulk: bool = False
     wait: bool = False
-    warpgroups: bool = False
+    stagger: int = 0
+    units: int = 0
 
 
 def attend_tile(q: torch.Tensor, block_q: int, dim: int) -> AttendTile:
@@ -37,11 +38,6 @@ def attend_tile(q: torch.Tensor, block_q: int, dim: int) -> AttendTile:
     if torch.version.hip is not None:
         return AttendTile(rows=64, warps=4, stages=1)
     if torch.cuda.get_device_capability(q.device)[0] == 9:
-        found = {name: importlib.util.find_spec(name) is not None for name in _OPTIONAL}
-        return AttendTile(
-            rows=64, warps=4, stages=2, bulk=found[_OPTIONAL[0]], wait=True, warpgroups=found[_OPTIONAL[1]]
-        )
+        bulk = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+        return AttendTile(rows=64, warps=4, stages=2, bulk=bulk, wait=True, stagger=800, units=132)
     return AttendTile(rows=64, warps=4, stages=2 if dim <= 128 else 1)
-
-
-_OPTIONAL = ("triton.tools.tensor_descriptor", "triton.experimental.gluon.nvidia.hopper")
