@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..patching.settings import InputError
+from ..errors import InputError
 from .frames import pad_odd_frames
 from .positions import positioned_patch_embed, rotary_embedder
 from .schedule import make_sampling

@@ -1,8 +1,9 @@
 """The noise schedule of CogVideoX in ComfyUI's terms, and the steps that diffusers takes through it.
 
 Sigma is sqrt((1 - a) / a) for diffusers' cumulative alpha a. The schedule ends in pure noise (a = 0), where ComfyUI
-needs a finite sigma; whoever computes with alphas takes 0 there. ComfyUI's sampling type for CogVideoX (V_PREDICTION_DDPM)
-hands the model noise scaled by sqrt(1 + sigma^2); its V_PREDICTION scales it back, right for every sampler of the core.
+needs a finite sigma; whoever computes with alphas takes 0 there. ComfyUI's sampling type for CogVideoX, called
+V_PREDICTION_DDPM, hands the model noise scaled by sqrt(1 + sigma^2); its V_PREDICTION scales it back, which is right
+for every sampler of the core.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..patching.settings import InputError
+from ..errors import InputError
 
 # ComfyUI's own value for the last alpha of a schedule with zero terminal SNR: sigma 4518.8.
 _SMALLEST_ALPHA = 4.8973451890853435e-08

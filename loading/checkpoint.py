@@ -15,7 +15,7 @@ import torch
 
 from ..cogvideox.corrections import correct_model
 from ..cogvideox.variant import find_variant
-from ..patching.settings import InputError
+from ..errors import InputError
 from .names import COGVIDEOX, to_native
 from .tensor_file import FileError, read_tensors
 

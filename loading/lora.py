@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..patching.settings import InputError
+from ..errors import InputError
 from .names import TABLES, to_diffusers
 from .tensor_file import FileError, read_tensors
 

@@ -63,8 +63,8 @@ class PSALoraDownload(io.ComfyNode):
             category="model/loaders",
             description=(
                 "Downloads a LoRA from the Hugging Face hub into models/loras when this node runs, by default the "
-                "4-step LoRA for CogVideoX-5B. A broken download goes on where it stopped. Press R afterwards, and the LoRA "
-                "menus list it."
+                "4-step LoRA for CogVideoX-5B. A broken download goes on where it stopped. Press R afterwards, and the "
+                "LoRA menus list it."
             ),
             search_aliases=["huggingface", "BLADE", "4-step lora", "download lora"],
             is_output_node=True,

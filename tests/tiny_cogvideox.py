@@ -133,10 +133,44 @@ def run_pipeline(
         arguments |= {"image": torch.zeros(1, 3, height, width), "num_frames": frames or 4 * latents.shape[2] - 3}
     elif strength is not None:
         pipeline = diffusers.CogVideoXVideoToVideoPipeline(**names, vae=None)
-        arguments |= {"strength": strength, "video": [None] * (4 * latents.shape[2] - 3)}
+        arguments |= {"strength": strength}
     else:
         pipeline = diffusers.CogVideoXPipeline(**names, vae=None)
         arguments |= {"num_frames": frames or 4 * latents.shape[2] - 3}
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         return pipeline(**arguments).frames.transpose(1, 2)
+
+
+def write_loras(folder, kind, rank=4, alpha=11.0):
+    """Write one random LoRA three ways: its alpha in the metadata, in tensors, nowhere.
+
+    Returns {way: file name} and {way: the transformer with that LoRA, by diffusers and PEFT}.
+    """
+    import diffusers
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    model = transformer(kind)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_embedding.linear_1"]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False))
+    layers = get_peft_model_state_dict(model)
+    pipeline = diffusers.CogVideoXPipeline
+    metadata = _collate_lora_metadata({"transformer": model})
+    pipeline.save_lora_weights(folder / "metadata", transformer_lora_layers=layers, **metadata)
+    pipeline.save_lora_weights(folder / "nowhere", transformer_lora_layers=layers)
+    name = "pytorch_lora_weights.safetensors"
+    tensors = load_file(folder / "nowhere" / name)
+    ends = ".lora_A.weight"
+    for key in [key for key in tensors if key.endswith(ends)]:
+        tensors[key.removesuffix(ends) + ".alpha"] = torch.tensor(alpha)
+    (folder / "tensors").mkdir()
+    save_file(tensors, folder / "tensors" / name)
+
+    plain = transformer(kind)
+    loaded = pipeline(tokenizer=None, text_encoder=None, vae=None, transformer=plain, scheduler=scheduler(kind, "dpm"))
+    loaded.load_lora_weights(folder / "nowhere")
+    files = {way: f"{way}/{name}" for way in ("metadata", "tensors", "nowhere")}
+    return files, {"metadata": model, "tensors": model, "nowhere": plain}
