@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import errno
 import inspect
-import json
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from .safetensors_header import safetensors_problem
 
 REPOSITORY = "GYP666/BLADE"
 FILE = "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors"
@@ -51,9 +52,10 @@ def download_lora(
         fetch(repository, file, local_dir=folder, endpoint=endpoint, **more)
     except Exception as error:  # the libraries underneath differ between versions of huggingface-hub
         raise DownloadError(f"{repository}/{file} was not downloaded: {_reason(error, folder)}") from error
-    if not is_safetensors(target):
-        target.unlink()
-        raise DownloadError(f"{repository}/{file} is not a complete safetensors file and was removed; try again")
+    problem = safetensors_problem(target)
+    if problem is not None:
+        target.unlink(missing_ok=True)
+        raise DownloadError(f"{repository}/{file} was removed again: {problem}")
     return target
 
 
@@ -65,20 +67,6 @@ def check_names(repository: str, file: str) -> None:
     plain = all(re.fullmatch(r"[\w][\w. -]*", part) for part in parts) and not any(part.endswith(".") for part in parts)
     if not plain or not file.endswith(".safetensors"):
         raise DownloadError(f"file {file!r}: allowed is a .safetensors file of the repository, as in {FILE}")
-
-
-def is_safetensors(path: Path) -> bool:
-    """Whether a file is as long as its safetensors header says. Reads the header alone."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= 100_000_000:
-                return False
-            header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return bool(ends) and path.stat().st_size == 8 + length + max(ends)
 
 
 def _supports(function: Any, parameter: str) -> bool:

@@ -39,12 +39,14 @@ def _progress_class() -> type[Any]:
     import comfy.utils
     from tqdm import tqdm
 
+    bar = comfy.utils.ProgressBar(1)
+
     class ComfyProgress(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
             comfy.model_management.throw_exception_if_processing_interrupted()
             shown = super().update(n)
             if self.total:
-                comfy.utils.ProgressBar(int(self.total)).update_absolute(int(self.n), int(self.total))
+                bar.update_absolute(int(self.n), int(self.total))
             return shown
 
     return ComfyProgress
