@@ -99,7 +99,7 @@ def _checked_sampling(model: Any) -> Any:
 
     sampling = model.inner_model.inner_model.model_sampling
     if not isinstance(sampling, comfy.model_sampling.V_PREDICTION) or not hasattr(sampling, "log_sigmas"):
-        kinds = " and ".join(kind.__name__ for kind in type(sampling).__mro__[1:3])
+        kinds = " and ".join(kind.__name__ for kind in type(sampling).__bases__)
         allowed = "a model from PSA CogVideoX Loader or PSA CogVideoX Fix; put PSA CogVideoX Fix before the sampler"
         raise InputError("model", f"a model with sampling {kinds}", allowed, NODE)
     return sampling

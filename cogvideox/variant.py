@@ -93,7 +93,5 @@ def _schedule(scheduler: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
     }
     prediction = scheduler.get("prediction_type", "v_prediction")
     if prediction != "v_prediction" or scheduler.get("trained_betas") is not None:
-        raise ValueError(
-            f"the scheduler config says {prediction!r} or lists its betas; CogVideoX predicts v on a formula"
-        )
+        raise ValueError(f"its scheduler config says {prediction!r} or lists betas; CogVideoX predicts v on a formula")
     return {name: scheduler.get(name, value) for name, value in released.items()}

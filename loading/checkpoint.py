@@ -20,7 +20,13 @@ from .names import COGVIDEOX, to_native
 from .tensor_file import FileError, read_tensors
 
 NODE = "PSA CogVideoX Loader"
-WEIGHT_DTYPES = ("default", "fp8_e4m3fn", "fp8_e4m3fn_fast", "fp8_e5m2")
+WEIGHT_DTYPES = {
+    "default": {},
+    "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
+    "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
+    "fp8_e5m2": {"dtype": torch.float8_e5m2},
+}
+"""The choices of ComfyUI's own loader, and what they mean to it."""
 _CLASS = "CogVideoXTransformer3DModel"
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 """The name that diffusers writes; a variant such as fp16 stands in the middle of it."""
@@ -58,12 +64,9 @@ def load_checkpoint(name: str, weight_dtype: str = "default", *, disable_dynamic
     path = find_checkpoint(name)
     tensors, metadata = read_checkpoint(path)
     given = set(tensors)
-    options = {} if weight_dtype == "default" else {"dtype": getattr(torch, weight_dtype.removesuffix("_fast"))}
-    if weight_dtype.endswith("_fast"):
-        options["fp8_optimizations"] = True
     dynamic = {"disable_dynamic": True} if disable_dynamic else {}
     model = comfy.sd.load_diffusion_model_state_dict(
-        tensors, model_options=options, metadata=metadata or None, **dynamic
+        tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata or None, **dynamic
     )
     if model is None or model.model.model_config.unet_config.get("image_model") != "cogvideox":
         raise InputError("checkpoint", name, f"a CogVideoX checkpoint; this one has {_examples(given)}", NODE)
@@ -120,9 +123,7 @@ def weight_files(path: Path) -> list[Path]:
             raise FileError(index, "it must list files of its own folder")
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
-            raise FileError(
-                path / missing[0], f"this shard is missing, {len(missing)} of {len(names)} are; download it"
-            )
+            raise FileError(path / missing[0], f"this shard is missing ({len(missing)} of {len(names)} are)")
         return [path / name for name in names]
     files = sorted(path.glob("*.safetensors"))
     whole = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files

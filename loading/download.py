@@ -1,13 +1,14 @@
 """Downloads a LoRA from the Hugging Face hub into a folder, when somebody asks for it.
 
-huggingface-hub does the work: it writes to `.cache/huggingface` inside the folder and moves the file to its place when
-it is complete, so that a broken download goes on where it stopped and never looks whole. Standard library and
+huggingface-hub speaks to the server. Its own download into a folder starts anew after a break (2.4), so the partial
+file is ours: `<name>.<etag>.incomplete` beside the target, renamed when it is whole. Standard library and
 huggingface-hub only: `dev.py weights` uses this file without ComfyUI.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import inspect
 import re
 from pathlib import Path, PurePosixPath
@@ -29,7 +30,7 @@ class DownloadError(ValueError):
 def download_lora(
     folder: Path, repository: str = REPOSITORY, file: str = FILE, *, endpoint: str | None = None, progress: Any = None
 ) -> Path:
-    """Fetch `file` of a repository to `folder`/`file` and return where it lies; nothing is fetched twice.
+    """Fetch `file` of a repository to `folder`/`file` and return where it lies; what is there is not fetched again.
 
     Args:
         folder: must exist. endpoint: another server than the hub's. progress: a tqdm class, by default the terminal's.
@@ -42,21 +43,54 @@ def download_lora(
     target = folder / PurePosixPath(file)
     if not target.resolve().is_relative_to(folder.resolve()):
         raise DownloadError(f"{file} would lie outside {folder}")
+    if safetensors_problem(target) is None:
+        return target
     try:
         import huggingface_hub
     except ImportError as error:
         raise DownloadError("the package huggingface-hub is missing: pip install huggingface-hub") from error
-    fetch = huggingface_hub.hf_hub_download
-    more = {"tqdm_class": progress} if progress is not None and _supports(fetch, "tqdm_class") else {}
+    url = huggingface_hub.hf_hub_url(repository, file, endpoint=endpoint)
     try:
-        fetch(repository, file, local_dir=folder, endpoint=endpoint, **more)
+        partial = _fetch(url, target, progress)
     except Exception as error:  # the libraries underneath differ between versions of huggingface-hub
         raise DownloadError(f"{repository}/{file} was not downloaded: {_reason(error, folder)}") from error
-    problem = safetensors_problem(target)
+    problem = safetensors_problem(partial)
     if problem is not None:
-        target.unlink(missing_ok=True)
-        raise DownloadError(f"{repository}/{file} was removed again: {problem}")
+        partial.unlink()
+        raise DownloadError(f"{repository}/{file} was not kept: {problem}")
+    partial.replace(target)
     return target
+
+
+def _fetch(url: str, target: Path, progress: Any) -> Path:
+    """Bring the partial file of `target` to its full length and return it; what an earlier call got is used."""
+    import huggingface_hub
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    about = huggingface_hub.get_hf_file_metadata(url)
+    etag = re.sub(r"\W", "", about.etag or "")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f"{target.name}.{etag[:16]}.incomplete")
+    more = {"tqdm_class": progress} if progress is not None and _supports(http_get, "tqdm_class") else {}
+    if partial.is_file() and partial.stat().st_size > (about.size or 0):
+        partial.unlink()
+    with partial.open("ab") as out:
+        there = partial.stat().st_size
+        http_get(url, out, resume_size=there, headers=build_hf_headers(), expected_size=about.size, **more)
+    # The etag of a large file is its SHA-256.
+    if len(etag) == 64 and _sha256(partial) != etag:
+        partial.unlink()
+        raise OSError("the file arrived damaged; start it again")
+    return partial
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_names(repository: str, file: str) -> None:

@@ -54,7 +54,7 @@ def prompt_of(models, client):
             elif kind == "VAELoader":
                 inputs["vae_name"] = "psa_demo_wan_vae.safetensors"
             elif "length" in inputs:
-                inputs |= {"width": 320, "height": 256, "length": 17}
+                inputs |= {"width": 256, "height": 192, "length": 17}
             elif kind == "PSAPatch":
                 inputs["min_tokens"] = 0
             elif kind == "PSACogVideoXSigmas":
@@ -90,7 +90,7 @@ def test_the_4_step_workflow_makes_a_video(client, server, prompt_of):
     report = report_of(prompt, result)
     assert report["fallbacks"] == []
     assert [step["sparse_calls"] for step in report["steps"]] == [2, 2, 2, 2], "no step is dense"
-    assert report["grid"] == [5, 16, 20]
+    assert report["grid"] == [5, 12, 16]
     (video,) = result.outputs[find_node(prompt, "SaveVideo")]["images"]
     assert len(client.download("/view?" + urllib.parse.urlencode(video))) > 1000
     steps = [(message.step, message.steps) for message in result.progress if message.class_type == "SamplerCustom"]
@@ -109,7 +109,7 @@ def test_the_other_workflows_make_videos(client, prompt_of, name):
     dense = [step["sparsity"] is None for step in report["steps"]]
     assert dense == [True, True, False, False, False, False], "the first 30 % of the schedule stay dense"
     # 17 frames are 5 latent frames, of which 1.5 makes 6.
-    assert report["grid"] == ([5, 16, 20] if "5b_psa_50" in name else [3, 16, 20])
+    assert report["grid"] == ([5, 12, 16] if "5b_psa_50" in name else [3, 12, 16])
     assert result.outputs[find_node(prompt, "SaveVideo")]["images"]
 
 
