@@ -15,12 +15,25 @@ from .schedule import make_sampling
 from .variant import Variant, find_variant
 
 KEY = "psa_cogvideox"
+# Of the latent, and of latent and start image. Inpainting models (VOID) have more, and a sampler of the core.
+_RELEASED_CHANNELS = (16, 32)
+
 log = logging.getLogger("ComfyUI-PSA")
 
 
 def is_corrected(model: Any) -> bool:
     """Whether a ComfyUI MODEL has these corrections."""
     return model.get_attachment(KEY) is not None
+
+
+def missing_corrections(model: Any) -> str | None:
+    """A sentence for the user of a CogVideoX MODEL that should have the corrections and does not; otherwise None."""
+    channels = model.model.model_config.unet_config.get("in_channels")
+    if is_corrected(model) or channels not in _RELEASED_CHANNELS:
+        return None
+    return (
+        "this CogVideoX model has ComfyUI's own positions and noise schedule; put PSA CogVideoX Fix behind its loader"
+    )
 
 
 def correct_model(model: Any, variant: Variant | None = None, node: str = "PSA CogVideoX Fix") -> Any:

@@ -8,6 +8,8 @@ from typing import Any
 from .download import DownloadError, download_lora
 
 _OWN = Path(__file__).resolve().parent.parent / "weights"
+_NO_LORAS = ("psa_demo_wan_dit.safetensors", "psa_demo_wan_vae.safetensors")
+"""The demo's model lies in `weights/` as well."""
 
 
 def register_own_folder() -> None:
@@ -15,6 +17,14 @@ def register_own_folder() -> None:
     import folder_paths
 
     folder_paths.add_model_folder_path("loras", str(_OWN))
+
+
+def list_loras() -> list[str]:
+    """What the loader offers: the .safetensors files of ComfyUI's loras folders, without the demo's model."""
+    import folder_paths
+
+    names = folder_paths.get_filename_list("loras")
+    return [name for name in names if name.lower().endswith(".safetensors") and Path(name).name not in _NO_LORAS]
 
 
 def download_into_loras(repository: str, file: str) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..loading.download import FILE, REPOSITORY
 from ..loading.lora import apply_lora
-from ..loading.lora_folders import download_into_loras
+from ..loading.lora_folders import download_into_loras, list_loras
 
 
 class PSALoraLoader(io.ComfyNode):
@@ -29,7 +28,7 @@ class PSALoraLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="A CogVideoX or Wan model."),
                 io.Combo.Input(
                     "lora_name",
-                    options=[name for name in folder_paths.get_filename_list("loras") if name.endswith(".safetensors")],
+                    options=list_loras(),
                     tooltip="A .safetensors file in models/loras, or in the folder weights/ of this node pack.",
                 ),
                 io.Float.Input(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..cogvideox.corrections import missing_corrections
 from .layout import CallReader, read_cogvideox_call, read_wan_call
 
 # On the demo model topk 10/5/0/20 is 2 dB closer to dense than the budget mode of the per-size presets (README,
@@ -25,12 +26,14 @@ class Family:
     Attributes:
         name: for messages; preset: the one of `auto`; blocks: its number of transformer blocks.
         read_call: where the tokens lie in a call of the model.
+        advice: what the user should know about this model, as a sentence, or None.
     """
 
     name: str
     preset: str
     blocks: int
     read_call: CallReader
+    advice: str | None = None
 
 
 def find_family(model: Any) -> Family | str:
@@ -57,4 +60,4 @@ def _cogvideox(model: Any, config: dict[str, Any]) -> Family | str:
         return f"PSA serves CogVideoX 1.0 and 1.5; this model has temporal patches of {temporal}"
     name = f"CogVideoX {'1.0' if temporal is None else '1.5'}, {config.get('num_attention_heads')} heads"
     blocks = len(model.get_model_object("diffusion_model").blocks)
-    return Family(name, _COGVIDEOX_PRESETS[temporal], blocks, read_cogvideox_call)
+    return Family(name, _COGVIDEOX_PRESETS[temporal], blocks, read_cogvideox_call, missing_corrections(model))

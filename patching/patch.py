@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ..cogvideox.corrections import is_corrected
 from .family import Family, find_family
 from .layout import CallReader
 from .override import OVERRIDE_KEY, RUN_KEY, PSAOverride
@@ -52,8 +51,8 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
     if settings.config.sparsity is None:
         log.info("PSA: threshold mode: sparsity follows the data, the slider (%.2f) does not act", sparsity)
     log.info("PSA: %s, preset %s, %s", family.name, preset, settings.config)
-    if family.preset.startswith("cogvideox") and not is_corrected(model):
-        log.warning("PSA: this CogVideoX model has ComfyUI's own positions and noise schedule: add PSA CogVideoX Fix")
+    if family.advice is not None:
+        log.warning("PSA: %s", family.advice)
     return apply_patch(model, settings, family)
 
 

@@ -191,3 +191,5 @@ def test_the_packs_own_weights_are_a_lora_folder(client):
     choices = client.get("/object_info/LoraLoaderModelOnly")["LoraLoaderModelOnly"]["input"]["required"]["lora_name"]
     names = choices[0] if isinstance(choices[0], list) else choices[1]["options"]
     assert any(name.replace("\\", "/").startswith("demo/psa_demo_wan") for name in names)
+    ours = client.get("/object_info/PSALoraLoader")["PSALoraLoader"]["input"]["required"]["lora_name"][1]["options"]
+    assert not any("psa_demo" in name for name in ours), "the demo's model is no LoRA"

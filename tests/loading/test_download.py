@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +140,8 @@ def dev_weights(folder, hub, limit=None, **environment):
     """Run `python dev.py weights`, with a limit on the size of a file in place of a full disk."""
 
     def limited():
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", **environment}

@@ -163,6 +163,20 @@ def test_a_part_of_the_schedule_equals_diffusers_video_to_video(checkpoints, sam
     assert error <= BOUND
 
 
+def test_a_model_with_trained_positions_refuses_other_sizes(checkpoints, sample):
+    with pytest.raises(ValueError, match=r"trained positions for 720x480 pixels only; 160x96 was given"):
+        sample(checkpoints("5b-i2v").model, noise(SMALL), 1, "dpm")
+
+
+def test_fp8_weights_stay_near(checkpoints, sample):
+    from comfyui_psa.loading.checkpoint import load_checkpoint
+
+    exact = sample(checkpoints("5b").model, noise(SMALL), 4, "dpm")
+    for weight_dtype, bound in (("fp8_e4m3fn", 0.1), ("fp8_e5m2", 0.2)):
+        error = relative_error(sample(load_checkpoint("5b", weight_dtype), noise(SMALL), 4, "dpm"), exact)
+        assert 1e-4 < error < bound
+
+
 def test_the_bound_notices_what_the_corrections_are_for(checkpoints, loras, sample, model_folders):
     """The same comparison, with one correction or the LoRA left out, is far beyond the bound."""
     import comfy.sd
@@ -175,15 +189,12 @@ def test_the_bound_notices_what_the_corrections_are_for(checkpoints, loras, samp
 
     def without(kind, *patches):
         """The corrected model with some object patches taken away."""
-        checkpoints(kind)
+        variant = checkpoints(kind).model.get_attachment("psa_cogvideox")
         tensors, _ = read_checkpoint(find_checkpoint(kind))
-        model = correct_model(comfy.sd.load_diffusion_model_state_dict(tensors), _variant(kind))
+        model = correct_model(comfy.sd.load_diffusion_model_state_dict(tensors), variant)
         for patch in patches:
             del model.object_patches[f"diffusion_model.{patch}"]
         return model
-
-    def _variant(kind):
-        return checkpoints(kind).model.get_attachment("psa_cogvideox")
 
     right = sample(checkpoints("5b").model, latents, 4, "dpm")
     assert relative_error(sample(without("5b"), latents, 4, "dpm"), right) < 1e-6, "the means of this test are right"

@@ -120,4 +120,4 @@ def test_a_model_without_the_corrections_is_told_so_once(comfyui, tiny, caplog):
     native = comfy.sd.load_diffusion_model_state_dict(state)
     with caplog.at_level(logging.WARNING):
         patch_model(native, sparsity=0.7, **PATCH)
-    assert sum("add PSA CogVideoX Fix" in record.message for record in caplog.records) == 1
+    assert sum("put PSA CogVideoX Fix behind" in record.message for record in caplog.records) == 1
