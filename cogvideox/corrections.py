@@ -31,9 +31,7 @@ def missing_corrections(model: Any) -> str | None:
     channels = model.model.model_config.unet_config.get("in_channels")
     if is_corrected(model) or channels not in _RELEASED_CHANNELS:
         return None
-    return (
-        "this CogVideoX model has ComfyUI's own positions and noise schedule; put PSA CogVideoX Fix behind its loader"
-    )
+    return "this CogVideoX model has ComfyUI's own positions and schedule; put PSA CogVideoX Fix behind its loader"
 
 
 def correct_model(model: Any, variant: Variant | None = None, node: str = "PSA CogVideoX Fix") -> Any:
