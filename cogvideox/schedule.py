@@ -102,10 +102,15 @@ def plan_walk(sampling: Any, sigmas: torch.Tensor) -> Walk:
 
     Trailing steps are walked as diffusers walks them, so that results agree for every step count. Anything else goes
     from each level to the next one that is listed.
+
+    Raises:
+        InputError: the schedule goes up.
     """
     ends_clean = float(sigmas[-1]) == 0
     visited = sampling.timestep(sigmas[:-1] if ends_clean else sigmas).cpu()
     visited = torch.unique_consecutive(visited)  # levels finer than the table
+    if (visited.diff() > 0).any():
+        raise InputError("sigmas", "a schedule that goes up", "noise levels that go down", "PSA CogVideoX Sampler")
     table = sampling.sigmas.double().cpu()
     levels = [*table[visited].tolist(), *[0.0] * ends_clean]
     timesteps = [*visited.tolist(), *[-1] * ends_clean]

@@ -88,7 +88,6 @@ def _schedule(scheduler: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "rescale_betas_zero_snr": True,
-        "set_alpha_to_one": True,
         **defaults,
     }
     prediction = scheduler.get("prediction_type", "v_prediction")

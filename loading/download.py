@@ -52,14 +52,14 @@ def download_lora(
     url = huggingface_hub.hf_hub_url(repository, file, endpoint=endpoint)
     try:
         partial = _fetch(url, target, progress)
+        problem = safetensors_problem(partial)
+        if problem is None:
+            partial.replace(target)
+            return target
+        partial.unlink()
     except Exception as error:  # the libraries underneath differ between versions of huggingface-hub
         raise DownloadError(f"{repository}/{file} was not downloaded: {_reason(error, folder)}") from error
-    problem = safetensors_problem(partial)
-    if problem is not None:
-        partial.unlink()
-        raise DownloadError(f"{repository}/{file} was not kept: {problem}")
-    partial.replace(target)
-    return target
+    raise DownloadError(f"{repository}/{file} was not kept: {problem}")
 
 
 def _fetch(url: str, target: Path, progress: Any) -> Path:

@@ -67,6 +67,7 @@ class PSALoraDownload(io.ComfyNode):
             ),
             search_aliases=["huggingface", "BLADE", "4-step lora", "download lora"],
             is_output_node=True,
+            not_idempotent=True,
             inputs=[
                 io.String.Input("repository", default=REPOSITORY, tooltip="Owner and name on huggingface.co."),
                 io.String.Input(

@@ -99,6 +99,11 @@ def test_trailing_steps_and_parts_of_them_are_walked_as_diffusers_does(model, st
         assert first.timesteps + second.timesteps == whole.timesteps
 
 
+def test_a_schedule_that_goes_up_is_refused(model):
+    with pytest.raises(InputError, match="PSA CogVideoX Sampler, input sigmas: 'a schedule that goes up'"):
+        plan_walk(model.sampling, model.sampling.sigmas[[500, 700, 300]])
+
+
 def test_any_other_schedule_goes_from_level_to_level(model):
     table = model.sampling.sigmas
     walk = plan_walk(model.sampling, torch.cat([table[[900, 400, 390]], torch.zeros(1)]))
