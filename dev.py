@@ -7,6 +7,7 @@
     python dev.py bench    run the benchmarks
     python dev.py setup    only make the environment in .dev/
     python dev.py workflows    write workflows/*.json anew, after a node's schema has changed
+    python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; needs huggingface-hub alone
 
 Needs Python 3.10 or newer and nothing else; the first run installs into .dev/ (a few minutes, about 8 GB).
 """
@@ -14,6 +15,7 @@ Needs Python 3.10 or newer and nothing else; the first run installs into .dev/ (
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -33,7 +35,7 @@ def main() -> int:
     if rest and arguments.command not in ("test", "bench"):
         _parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        comfyui = ensure_environment(arguments.comfyui)
+        comfyui = None if arguments.command == "weights" else ensure_environment(arguments.comfyui)
         return COMMANDS[arguments.command](arguments, comfyui, rest)
     except Failure as failure:
         print(f"\nError: {failure}", file=sys.stderr)
@@ -62,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "serve":
             command.add_argument("--port", type=int, default=0, help="0 chooses a free one")
             command.add_argument("--no-browser", action="store_true", help="only print the address")
+        if name == "weights":
+            command.add_argument("--to", type=Path, default=ROOT / "weights", help="another folder that is there")
     return parser
 
 
@@ -104,12 +108,37 @@ def _bench(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
     return _run([VENV_PYTHON, script, *rest], {"COMFYUI_PATH": str(comfyui)})
 
 
+def _weights(arguments: argparse.Namespace, *_: object) -> int:
+    if importlib.util.find_spec("huggingface_hub") is None:
+        if not VENV_PYTHON.exists():
+            raise Failure("huggingface-hub is missing: pip install huggingface-hub, then start this again.")
+        _continue_in_environment()
+    from loading.download import DownloadError, download_lora
+
+    folder = arguments.to.expanduser().resolve()
+    if not folder.is_dir():
+        raise Failure(f"There is no folder {folder}.")
+    try:
+        print(f"The LoRA is {download_lora(folder)}")
+    except DownloadError as error:
+        raise Failure(str(error)) from error
+    return 0
+
+
 def _setup(*_: object) -> int:
     print(f"The environment is ready: {VENV}")
     return 0
 
 
-COMMANDS = {"demo": _demo, "test": _test, "serve": _serve, "bench": _bench, "setup": _setup, "workflows": _workflows}
+COMMANDS = {
+    "demo": _demo,
+    "test": _test,
+    "serve": _serve,
+    "bench": _bench,
+    "setup": _setup,
+    "workflows": _workflows,
+    "weights": _weights,
+}
 
 
 def _continue_in_environment() -> None:

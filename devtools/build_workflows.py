@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from .canvas import Canvas, Node, Output
+from .cogvideox_workflows import COGVIDEOX_BUILDERS
+from .workflow_parts import model_file, save_video
 
 WAN21 = "https://huggingface.co/Comfy-Org/Wan_2.1_ComfyUI_repackaged/resolve/main/split_files"
 WAN22 = "https://huggingface.co/Comfy-Org/Wan_2.2_ComfyUI_Repackaged/resolve/main/split_files"
@@ -33,6 +35,7 @@ def build_all(definitions: dict, folder: Path) -> list[Path]:
         "wan21_i2v_psa": _wan21_i2v,
         "wan22_a14b_t2v_psa": _wan22_a14b_t2v,
         "wan22_ti2v_5b_psa": _wan22_ti2v_5b,
+        **COGVIDEOX_BUILDERS,
     }
     paths = []
     for name, build in builders.items():
@@ -98,7 +101,7 @@ def _wan21_i2v(canvas: Canvas) -> None:
         eye = canvas.add(
             "CLIPVisionLoader",
             clip_name="clip_vision_h.safetensors",
-            models=_model("clip_vision_h.safetensors", "clip_vision", WAN21),
+            models=model_file("clip_vision_h.safetensors", "clip_vision", WAN21),
         )
     with canvas.group("Prompt, image and size"):
         positive, negative = _prompts(canvas, clip, IMAGE_PROMPT)
@@ -165,7 +168,7 @@ def _wan22_a14b_t2v(canvas: Canvas) -> None:
             **common,
         )
         samples = canvas.add("PSAReport", "PSA Report: low noise", model=patched, samples=samples)
-    _save_video(canvas, samples, vae, 16.0, "wan22_a14b_t2v")
+    save_video(canvas, samples, vae, 16.0, "wan22_a14b_t2v")
 
 
 def _wan22_ti2v_5b(canvas: Canvas) -> None:
@@ -191,21 +194,17 @@ def _files_note(canvas: Canvas, title: str, files: dict[str, list[str]], vae: st
         canvas.note(f"{text}\n\nThey come from\n\n{sources}\n\n{PSA_NOTE.strip()}\n\n{note}", 520)
 
 
-def _model(name: str, folder: str, source: str) -> dict:
-    return {"name": name, "url": f"{source}/{folder}/{name}", "directory": folder}
-
-
 def _unet(canvas: Canvas, name: str, source: str) -> Node:
-    return canvas.add("UNETLoader", unet_name=name, models=_model(name, "diffusion_models", source))
+    return canvas.add("UNETLoader", unet_name=name, models=model_file(name, "diffusion_models", source))
 
 
 def _clip(canvas: Canvas) -> Node:
     name = "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
-    return canvas.add("CLIPLoader", clip_name=name, type="wan", models=_model(name, "text_encoders", WAN21))
+    return canvas.add("CLIPLoader", clip_name=name, type="wan", models=model_file(name, "text_encoders", WAN21))
 
 
 def _vae(canvas: Canvas, name: str, source: str) -> Node:
-    return canvas.add("VAELoader", vae_name=name, models=_model(name, "vae", source))
+    return canvas.add("VAELoader", vae_name=name, models=model_file(name, "vae", source))
 
 
 def _prompts(canvas: Canvas, clip: Node, prompt: str) -> tuple[Node, Node]:
@@ -232,14 +231,7 @@ def _sample_and_save(
         settings = dict(seed=42, sampler_name="uni_pc", scheduler="simple", **sampling)
         samples = canvas.add("KSampler", model=patched, **conditions, **settings)
         samples = canvas.add("PSAReport", model=patched, samples=samples)
-    _save_video(canvas, samples, vae, fps, name)
-
-
-def _save_video(canvas: Canvas, samples: Node, vae: Node, fps: float, name: str) -> None:
-    with canvas.group("Video", "violet"):
-        frames = canvas.add("VAEDecode", samples=samples, vae=vae)
-        video = canvas.add("CreateVideo", images=frames, fps=fps)
-        canvas.add("SaveVideo", video=video, filename_prefix=f"video/psa_{name}")
+    save_video(canvas, samples, vae, fps, name)
 
 
 def _save_webp(canvas: Canvas, frames: Node, prefix: str) -> None:

@@ -17,7 +17,7 @@ from .terminal import Failure
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 NOTES = ("Note", "MarkdownNote")
 MODE_MUTED, MODE_BYPASSED = 2, 4
-FILE_INPUTS = ("unet_name", "vae_name", "clip_name", "image")
+FILE_INPUTS = ("unet_name", "vae_name", "clip_name", "image", "checkpoint", "lora_name")
 """Widgets whose choices are the files that a server happens to have."""
 
 

@@ -30,11 +30,11 @@ class PSAPatch(io.ComfyNode):
             description=(
                 "Pyramid Sparse Attention: important parts of the video are attended in full, the rest at a half, a "
                 "quarter, an eighth or one row per block. Put it between the model loader (after any LoRA) and the "
-                "sampler. Serves Wan2.1 and Wan2.2 text-to-video and image-to-video; other models stay dense."
+                "sampler. Serves Wan2.1, Wan2.2 and CogVideoX text-to-video and image-to-video; others stay dense."
             ),
             search_aliases=["pyramid sparse attention", "sparse attention", "PSA", "speed up video", "wan speed"],
             inputs=[
-                io.Model.Input("model", tooltip="A loaded Wan2.1 or Wan2.2 model."),
+                io.Model.Input("model", tooltip="A loaded Wan2.1, Wan2.2 or CogVideoX model."),
                 io.Float.Input(
                     "sparsity",
                     default=0.85,

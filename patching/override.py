@@ -34,6 +34,7 @@ class PSAOverride:
     def _attend(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         run: Run | None = (kwargs.get("transformer_options") or {}).get(RUN_KEY)
         if run is not None and len(args) >= 3 and is_self_attention(run, *args[:3], **kwargs):
+            run.begin_self_attention(kwargs["transformer_options"].get("block_index"))
             reason = None
             if run.active:
                 reason = decline_reason(run, *args, **kwargs)
@@ -78,9 +79,8 @@ def decline_reason(
         return f"{tokens} tokens are fewer than two query blocks of {settings.config.block_q}"
     if not q.is_floating_point() or q.element_size() < 2:
         return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served"
-    block = (kwargs.get("transformer_options") or {}).get("block_index")
-    if block in settings.dense_blocks:
-        return f"block {block} is listed in dense_blocks"
+    if run.block in settings.dense_blocks:
+        return f"block {run.block} is listed in dense_blocks"
     return None
 
 
@@ -101,8 +101,7 @@ def _sparse(
         run.failure = f"PSA failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         log.debug("PSA: the failure in full", exc_info=True)
         return None
-    block = kwargs["transformer_options"].get("block_index", -1)
-    run.sparse_call(block, result)
+    run.sparse_call(run.block, result)
     if kwargs.get("skip_output_reshape"):
         return result.output
     return result.output.transpose(1, 2).flatten(2)

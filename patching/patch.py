@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .family import find_family
-from .layout import wan_layout
+from .family import Family, find_family
+from .layout import CallReader
 from .override import OVERRIDE_KEY, RUN_KEY, PSAOverride
 from .report import make_report
 from .run import Run, log
@@ -51,10 +51,12 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
     if settings.config.sparsity is None:
         log.info("PSA: threshold mode: sparsity follows the data, the slider (%.2f) does not act", sparsity)
     log.info("PSA: %s, preset %s, %s", family.name, preset, settings.config)
-    return apply_patch(model, settings, pictured_block=family.blocks // 2)
+    if family.advice is not None:
+        log.warning("PSA: %s", family.advice)
+    return apply_patch(model, settings, family)
 
 
-def apply_patch(model: Any, settings: PatchSettings, pictured_block: int) -> Any:
+def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
     """A clone of `model` with override and wrappers in place; an earlier PSA patch on it is replaced."""
     import comfy.patcher_extension
 
@@ -70,7 +72,7 @@ def apply_patch(model: Any, settings: PatchSettings, pictured_block: int) -> Any
             settings,
             float(sampling.percent_to_sigma(settings.start_percent)),
             float(sampling.percent_to_sigma(settings.end_percent)),
-            pictured_block,
+            pictured_block=family.blocks // 2,
         )
         # The guider's options are a copy made for this run, so nothing of it outlives the run.
         guider.model_options["transformer_options"][RUN_KEY] = run
@@ -83,7 +85,7 @@ def apply_patch(model: Any, settings: PatchSettings, pictured_block: int) -> Any
 
     wrappers = comfy.patcher_extension.WrappersMP
     patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample)
-    patched.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, _diffusion_model)
+    patched.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, _model_call_wrapper(family.read_call))
     patched.set_attachments(KEY, handle)
     return patched
 
@@ -113,21 +115,19 @@ def _unpatched(model: Any, note: str) -> Any:
     return clone
 
 
-def _diffusion_model(executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
-    """DIFFUSION_MODEL wrapper: (x [B, C, T, H, W], timestep, context [B, L, C], clip_fea, time_dim_concat, options)."""
-    options = kwargs.get("transformer_options")
-    if options is None:
-        options = next((arg for arg in args if isinstance(arg, dict)), {})
-    run: Run | None = options.get(RUN_KEY)
-    if run is not None:
-        time_concat = args[1] if len(args) > 1 else kwargs.get("time_dim_concat")
-        frames = 0 if time_concat is None else time_concat.shape[2]
-        # One read from the device per model call; attention calls must not do it.
-        sigma = float(options["sigmas"].flatten()[0])
-        schedule = options.get("sample_sigmas")
-        step = 0 if schedule is None else int((schedule > sigma * (1 + 1e-4)).sum())
-        clip = args[0] if args else kwargs.get("clip_fea")
-        text = context.shape[1]
-        contexts = (text,) if clip is None else (text, clip.shape[-2], text + clip.shape[-2])
-        run.begin_model_call(sigma, step, wan_layout(x.shape, executor.class_obj.patch_size, frames), contexts)
-    return executor(x, timestep, context, *args, **kwargs)
+def _model_call_wrapper(read_call: CallReader) -> Any:
+    def diffusion_model(executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+        """DIFFUSION_MODEL wrapper: tells the run its step and where the tokens lie."""
+        options = kwargs.get("transformer_options")
+        if options is None:
+            options = next((arg for arg in args if isinstance(arg, dict)), {})
+        run: Run | None = options.get(RUN_KEY)
+        if run is not None:
+            # One read from the device per model call; attention calls must not do it.
+            sigma = float(options["sigmas"].flatten()[0])
+            schedule = options.get("sample_sigmas")
+            step = 0 if schedule is None else int((schedule > sigma * (1 + 1e-4)).sum())
+            run.begin_model_call(sigma, step, *read_call(executor.class_obj, x, context, args, kwargs))
+        return executor(x, timestep, context, *args, **kwargs)
+
+    return diffusion_model

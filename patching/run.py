@@ -53,20 +53,28 @@ class Run:
         self.layout: TokenLayout | None = None
         self.context_tokens: tuple[int, ...] = ()
         self.active = False
+        self.block = -1
         self.failure: str | None = None
         self.backend: str | None = None
         self.level_map: LevelMap | None = None
         self.steps: list[Step] = []
         self.fallbacks: Counter[str] = Counter()
         self._orders: dict[tuple, TokenOrder] = {}
+        self._calls = 0
 
     def begin_model_call(self, sigma: float, step: int, layout: TokenLayout, context_tokens: tuple[int, ...]) -> None:
         """Called once per forward of the diffusion model, before its first attention call."""
         self.layout, self.context_tokens = layout, context_tokens
         self.active = self.sigma_end < sigma <= self.sigma_start
+        self._calls = 0
         if not self.steps or self.steps[-1].index != step:
             self._end_step()
             self.steps.append(Step(step, sigma, time.perf_counter()))
+
+    def begin_self_attention(self, block: int | None) -> None:
+        """Called at every self-attention call. Models that do not say their block have one call a block, in order."""
+        self.block = self._calls if block is None else block
+        self._calls += 1
 
     def order(self, device: torch.device) -> TokenOrder:
         """The token order of the current grid on `device`, made once per run."""

@@ -5,18 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 
+from ..errors import InputError
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.presets import load_presets
 
 FROM_PRESET = "preset"
-
-
-class InputError(ValueError):
-    """A wrong node input: names the node, the input, what was given and what is allowed."""
-
-    def __init__(self, field: str, given: object, allowed: str, node: str = "PSA Patch") -> None:
-        super().__init__(f"{node}, input {field}: {given!r} was given; allowed: {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,28 @@ load_package("devtools", ROOT / "devtools")
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    """The module `tiny_cogvideox.py` beside this file: tiny random models, made and sampled by diffusers."""
+    spec = importlib.util.spec_from_file_location("tiny_cogvideox", Path(__file__).with_name("tiny_cogvideox.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def model_folders(comfyui, tmp_path_factory):
+    """Empty model folders in place of ComfyUI's, by category; in this process only."""
+    import folder_paths
+
+    root = tmp_path_factory.mktemp("models")
+    for category in ("diffusers", "diffusion_models", "loras"):
+        (root / category).mkdir()
+        extensions = folder_paths.folder_names_and_paths[category][1]
+        folder_paths.folder_names_and_paths[category] = ([str(root / category)], extensions)
+    return root
+
+
+@pytest.fixture(scope="session")
 def comfyui():
     """The folder of a real ComfyUI, importable; tests that need it are skipped with the reason where there is none."""
     folder = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")

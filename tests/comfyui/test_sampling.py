@@ -1,4 +1,6 @@
-"""The promises that need a sampling run on a real server, at a size that takes seconds: 9 frames of 256 x 256.
+"""The promises that need a sampling run on a real server, at a size that takes seconds: 9 frames of 384 x 384.
+
+Not smaller: ComfyUI leaves out progress messages that follow each other within 0.1 s.
 
 Latents are compared bit for bit; ComfyUI's node cache is emptied where a result must be computed anew.
 """
@@ -27,7 +29,7 @@ def workflow():
     for node in found["nodes"]:
         values = node["widgets_values"]
         if node["type"] == "EmptyHunyuanLatentVideo":
-            values[:3] = [256, 256, 9]
+            values[:3] = [384, 384, 9]
         if node["type"] == "KSampler":
             values[2] = STEPS
         if node["type"] == "PSAPatch":
@@ -82,7 +84,7 @@ def test_the_demo_runs_at_a_small_size(client, definitions, workflow, tmp_path):
     films = demo.download_films(client, prompt, result)
     figures = demo.write_results(tmp_path, films, demo.samplers_of(prompt), result, report)
 
-    assert report["grid"] == [3, 16, 16]
+    assert report["grid"] == [3, 24, 24]
     assert report["backend"] == "torch"
     assert len(figures.sparsity) == len(figures.dense_seconds) == len(figures.psa_seconds) == STEPS
     assert figures.sparsity[0] is None, "the first quarter of the schedule stays dense"
@@ -133,7 +135,7 @@ def test_an_interrupted_run_leaves_the_next_one_right(client, definitions, workf
     sampler = samplers(prompt)["psa"]
 
     def interrupt_in_the_sparse_part(progress):
-        if progress.node == sampler and progress.step == STEPS - 2:
+        if progress.node == sampler and progress.step >= STEPS - 2:
             client.interrupt()
 
     long = copy.deepcopy(prompt)

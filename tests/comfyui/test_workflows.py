@@ -6,7 +6,17 @@ from comfyui_psa.devtools.build_workflows import build_all
 from comfyui_psa.devtools.paths import WORKFLOWS
 from comfyui_psa.devtools.workflow import NOTES, find_problems, graph_to_prompt, load_workflow
 
-NAMES = ["psa_demo", "wan21_i2v_psa", "wan21_t2v_psa", "wan22_a14b_t2v_psa", "wan22_ti2v_5b_psa"]
+NAMES = [
+    "cogvideox15_5b_psa",
+    "cogvideox15_i2v_psa",
+    "cogvideox5b_psa_4step_lora",
+    "cogvideox5b_psa_50step",
+    "psa_demo",
+    "wan21_i2v_psa",
+    "wan21_t2v_psa",
+    "wan22_a14b_t2v_psa",
+    "wan22_ti2v_5b_psa",
+]
 
 
 def test_every_workflow_is_checked_here():

@@ -1,0 +1,96 @@
+"""What a CogVideoX checkpoint needs beyond its weights: which positions, which noise schedule, how an image is scaled.
+
+ComfyUI reads the sizes of a model from its weights and cannot see these. A diffusers folder states them in its configs;
+for a bare file they follow from the released models (2B, 5B, 5B-I2V, 1.5-5B, 1.5-5B-I2V). No tensors, no ComfyUI here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+# The released 2B is the only model with 30 heads, without rotary positions and with an SNR shift of 3.
+_HEADS_OF_2B = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kind of CogVideoX model.
+
+    Attributes:
+        name: for messages.
+        version: "1.0" or "1.5" (temporal patches).
+        rotary: queries and keys are rotated by position; False for 2B, which adds sin-cos positions to its tokens.
+        learned_positions: the checkpoint holds trained positions for its own video size (5B-I2V of 1.0).
+        sample_height, sample_width, sample_frames: latent rows and columns and pixel frames the model was made for.
+        spatial_scale, temporal_scale: divisors of the sin-cos positions.
+        schedule: arguments of diffusers' CogVideoX schedulers that make the noise schedule.
+        inverted_image_scale: the image latent is divided by the latent scale (1.5 I2V), not multiplied by it.
+    """
+
+    name: str
+    version: str
+    rotary: bool
+    learned_positions: bool
+    sample_height: int = 60
+    sample_width: int = 90
+    sample_frames: int = 49
+    spatial_scale: float = 1.875
+    temporal_scale: float = 1.0
+    schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    inverted_image_scale: bool = False
+
+
+def find_variant(
+    unet_config: Mapping[str, Any],
+    transformer: Mapping[str, Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    vae: Mapping[str, Any] | None = None,
+) -> Variant:
+    """The variant of a model.
+
+    Args:
+        unet_config: what ComfyUI found out from the weights.
+        transformer, scheduler, vae: the config files of a diffusers folder, where there is one.
+
+    Raises:
+        ValueError: the scheduler config is of a kind that no CogVideoX model has.
+    """
+    transformer, scheduler, vae = transformer or {}, scheduler or {}, vae or {}
+    version = "1.0" if unet_config.get("patch_size_t") is None else "1.5"
+    two_b = version == "1.0" and unet_config.get("num_attention_heads") == _HEADS_OF_2B
+    rotary = transformer.get("use_rotary_positional_embeddings", not two_b)
+    from_image = unet_config.get("in_channels") == 32
+    size = {
+        name: transformer[name] for name in ("sample_height", "sample_width", "sample_frames") if name in transformer
+    }
+    if version == "1.5" and not size:
+        size = {"sample_height": 96, "sample_width": 170, "sample_frames": 81}
+    return Variant(
+        name=f"CogVideoX {version}, {unet_config.get('num_attention_heads')} heads" + ", from an image" * from_image,
+        version=version,
+        rotary=rotary,
+        learned_positions=bool(unet_config.get("use_learned_positional_embeddings")),
+        spatial_scale=transformer.get("spatial_interpolation_scale", 1.875),
+        temporal_scale=transformer.get("temporal_interpolation_scale", 1.0),
+        schedule=_schedule(scheduler, snr_shift_scale=1.0 if rotary else 3.0),
+        inverted_image_scale=vae.get("invert_scale_latents", version == "1.5" and from_image),
+        **size,
+    )
+
+
+def _schedule(scheduler: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
+    """The schedule of the config file; where there is none, that of the released models."""
+    released = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "rescale_betas_zero_snr": True,
+        **defaults,
+    }
+    prediction = scheduler.get("prediction_type", "v_prediction")
+    if prediction != "v_prediction" or scheduler.get("trained_betas") is not None:
+        raise ValueError(f"its scheduler config says {prediction!r} or lists betas; CogVideoX predicts v on a formula")
+    return {name: scheduler.get(name, value) for name, value in released.items()}

@@ -1,0 +1,1 @@
+"""Files into models: CogVideoX checkpoints and LoRAs, safetensors only; every error is a sentence."""

@@ -1,0 +1,62 @@
+"""ComfyUI's LoRA folders: where a download goes, and the pack's own `weights/` as one more of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .download import DownloadError, download_lora
+
+_OWN = Path(__file__).resolve().parent.parent / "weights"
+_NO_LORAS = ("psa_demo_wan_dit.safetensors", "psa_demo_wan_vae.safetensors")
+"""The demo's model lies in `weights/` as well."""
+
+
+def register_own_folder() -> None:
+    """Let ComfyUI's LoRA menus list `weights/` of this pack, where the paper's own download command puts the file."""
+    import folder_paths
+
+    folder_paths.add_model_folder_path("loras", str(_OWN))
+
+
+def list_loras() -> list[str]:
+    """What the loader offers: the .safetensors files of ComfyUI's loras folders, without the demo's model."""
+    import folder_paths
+
+    names = folder_paths.get_filename_list("loras")
+    return [name for name in names if name.lower().endswith(".safetensors") and Path(name).name not in _NO_LORAS]
+
+
+def download_into_loras(repository: str, file: str) -> str:
+    """Download into ComfyUI's first loras folder, with ComfyUI's progress bar; the name that the LoRA menus then list.
+
+    Raises:
+        DownloadError: see `download.download_lora`.
+    """
+    import folder_paths
+
+    folders = [Path(path) for path in folder_paths.get_folder_paths("loras") if Path(path) != _OWN]
+    if not folders:
+        raise DownloadError("ComfyUI has no loras folder")
+    folders[0].mkdir(parents=True, exist_ok=True)
+    path = download_lora(folders[0].resolve(), repository.strip(), file.strip(), progress=_progress_class())
+    return str(path.relative_to(folders[0].resolve()))
+
+
+def _progress_class() -> type[Any]:
+    """A tqdm that also moves ComfyUI's progress bar, and stops when the user interrupts."""
+    import comfy.model_management
+    import comfy.utils
+    from tqdm import tqdm
+
+    bar = comfy.utils.ProgressBar(1)
+
+    class ComfyProgress(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            shown = super().update(n)
+            if self.total:
+                bar.update_absolute(int(self.n), int(self.total))
+            return shown
+
+    return ComfyProgress

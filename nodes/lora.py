@@ -1,0 +1,85 @@
+"""The LoRA nodes: load one, download one. Schemas only; the work is in `loading`."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..loading.download import FILE, REPOSITORY
+from ..loading.lora import apply_lora
+from ..loading.lora_folders import download_into_loras, list_loras
+
+
+class PSALoraLoader(io.ComfyNode):
+    """Load a LoRA for CogVideoX or Wan, whatever tool wrote it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PSALoraLoader",
+            display_name="PSA LoRA Loader",
+            category="model/loaders",
+            description=(
+                "Loads a LoRA onto a CogVideoX or Wan model: names of diffusers/PEFT, kohya, lightx2v and ComfyUI, "
+                "scale from its alpha tensors or its metadata. A LoRA of which nothing fits the model is an error. "
+                "Several can follow each other."
+            ),
+            search_aliases=["lora", "diffusers lora", "peft", "cogvideox lora", "4 steps"],
+            inputs=[
+                io.Model.Input("model", tooltip="A CogVideoX or Wan model."),
+                io.Combo.Input(
+                    "lora_name",
+                    options=list_loras(),
+                    tooltip="A .safetensors file in models/loras, or in the folder weights/ of this node pack.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="1.0 is what it was trained for, and what the 4-step LoRA needs; 0 is none of it.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(),
+                io.String.Output(display_name="summary", tooltip="How many weights were patched, as a sentence."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
+        return io.NodeOutput(*apply_lora(model, lora_name, strength))
+
+
+class PSALoraDownload(io.ComfyNode):
+    """Download a LoRA from the Hugging Face hub into ComfyUI's loras folder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PSALoraDownload",
+            display_name="PSA LoRA Download",
+            category="model/loaders",
+            description=(
+                "Downloads a LoRA from the Hugging Face hub into models/loras when this node runs, by default the "
+                "4-step LoRA for CogVideoX-5B. A broken download goes on where it stopped. Press R afterwards, and the "
+                "LoRA menus list it."
+            ),
+            search_aliases=["huggingface", "BLADE", "4-step lora", "download lora"],
+            is_output_node=True,
+            not_idempotent=True,
+            inputs=[
+                io.String.Input("repository", default=REPOSITORY, tooltip="Owner and name on huggingface.co."),
+                io.String.Input(
+                    "file",
+                    default=FILE,
+                    tooltip="Path of a .safetensors file in the repository; models/loras gets it under the same path.",
+                ),
+            ],
+            outputs=[io.String.Output(display_name="lora_name", tooltip="The name that the LoRA menus list.")],
+        )
+
+    @classmethod
+    def execute(cls, repository: str, file: str) -> io.NodeOutput:
+        name = download_into_loras(repository, file)
+        return io.NodeOutput(name, ui={"text": [name]})

@@ -1,0 +1,123 @@
+"""PSA on a small random CogVideoX through ComfyUI's sampler: text in front, head size 64, blocks that do not say which.
+
+That all blocks in full equal dense is in tests/parity.
+"""
+
+import logging
+
+import pytest
+import torch
+
+from comfyui_psa.kernels.order import TokenLayout
+from comfyui_psa.patching.layout import cogvideox_layout
+from comfyui_psa.patching.patch import KEY, patch_model
+
+PATCH = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
+SIZE = (1, 16, 5, 24, 32)  # 5 x 12 x 16 = 960 video tokens
+
+
+@pytest.fixture(scope="module")
+def models(model_folders, tiny):
+    from comfyui_psa.loading.checkpoint import load_checkpoint
+
+    for kind in ("5b", "1.5"):
+        tiny.write_folder(model_folders / "diffusers" / f"psa {kind}", kind)
+    return {kind: load_checkpoint(f"psa {kind}") for kind in ("5b", "1.5")}
+
+
+@pytest.fixture
+def sample(tiny):
+    def run(model, steps=4, guidance=1.0, negative=None):
+        import comfy.sample
+
+        from comfyui_psa.cogvideox.sampler import make_sampler
+        from comfyui_psa.cogvideox.schedule import trailing_sigmas
+
+        noise = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
+        conds = [[tiny.text(), {}]], [[tiny.text(6) if negative is None else negative, {}]]
+        return comfy.sample.sample_custom(
+            model, noise, guidance, make_sampler("dpm"), trailing_sigmas(model, steps, 1.0), *conds,
+            torch.zeros(SIZE), seed=7, disable_pbar=True,
+        )  # fmt: skip
+
+    return run
+
+
+def report(model):
+    return model.get_attachment(KEY).report
+
+
+def test_the_text_lies_in_front_of_the_grid():
+    assert cogvideox_layout((2, 16, 13, 60, 90), (1, 2, 2), 226) == TokenLayout((13, 30, 45), before=226)
+    assert cogvideox_layout((1, 16, 11, 61, 90), (2, 2, 2), 452) == TokenLayout((6, 31, 45), before=452)
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("5b", "cogvideox-5b"), ("1.5", "cogvideox1.5-5b")])
+def test_sparse_steps_meet_the_slider(models, sample, kind, preset):
+    psa = patch_model(models[kind], sparsity=0.7, **PATCH | {"block_kv": "32"})
+    out = sample(psa)
+    steps = report(psa)["steps"]
+    assert [step["sparsity"] is None for step in steps] == [True, False, False, False]
+    for step in steps[1:]:
+        assert step["sparsity"] == pytest.approx(0.7, abs=0.02)
+        assert step["sparse_calls"] == 2
+    assert report(psa)["preset"] == preset
+    assert torch.isfinite(out).all()
+    difference = (out - sample(models[kind])).norm() / out.norm()
+    assert 1e-4 < difference < 0.5
+
+
+@pytest.mark.parametrize("preset", ["cogvideox-5b", "cogvideox1.5-5b", "cogvideox-5b-4step"])
+@pytest.mark.parametrize("published", [False, True])
+def test_the_presets_run(models, sample, preset, published):
+    name = preset + " (published)" * published
+    psa = patch_model(models["5b"], sparsity=0.7, **PATCH | {"preset": name, "start_percent": 0.0})
+    assert torch.isfinite(sample(psa, steps=1)).all()
+    assert report(psa)["fallbacks"] == []
+    assert report(psa)["steps"][0]["sparse_calls"] == 2
+
+
+def test_the_published_figures_of_the_4_step_preset():
+    from comfyui_psa.kernels.presets import load_presets
+
+    config = load_presets()["cogvideox-5b-4step (published)"].config(None)
+    assert config.bounds == pytest.approx((0.05, 0.15, 0.25, 0.50))
+    assert (config.mode, config.order, config.block_q, config.block_kv) == ("topk", "raster", 128, 128)
+
+
+def test_no_step_is_dense_where_the_warm_up_is_zero(models, sample):
+    psa = patch_model(models["5b"], sparsity=0.7, **PATCH | {"start_percent": 0.0})
+    sample(psa)
+    assert [step["dense_calls"] for step in report(psa)["steps"]] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("guidance", "tokens"), [(1.0, None), (6.0, None), (6.0, 452), (6.0, 113)])
+def test_dense_blocks_are_the_ones_that_were_named_however_guidance_is_batched(models, sample, tiny, guidance, tokens):
+    psa = patch_model(models["5b"], sparsity=0.7, **PATCH | {"dense_blocks": "0", "start_percent": 0.0})
+    sample(psa, 2, guidance, None if tokens is None else tiny.text(6, tokens))
+    found = report(psa)
+    assert list(found["layers"]) == ["1"]
+    assert {step["sparse_calls"] for step in found["steps"]} == {step["dense_calls"] for step in found["steps"]}
+    assert [entry["reason"] for entry in found["fallbacks"]] == ["block 0 is listed in dense_blocks"]
+    assert found["grid"] == [5, 12, 16]
+
+
+def test_block_numbers_are_checked_against_the_model(models):
+    with pytest.raises(ValueError, match=r"dense_blocks: '2' was given; .* from 0 to 1"):
+        patch_model(models["5b"], sparsity=0.7, **PATCH | {"dense_blocks": "2"})
+
+
+def test_sparsity_zero_is_the_dense_model(models, sample):
+    assert torch.equal(sample(patch_model(models["5b"], sparsity=0.0, **PATCH)), sample(models["5b"]))
+
+
+def test_a_model_without_the_corrections_is_told_so_once(comfyui, tiny, caplog):
+    import comfy.sd
+
+    from comfyui_psa.loading.names import COGVIDEOX, to_native
+
+    state = {to_native(key, COGVIDEOX): value for key, value in tiny.transformer("5b").state_dict().items()}
+    native = comfy.sd.load_diffusion_model_state_dict(state)
+    with caplog.at_level(logging.WARNING):
+        patch_model(native, sparsity=0.7, **PATCH)
+    assert sum("put PSA CogVideoX Fix behind" in record.message for record in caplog.records) == 1
