@@ -1,7 +1,8 @@
-"""`python dev.py bench`: the whole PSA call against dense attention in the same run, with its error beside its time.
+"""`python dev.py bench`: attention methods against dense attention in the same run, with error beside time.
 
-On a CPU one shape (the demo's), on a GPU the shapes of the models. Medians; ratios within one run are what counts.
-Figures go to `benchmarks/results/*.csv`.
+On a CPU one shape (the demo's), on a GPU the shapes of the models. Medians; ratios within one run are what counts. Rows
+go to `benchmarks/results/attention-gpu.csv` or `-cpu.csv`, the split of the PSA call to `stages-gpu.csv`; what a run
+measures replaces the rows of its shapes. `python dev.py bench --plot` draws error against time from them.
 """
 
 from __future__ import annotations
@@ -10,30 +11,25 @@ import argparse
 import csv
 import datetime
 import importlib.util
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import methods
 import torch
-import torch.nn.functional as F
 from synthetic import smooth_qkv
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from timing import extra_mb, median_ms
+from torch.nn.attention import SDPBackend
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPES = {
-    "synthetic": (2, (9, 32, 32), 128),
-    "wan1.3b-480p": (12, (21, 30, 52), 128),
-    "wan1.3b-720p": (12, (18, 45, 80), 128),
-    "wan14b-720p": (40, (18, 45, 80), 128),
-    "cogvideox-5b": (48, (13, 30, 45), 64),
-}
+RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ["gpu", "date", "torch", "triton", "shape", "method", "precision", "density", "ms", "dense_ms", "speedup"]
-COLUMNS += ["rel_l1", "extra_mb"]
+COLUMNS += ["rel_l1", "extra_mb", "setting"]
+STAGE_COLUMNS = ["gpu", "date", "torch", "triton", "shape", "precision", "order", "pyramid", "pool_q", "importance"]
+STAGE_COLUMNS += ["levels", "attend", "preparation_share"]
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
 
-def load_pack():
+def load_pack() -> None:
     """The pack, imported as ComfyUI does it."""
     spec = importlib.util.spec_from_file_location(
         "comfyui_psa", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
@@ -42,104 +38,150 @@ def load_pack():
     spec.loader.exec_module(module)
 
 
-def settings() -> Iterator[tuple[str, object]]:
-    """The settings that are compared: the published default, and ours at several densities."""
-    from comfyui_psa.kernels import load_presets
-
-    published = load_presets()["module-default (published)"]
-    yield "psa-published", published.config(None, order="curve")
-    for sparsity in (0.85, 0.9, 0.95):
-        yield f"psa-{sparsity}", load_presets()["module-default"].config(sparsity)
-    for order, tile in (("raster", (1, 8, 8)), ("curve", (1, 8, 8)), ("tiles", (1, 8, 8)), ("tiles", (4, 4, 4))):
-        name = order if order != "tiles" else "tiles" + "x".join(map(str, tile))
-        yield f"psa-0.85-{name}", load_presets()["module-default"].config(0.85, order=order, tile=tile)
-
-
-def median_ms(call: Callable[[], object], cuda: bool, runs: int) -> float:
-    """Median time of a call in milliseconds; device events and a flushed L2 on a GPU."""
-    call()
-    times = []
-    flush = torch.empty(2**26, dtype=torch.int32, device="cuda") if cuda else None
-    for _ in range(runs):
-        if cuda:
-            flush.zero_()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        else:
-            begin = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
-
-
 def main() -> int:
+    """Measure what the command line asks for and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="shape to measure; may be repeated")
-    parser.add_argument("--runs", type=int, default=None, help="timed runs (default: 20 on a GPU, 5 on a CPU)")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--shape", action="append", choices=methods.SHAPES, help="shape to measure; may be repeated")
+    parser.add_argument("--runs", type=int, help="timed runs of every method (default: 10 on a GPU, 5 on a CPU)")
+    parser.add_argument("--full", action="store_true", help="also the curve of error against time, and slower rivals")
+    parser.add_argument("--lengths", action="store_true", help="only cost against length, 4k to 260k tokens, 4 heads")
+    parser.add_argument("--plot", action="store_true", help="only draw the pictures from the results that are there")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
-    load_pack()
-    from comfyui_psa.kernels import TokenLayout, make_order, pyramid_sparse_attention
+    if arguments.plot:
+        from plot import draw
 
+        return draw(arguments.out)
+    load_pack()
+    cuda = torch.cuda.is_available()
+    runs = arguments.runs or (10 if cuda else 5)
+    shapes = {name: methods.SHAPES[name] for name in arguments.shape or _all_shapes(cuda)}
+    if arguments.lengths:
+        shapes = {f"length-{n}": (4, (n // 1024, 32, 32), 128) for n in LENGTHS}
+    for name, shape in shapes.items():
+        rows, stages = _measure(name, shape, runs, arguments.full, arguments.lengths)
+        _write(arguments.out / f"attention-{'gpu' if cuda else 'cpu'}.csv", COLUMNS, rows)
+        if stages:
+            _write(arguments.out / "stages-gpu.csv", STAGE_COLUMNS, stages)
+    return 0
+
+
+def _all_shapes(cuda: bool) -> list[str]:
+    return [name for name in methods.SHAPES if (name == "synthetic") != cuda]
+
+
+def _measure(name: str, shape: tuple, runs: int, full: bool, short: bool) -> tuple[list[dict], list[dict]]:
+    heads, grid, dim = shape
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    runs = arguments.runs or (20 if cuda else 5)
-    gpu = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    triton = importlib.util.find_spec("triton") and __import__("triton").__version__
-    common = {"gpu": gpu, "date": datetime.date.today().isoformat(), "torch": torch.__version__, "triton": triton}
-    rows = []
-    for shape in arguments.shape or (list(SHAPES) if cuda else ["synthetic"]):
-        heads, grid, dim = SHAPES[shape]
-        q, k, v = smooth_qkv(heads, grid, dim, dtype, device)
-        dense_backend = SDPBackend.CUDNN_ATTENTION if cuda else SDPBackend.FLASH_ATTENTION
+    q, k, v = smooth_qkv(heads, grid, dim, dtype, device)
+    common = _machine(cuda) | {"shape": name}
+    backend = SDPBackend.CUDNN_ATTENTION if cuda else SDPBackend.FLASH_ATTENTION
+    call, _ = methods.dense(backend)(q, k, v, grid)
+    reference = call().float()
+    norm = reference.abs().mean()
+    dense_ms = median_ms(call, runs)
+    label, precision = ("sdpa-cudnn" if cuda else "sdpa"), str(dtype).removeprefix("torch.")
+    rows = [common | {"method": label, "precision": precision, "density": 1, "ms": round(dense_ms, 3)}]
+    rows[0] |= {"dense_ms": round(dense_ms, 3), "speedup": 1, "rel_l1": 0, "extra_mb": "", "setting": "dense"}
+    print(f"{name:16s} {label:18s} {dense_ms:9.2f} ms", flush=True)
+    chosen = list(methods.methods(dim, cuda, full))
+    if short:
+        chosen = [
+            m for m in chosen if m.setting == "topk 10/5/0/20 at .85, curve, pooled, tail" and m.precision != "int8"
+        ]
+    for method in chosen:
+        try:
+            call, density = method.make(q, k, v, grid)
+            out = getattr(call, "restore", lambda x: x)(call()).float()
+            error = ((out - reference[:, :, : out.shape[2]]).abs().mean() / norm).item()
+            del out
+            memory, ms = extra_mb(call), median_ms(call, runs)
+        except Exception as failure:  # a rival that does not run here must not end the run
+            print(f"{name:16s} {method.name:18s} left out: {type(failure).__name__}: {str(failure)[:100]}", flush=True)
+            continue
+        row = {"method": method.name, "precision": method.precision, "density": round(density(), 4), "ms": round(ms, 3)}
+        row |= {"dense_ms": round(dense_ms, 3), "speedup": round(dense_ms / ms, 3), "rel_l1": round(error, 5)}
+        rows.append(common | row | {"extra_mb": "" if memory is None else memory, "setting": method.setting})
+        figures = f"{ms:9.2f} ms {dense_ms / ms:6.2f}x  error {error:.4f}"
+        print(f"{name:16s} {method.name:18s} {figures}  {method.precision:9s} {method.setting}", flush=True)
+    stages = [] if short or not cuda else _stages(q, k, v, grid, runs, common)
+    return rows, stages
 
-        def dense(q=q, k=k, v=v, dense_backend=dense_backend) -> torch.Tensor:
-            with sdpa_kernel(dense_backend):
-                return F.scaled_dot_product_attention(q, k, v)
 
-        reference = dense().float()
-        dense_ms = median_ms(dense, cuda, runs)
-        method = "sdpa-cudnn" if cuda else "sdpa"
-        precision = str(dtype).removeprefix("torch.")
-        rows.append(common | dict(shape=shape, method=method, precision=precision, density=1, ms=dense_ms))
-        print(f"{shape:14s} {method:18s} {dense_ms:9.2f} ms", flush=True)
-        for name, config in settings():
-            order = make_order(config.order, grid, config.tile, device)
+def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs: int, common: dict) -> list[dict]:
+    """Milliseconds of every stage of the Triton backend at topk 10/5/0/20, .85, pooled importance, with tail."""
+    from comfyui_psa.kernels import PyramidConfig, make_order
+    from comfyui_psa.kernels.attend_triton import attend_triton
+    from comfyui_psa.kernels.importance import Representatives, group_size
+    from comfyui_psa.kernels.importance_triton import reduced_softmax_triton
+    from comfyui_psa.kernels.levels_triton import choose_lists_triton
+    from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton, pool_triton
 
-            def sparse(q=q, k=k, v=v, config=config, grid=grid, order=order):
-                return pyramid_sparse_attention(q, k, v, config, layout=TokenLayout(grid), order=order)
-
-            if cuda:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            result = sparse()
-            extra = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
-            error = ((result.output.float() - reference).abs().mean() / reference.abs().mean()).item()
-            density = result.density.item()
-            del result
-            ms = median_ms(sparse, cuda, runs)
-            rows.append(
-                common
-                | dict(shape=shape, method=name, precision=precision, density=round(density, 4), ms=round(ms, 3))
-                | dict(
-                    dense_ms=round(dense_ms, 3), speedup=round(dense_ms / ms, 3), rel_l1=round(error, 5), extra_mb=extra
-                )
+    rows, scale, length = [], q.shape[-1] ** -0.5, q.shape[2]
+    out = torch.empty_like(q)
+    for order_name in ("raster", "curve"):
+        for precision in ("bf16", "int8"):
+            config = PyramidConfig(
+                shares=methods.PUBLISHED, mode="topk", sparsity=0.85, order=order_name, precision=precision
             )
-            figures = f"{ms:9.2f} ms  {dense_ms / ms:5.2f}x  density {density:.3f}  rel_l1 {error:.4f}"
-            print(f"{shape:14s} {name:18s} {figures}", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"attention-{'gpu' if cuda else 'cpu'}.csv"
+            order = make_order(order_name, grid, device=q.device)
+            block_q, block_kv, group = config.block_q, config.block_kv, group_size(config, config.block_kv)
+            group_q = group_size(config, block_q)
+
+            def pyramid(config=config, order=order, precision=precision, group=group, block_kv=block_kv):
+                return build_pyramid_triton(
+                    k, v, config.stored_factors, block_kv, order, int8=precision == "int8", summary_factor=group
+                )
+
+            def pool(order=order, group_q=group_q, block_q=block_q):
+                return pool_triton(q, group_q, block_q, order)
+
+            levels, means = pyramid()
+            pair = (
+                Representatives(pool(), length, block_q, group_q, block_q // group_q),
+                Representatives(means, length, block_kv, group, block_kv // group),
+            )
+
+            def importance(pair=pair, config=config):
+                return reduced_softmax_triton(*pair, scale, config.reduction)
+
+            scores = importance()
+
+            def choose(scores=scores, config=config):
+                return choose_lists_triton(scores, config, None, length)
+
+            lists = choose()
+
+            def attend(levels=levels, lists=lists, block_q=block_q, order=order):
+                attend_triton(q, levels, lists, block_q, scale, order, None, None, out)
+
+            calls = {"pyramid": pyramid, "pool_q": pool, "importance": importance, "levels": choose, "attend": attend}
+            times = {stage: round(median_ms(call, runs), 3) for stage, call in calls.items()}
+            share = round(1 - times["attend"] / sum(times.values()), 3)
+            rows.append(common | {"precision": precision, "order": order_name} | times | {"preparation_share": share})
+            print(f"{common['shape']:16s} stages             {order_name} {precision} {times} preparation {share:.0%}")
+    return rows
+
+
+def _machine(cuda: bool) -> dict[str, object]:
+    triton = importlib.util.find_spec("triton") and __import__("triton").__version__
+    gpu = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return {"gpu": gpu, "date": datetime.date.today().isoformat(), "torch": torch.__version__, "triton": triton}
+
+
+def _write(path: Path, columns: list[str], rows: list[dict]) -> None:
+    """Put the rows into the file in place of those of the same shapes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["shape"] not in {r["shape"] for r in rows}]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
         writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
-    return 0
+        writer.writerows(kept + rows)
+    print(f"written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}", flush=True)
 
 
 if __name__ == "__main__":

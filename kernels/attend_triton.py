@@ -19,7 +19,7 @@ import triton.language as tl
 from .levels import BlockLists
 from .order import TokenOrder
 from .pyramid import Pyramid
-from .tiles import AttendTile, attend_tile
+from .tiles import AttendTile, attend_tile, gpu_of
 
 _LOG2_E = 1.4426950408889634
 # Powers of two that the reference of float16 weights lies above the first maximum: they end at 2^16.
@@ -27,36 +27,34 @@ _HEADROOM_FLOAT16 = 8
 
 
 @triton.jit
-def _logits(q, k, INT8: tl.constexpr, PRECISION: tl.constexpr):
+def _logits(q, k, INT8: tl.constexpr):
     """q [M, D] times the transpose of k [N, D]: float32 [M, N], not yet scaled."""
     if INT8:
         return tl.dot(q, tl.trans(k)).to(tl.float32)
     else:
-        return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        return tl.dot(q, tl.trans(k), input_precision="ieee")
 
 
 @triton.jit
-def _careful_tile(
-    q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr, INT8: tl.constexpr, PRECISION: tl.constexpr
-):
+def _careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr, INT8: tl.constexpr):
     """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row, `top` the reference."""
-    logits = _logits(q, k, INT8, PRECISION) * scale + bias[None, :]
+    logits = _logits(q, k, INT8) * scale + bias[None, :]
     new_top = tl.maximum(top, tl.max(logits, 1) + HEADROOM)
     # A row that has seen nothing yet has top = -inf; 0 in its place keeps -inf - -inf out.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(logits - base[:, None])
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return new_top, total, acc
 
 
 @triton.jit
-def _fast_tile(q, k, v, scale, shift, total, acc, INT8: tl.constexpr, PRECISION: tl.constexpr, WAIT: tl.constexpr):
+def _fast_tile(q, k, v, scale, shift, total, acc, INT8: tl.constexpr, WAIT: tl.constexpr):
     """One full tile with a fixed reference: the weights are 2^(logit - shift)."""
-    weights = tl.exp2(_logits(q, k, INT8, PRECISION) * scale - shift[:, None])
+    weights = tl.exp2(_logits(q, k, INT8) * scale - shift[:, None])
     total += tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     if WAIT:
         # No instruction: it makes this product end inside the iteration. One that is still under way when the next
         # product's registers are cleared makes ptxas run all of them one after the other (its note C7515).
@@ -70,7 +68,7 @@ def _attend_level(
     top, total, acc,
     FACTOR: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BULK: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WAIT: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it.
 
@@ -99,7 +97,7 @@ def _attend_level(
         tile_scale = scale
         if INT8:
             tile_scale = scale * tl.load(scale_ptr + block, mask=seen, other=0)[None, :]
-        top, total, acc = _careful_tile(q, k, v, tile_scale, bias, top, total, acc, HEADROOM, INT8, PRECISION)
+        top, total, acc = _careful_tile(q, k, v, tile_scale, bias, top, total, acc, HEADROOM, INT8)
 
     if not CAREFUL:
         # Every row of a full block stands for FACTOR tokens: the bias becomes part of the reference.
@@ -125,54 +123,24 @@ def _attend_level(
                     v = tl.load(v_ptr + row[:, None] * stride_v + dims[None, :], mask=mask, other=0)
                 if INT8:
                     tile_scale = scale * tl.load(scale_ptr + block)[None, :]
-            total, acc = _fast_tile(q, k, v, tile_scale, shift, total, acc, INT8, PRECISION, WAIT)
+            total, acc = _fast_tile(q, k, v, tile_scale, shift, total, acc, INT8, WAIT)
     return top, total, acc
 
 
-@triton.jit
-def _wait_cycles(cycles):
-    """Spin for so many cycles of the multiprocessor's clock."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .u64 now, end;
-        .reg .pred early;
-        cvt.u64.u32 end, $1;
-        mov.u64 now, %clock64;
-        add.u64 end, end, now;
-        SPIN:
-        mov.u64 now, %clock64;
-        setp.lt.u64 early, now, end;
-        @early bra SPIN;
-        mov.u32 $0, 0;
-        }""",
-        "=r,r",
-        [tl.full([1], 0, tl.int32) + cycles],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "extra", "n_q", "n_k", "units"])
+@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "extra", "n_q", "n_k"])
 def _attend(
     q_ptr, index_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, scales_ptr,
     blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_cb, stride_ch, stride_cl, stride_eb, stride_eh, stride_el, stride_ob, stride_oh, stride_ol,
-    heads, length_q, length_k, extra, n_q, n_k, units, scale,
+    heads, length_q, length_k, extra, n_q, n_k, scale,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr,
     INT8: tl.constexpr, HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, WAIT: tl.constexpr, STAGGER: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     head_index = tl.program_id(1)
     block = tl.program_id(0)
-    if STAGGER > 0:
-        # Two programs share a multiprocessor and would stay in step: both in their products, then both in their
-        # softmax. The second of the first round starts later by about a softmax; those that follow keep the distance.
-        number = head_index * n_q + block
-        if (number >= units) & (number < 2 * units):
-            _wait_cycles(STAGGER)
     if SORTED:
         block = tl.load(rows_ptr + head_index * n_q + block)
     row = head_index.to(tl.int64) * n_q + block
@@ -215,7 +183,7 @@ def _attend(
             v = tl.load(extra_v_ptr + address, mask=mask, other=0)
             bias = tl.where(there, 0.0, float("-inf"))
             top, total, acc = _careful_tile(
-                extra_q, k, v, extra_scale, bias, top, total, acc, HEADROOM, False, PRECISION
+                extra_q, k, v, extra_scale, bias, top, total, acc, HEADROOM, False
             )  # fmt: skip
 
     list_ptr = blocks_ptr + row * n_k
@@ -230,13 +198,13 @@ def _attend(
                 q, k_desc, v_desc, k_ptr + b_long * stride_kb + h_long * stride_kh,
                 v_ptr + b_long * stride_vb + h_long * stride_vh, stride_kl, stride_vl,
                 b, h, list_ptr, scales_ptr, start, end, length_k, scale, top, total, acc,
-                1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, HEADROOM, STAGES, PRECISION, WAIT,
+                1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, HEADROOM, STAGES, WAIT,
             )  # fmt: skip
         else:
             top, total, acc = _attend_level(
                 q, None, None, coarse_k_ptr, coarse_v_ptr, stride_cl, stride_cl,
                 b, h, list_ptr, scales_ptr, start, end, length_k, scale, top, total, acc,
-                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, INT8, CAREFUL, HEADROOM, STAGES, PRECISION, WAIT,
+                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, INT8, CAREFUL, HEADROOM, STAGES, WAIT,
             )  # fmt: skip
             coarse_k_ptr += n_k.to(tl.int64) * (BLOCK_KV // FACTORS[level]) * stride_cl
             coarse_v_ptr += n_k.to(tl.int64) * (BLOCK_KV // FACTORS[level]) * stride_cl
@@ -278,7 +246,7 @@ def attend_triton(
     rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
     overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
     padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
-    tile = tile or attend_tile(q, block_q, padded)
+    tile = tile or attend_tile(gpu_of(q.device), padded)
     coarse = [factor for factor in pyramid.keys if factor > 1]
     # A tensor that is not there is never touched; any may stand in its place.
     keys, values = (_unit_stride(level.get(1, q)) for level in (pyramid.keys, pyramid.values))
@@ -297,13 +265,12 @@ def attend_triton(
             lists.ends if rows is None else rows, overflow, out,
             *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
             *extra_k.stride()[:3], *out.stride()[:3],
-            heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, tile.units, scale * _LOG2_E,
+            heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,
             FACTORS=lists.levels, LEVELS=len(lists.levels), BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv,
             TILE=tile.rows, HEAD_DIM=dim, DIM=padded, ORDERED=order.index is not None, SORTED=uneven, BULK=bulk,
             INT8=int8, HAS_EXTRA=has_extra, CAREFUL=careful,
             HEADROOM=_HEADROOM_FLOAT16 if q.dtype == torch.float16 and not careful else 0, STAGES=tile.stages,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32", WAIT=tile.wait,
-            STAGGER=0 if careful else tile.stagger,
+            WAIT=tile.wait,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

@@ -87,7 +87,7 @@ def pyramid_sparse_attention(
         raise ValueError(f"order was made for {len(order.index)} tokens, the grid {layout.grid} has {layout.video}")
     query_order = order if query_layout == layout else _default_order(query_layout, config, q.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    name = choose_backend(backend, q)
+    name = choose_backend(backend, q, config.precision)
 
     output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
     lists = video_attention(name)(

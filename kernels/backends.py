@@ -40,7 +40,7 @@ def triton_reason(q: torch.Tensor) -> str | None:
     return None
 
 
-def choose_backend(name: str, q: torch.Tensor) -> str:
+def choose_backend(name: str, q: torch.Tensor, precision: str = "auto") -> str:
     """The backend for q: `auto` takes Triton on a GPU and torch elsewhere.
 
     Raises:
@@ -50,6 +50,8 @@ def choose_backend(name: str, q: torch.Tensor) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend: {name!r} was given; allowed: {', '.join(BACKENDS)}")
     if name == "torch" or (name == "auto" and not q.is_cuda):
+        if precision == "int8":
+            raise BackendError("precision int8 needs the Triton backend; torch computes in the type of the model")
         return "torch"
     reason = triton_reason(q)
     if reason is None:

@@ -14,6 +14,7 @@ MODES = ("budget", "topk", "threshold")
 ORDERS = ("raster", "curve", "tiles")
 IMPORTANCES = ("pooled", "means", "sampled")
 REDUCTIONS = ("max", "mean")
+PRECISIONS = ("auto", "bf16", "int8")
 BLOCK_SIZES = (32, 64, 128)
 
 # Rounding of sums of shares and of sparsities that is forgiven.
@@ -53,6 +54,8 @@ class PyramidConfig:
         reduction: how `sampled` and `pooled` importance reduce the token pairs of a block pair.
         similarity_cap: pooling factor -> least mean cosine similarity of neighbours in a key block that may be pooled
             that far (paper 3.3); empty for no cap.
+        precision: `bf16` keeps queries and keys in the type they come in (bfloat16 or float16), `int8` rounds them to
+            eight bits with one scale a block; `auto` is `bf16`, which is as fast where it was measured.
         seed: seed of the random sample of `sampled` importance.
 
     Raises:
@@ -71,6 +74,7 @@ class PyramidConfig:
     sample_share: float = 0.25
     reduction: str = "max"
     similarity_cap: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    precision: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,6 +83,7 @@ class PyramidConfig:
             ("order", ORDERS),
             ("importance", IMPORTANCES),
             ("reduction", REDUCTIONS),
+            ("precision", PRECISIONS),
             ("block_q", BLOCK_SIZES),
             ("block_kv", BLOCK_SIZES),
         ):

@@ -18,7 +18,7 @@ _LOG2_E = 1.4426950408889634
 @triton.jit
 def _logits(
     q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
-    PADDED: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
     """Logits in base 2 of q [M, D] and the keys first..first + TILE; -inf where there is none. FULL: all are whole."""
@@ -30,7 +30,7 @@ def _logits(
             k = tl.load(address)
         else:
             k = tl.load(address, mask=(dims < HEAD_DIM)[None, :], other=0)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if GROUP > 1:
             logits += tl.log2(GROUP * 1.0)
         return logits
@@ -40,7 +40,7 @@ def _logits(
         held = tl.where(member < COUNT, tl.minimum(tl.maximum(held, 0), GROUP), 0)
         k = tl.load(address, mask=(row < rows_k)[:, None] & (dims < HEAD_DIM)[None, :], other=0)
         bias = tl.where((held > 0) & (row < rows_k), tl.log2(tl.maximum(held, 1).to(tl.float32)), float("-inf"))
-        return tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale + bias[None, :]
+        return tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
 
 
 @triton.jit
@@ -77,7 +77,6 @@ def _reduce(
     GROUP_K: tl.constexpr, BLOCK_K: tl.constexpr, COUNT_K: tl.constexpr, PADDED_K: tl.constexpr,
     GROUP_N: tl.constexpr, COUNT_N: tl.constexpr, PADDED_N: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, MEAN: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     first_row = tl.program_id(0) * ROWS
@@ -96,13 +95,13 @@ def _reduce(
     # The last tile, in which rows may be short or missing, comes first and sets the reference of the sums.
     last = (rows_n - 1) // TILE * TILE
     logits = _logits(q, norm_ptr, last, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
-                     TILE, HEAD_DIM, DIM, PRECISION, False)  # fmt: skip
+                     TILE, HEAD_DIM, DIM, False)  # fmt: skip
     top = tl.max(logits, 1)
     total = tl.sum(tl.exp2(logits - top[:, None]), 1)
     whole: tl.constexpr = COUNT_N == PADDED_N
     for first in range(0, last, TILE):
         logits = _logits(q, norm_ptr, first, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
-                         TILE, HEAD_DIM, DIM, PRECISION, whole)  # fmt: skip
+                         TILE, HEAD_DIM, DIM, whole)  # fmt: skip
         # Held at 2^100 so that no sum overflows; so far above the reference nothing else counts.
         total += tl.sum(tl.exp2(tl.minimum(logits - top[:, None], 100.0)), 1)
     norm = tl.where(there, top + tl.log2(total), float("inf"))
@@ -113,11 +112,11 @@ def _reduce(
     last = (rows_k - 1) // TILE * TILE
     for first in range(0, last, TILE):
         logits = _logits(q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
-                         TILE, HEAD_DIM, DIM, PRECISION, full) - norm[:, None]  # fmt: skip
+                         TILE, HEAD_DIM, DIM, full) - norm[:, None]  # fmt: skip
         _reduce_tile(logits, scores_ptr, out_q, first, length_q, length_k, n_q, n_k, GROUP_Q, BLOCK_Q, COUNT_Q,
                      PADDED_Q, GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN)  # fmt: skip
     logits = _logits(q, k_ptr, last, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
-                     TILE, HEAD_DIM, DIM, PRECISION, False) - norm[:, None]  # fmt: skip
+                     TILE, HEAD_DIM, DIM, False) - norm[:, None]  # fmt: skip
     _reduce_tile(logits, scores_ptr, out_q, last, length_q, length_k, n_q, n_k, GROUP_Q, BLOCK_Q, COUNT_Q, PADDED_Q,
                  GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN)  # fmt: skip
 
@@ -139,6 +138,6 @@ def reduced_softmax_triton(
         GROUP_K=k.group, BLOCK_K=k.block, COUNT_K=k.count, PADDED_K=k.padded,
         GROUP_N=norm.group, COUNT_N=norm.count, PADDED_N=norm.padded,
         ROWS=rows, TILE=tile, HEAD_DIM=dim, DIM=max(16, triton.next_power_of_2(dim)), MEAN=reduction == "mean",
-        PRECISION="ieee" if q.rows.dtype == torch.float32 else "tf32", num_warps=8, num_stages=3,
+        num_warps=8, num_stages=3,
     )  # fmt: skip
     return scores

@@ -1,6 +1,7 @@
 """How the attention kernel is cut for a GPU: rows of a tile, warps, tiles in flight.
 
-What was measured where stands in `benchmarks/`; other GPUs take what fits their shared memory.
+What was measured where stands in `benchmarks/`; other GPUs take what fits their shared memory
+(tests/kernels/test_compile.py).
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ class AttendTile:
 
     Attributes:
         rows: key rows of a tile; warps; stages: tiles in flight.
-        bulk: keys of level 1 come by the tensor memory accelerator (compute capability 9.0 and newer).
+        bulk: keys and values of level 1 come by the tensor memory accelerator (compute capability 9.0).
         wait: see `attend_triton._fast_tile`.
-        stagger: cycles by which the second program of a multiprocessor starts later; units: multiprocessors.
     """
 
     rows: int
@@ -27,17 +27,24 @@ class AttendTile:
     stages: int
     bulk: bool = False
     wait: bool = False
-    stagger: int = 0
-    units: int = 0
 
 
-def attend_tile(q: torch.Tensor, block_q: int, dim: int) -> AttendTile:
-    """The tile for q [B, H, L, D] on its device; `dim` is D, padded to a power of two."""
-    if not q.is_cuda:  # the interpreter
-        return AttendTile(rows=32, warps=4, stages=1)
+def gpu_of(device: torch.device) -> str:
+    """What kernels are compiled for: `sm90` and the like, `hip`, or `interpreter` for a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
     if torch.version.hip is not None:
+        return "hip"
+    return "sm{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def attend_tile(gpu: str, dim: int) -> AttendTile:
+    """The tile for heads of `dim`, a power of two, on a GPU named as by `gpu_of`."""
+    if gpu == "interpreter":
+        return AttendTile(rows=32, warps=4, stages=1)
+    if gpu == "hip":
         return AttendTile(rows=64, warps=4, stages=1)
-    if torch.cuda.get_device_capability(q.device)[0] == 9:
+    if gpu == "sm90":
         bulk = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-        return AttendTile(rows=64, warps=4, stages=2, bulk=bulk, wait=True, stagger=800, units=132)
+        return AttendTile(rows=64, warps=4, stages=2, bulk=bulk, wait=True)
     return AttendTile(rows=64, warps=4, stages=2 if dim <= 128 else 1)

@@ -31,10 +31,9 @@ def attend_video(
     extra_v: torch.Tensor | None,
     generator: torch.Generator | None,
     out: torch.Tensor,
-    int8: bool = False,
 ) -> BlockLists:
     """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`."""
-    sampling = config.importance == "sampled"
+    sampling, int8 = config.importance == "sampled", config.precision == "int8"
     group_q, group_k = group_size(config, config.block_q), group_size(config, config.block_kv)
     pyramid, means_k = build_pyramid_triton(
         k, v, config.stored_factors, config.block_kv, key_order, int8=int8, summary_factor=0 if sampling else group_k

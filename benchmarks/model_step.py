@@ -1,11 +1,12 @@
-"""Time per step of a full-size CogVideoX-5B: its 4 steps at 720x480x49, dense and with PSA, in one process.
+"""Time per step of a full-size model, dense and with PSA, in one process: CogVideoX-5B at 720x480x49, 4 steps, and
+Wan2.1-1.3B at 1280x720x69.
 
 Random weights in bfloat16 in ComfyUI's own model code, sampled by ComfyUI. Needs a ComfyUI folder in COMFYUI_PATH with
 its packages, and a GPU of 40 GB or more (without one: `--layers 1 --heads 2 --latent 4 24 32 --device cpu`).
-Where diffusers is there, the model gets PSA's corrections and its sampler; otherwise ComfyUI's euler, which takes the
+Where diffusers is there, CogVideoX gets PSA's corrections and its sampler; otherwise ComfyUI's euler, which takes the
 same model calls. Weights are random, so nothing here says anything about quality.
 
-    COMFYUI_PATH=... python benchmarks/cogvideox_step.py --sparsity 0.84 0.9
+    COMFYUI_PATH=... python benchmarks/model_step.py cogvideox-5b --sparsity 0.85 0.9
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT_TOKENS, TEXT_WIDTH = 226, 4096
+TEXT_WIDTH = 4096
+MODELS = {
+    "cogvideox-5b": {"layers": 42, "heads": 48, "latent": [13, 60, 90], "text": 226, "preset": "cogvideox-5b-4step"},
+    "wan1.3b": {"layers": 30, "heads": 12, "latent": [18, 90, 160], "text": 512, "preset": "auto"},
+}
 
 
 def main() -> int:
@@ -32,11 +37,15 @@ def main() -> int:
     arguments = _arguments()
     _import_comfyui(arguments.device)
     _import_pack()
-    model = _corrected(_random_model(arguments))
+    model = _random_model(arguments)
+    if arguments.model == "cogvideox-5b":
+        model = _corrected(model)
     frames, height, width = arguments.latent
-    tokens = TEXT_TOKENS + frames * (height // 2) * (width // 2)
+    tokens = frames * (height // 2) * (width // 2)
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    print(f"{where}, torch {torch.__version__}: {arguments.layers} layers, {arguments.heads} heads, {tokens} tokens")
+    print(
+        f"{where}, torch {torch.__version__}: {arguments.layers} layers, {arguments.heads} heads, {tokens} video tokens"
+    )
     print(f"{'method':32} {'s/step':>8} {'best':>8} {'x dense':>8} {'sparsity':>9} {'GB':>6}")
     dense = None
     for name, patched in _methods(model, arguments):
@@ -53,16 +62,21 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=42)
-    parser.add_argument("--heads", type=int, default=48)
-    parser.add_argument("--latent", type=int, nargs=3, default=[13, 60, 90], help="frames, rows, columns")
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--latent", type=int, nargs=3, help="frames, rows, columns")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--guidance", type=float, default=1.0, help="above 1 every step is two model calls in a batch")
-    parser.add_argument("--preset", nargs="+", default=["cogvideox-5b-4step"])
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.84, 0.9])
+    parser.add_argument("--preset")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.85, 0.9])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name, value in MODELS[arguments.model].items():
+        if getattr(arguments, name, None) is None:
+            setattr(arguments, name, value)
+    return arguments
 
 
 def _import_comfyui(device: str) -> None:
@@ -90,20 +104,27 @@ def _import_pack() -> None:
 
 
 def _random_model(arguments: argparse.Namespace) -> Any:
-    """A ComfyUI MODEL with the layer sizes of 5B and random weights, loaded as a checkpoint is loaded."""
-    import comfy.ldm.cogvideo.model
+    """A ComfyUI MODEL with the real layer sizes and random weights, loaded as a checkpoint is loaded."""
     import comfy.ops
     import comfy.sd
 
-    blank = comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel(
-        num_attention_heads=arguments.heads,
-        num_layers=arguments.layers,
-        text_embed_dim=TEXT_WIDTH,
-        use_rotary_positional_embeddings=True,
-        operations=comfy.ops.disable_weight_init,
-        dtype=torch.bfloat16,
-        device="meta",
-    )
+    common = {"operations": comfy.ops.disable_weight_init, "dtype": torch.bfloat16, "device": "meta"}
+    if arguments.model == "cogvideox-5b":
+        import comfy.ldm.cogvideo.model
+
+        blank = comfy.ldm.cogvideo.model.CogVideoXTransformer3DModel(
+            num_attention_heads=arguments.heads,
+            num_layers=arguments.layers,
+            text_embed_dim=TEXT_WIDTH,
+            use_rotary_positional_embeddings=True,
+            **common,
+        )
+    else:
+        import comfy.ldm.wan.model
+
+        blank = comfy.ldm.wan.model.WanModel(
+            dim=128 * arguments.heads, ffn_dim=8960, num_heads=arguments.heads, num_layers=arguments.layers, **common
+        )
     generator = torch.Generator(arguments.device).manual_seed(0)
     state = {}
     for name, parameter in blank.state_dict().items():
@@ -135,10 +156,9 @@ def _methods(model: Any, arguments: argparse.Namespace):
     from comfyui_psa.patching.patch import patch_model
 
     yield "dense", model
-    for preset in arguments.preset:
-        for sparsity in arguments.sparsity:
-            settings = {"preset": preset, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
-            yield f"{preset} {sparsity}", patch_model(model, sparsity=sparsity, **settings)
+    for sparsity in arguments.sparsity:
+        settings = {"preset": arguments.preset, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
+        yield f"{arguments.preset} {sparsity}", patch_model(model, sparsity=sparsity, **settings)
 
 
 def _sample(model: Any, arguments: argparse.Namespace, steps: int) -> list[float]:
@@ -147,9 +167,9 @@ def _sample(model: Any, arguments: argparse.Namespace, steps: int) -> list[float
     import comfy.samplers
 
     noise = torch.randn((1, 16, *arguments.latent), generator=torch.Generator().manual_seed(1))
-    text = torch.randn((1, TEXT_TOKENS, TEXT_WIDTH), generator=torch.Generator().manual_seed(2))
+    text = torch.randn((1, arguments.text, TEXT_WIDTH), generator=torch.Generator().manual_seed(2))
     conds = [[[text, {}]], [[text, {}]]]
-    if importlib.util.find_spec("diffusers") is None:
+    if arguments.model != "cogvideox-5b" or importlib.util.find_spec("diffusers") is None:
         sampler = comfy.samplers.sampler_object("euler")
         sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     else:

@@ -1,0 +1,55 @@
+"""Pictures of the results: relative error against time for every shape, and time against length."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+
+def draw(folder: Path) -> int:
+    """Draw `error-<shape>.png` and `length.png` from the CSV files in `folder`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    by_shape: dict[str, list[dict]] = defaultdict(list)
+    path = folder / "attention-gpu.csv"
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            by_shape[row["shape"]].append(row)
+    lengths = {int(name.split("-")[1]): rows for name, rows in by_shape.items() if name.startswith("length-")}
+    for shape, rows in by_shape.items():
+        if shape.startswith("length-"):
+            continue
+        figure, axes = plt.subplots(figsize=(7, 5))
+        for method, precision in sorted({(row["method"], row["precision"]) for row in rows}):
+            chosen = [
+                r for r in rows if (r["method"], r["precision"]) == (method, precision) and float(r["rel_l1"] or 0)
+            ]
+            if chosen:
+                points = sorted((float(r["ms"]), float(r["rel_l1"])) for r in chosen)
+                axes.plot(*zip(*points, strict=True), "o", label=f"{method}, {precision}")
+        axes.axvline(float(rows[0]["dense_ms"]), color="grey", linestyle=":", label="dense, cuDNN")
+        axes.set(xlabel="ms per call", ylabel="relative L1 error", yscale="log", xscale="log")
+        axes.set_title(f"{shape}, {rows[0]['gpu']}, {rows[0]['date']}")
+        axes.grid(True, which="both", alpha=0.3)
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(folder / f"error-{shape}.png", dpi=110)
+        plt.close(figure)
+        print(f"written to {folder / f'error-{shape}.png'}")
+    if lengths:
+        figure, axes = plt.subplots(figsize=(7, 5))
+        for method in ("sdpa-cudnn", "psa"):
+            points = [(n, float(r["ms"])) for n, rows in sorted(lengths.items()) for r in rows if r["method"] == method]
+            axes.plot(*zip(*points, strict=True), "o-", label=method)
+        axes.set(xlabel="tokens", ylabel="ms per call, 4 heads of 128", xscale="log", yscale="log")
+        axes.grid(True, which="both", alpha=0.3)
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(folder / "length.png", dpi=110)
+        plt.close(figure)
+        print(f"written to {folder / 'length.png'}")
+    return 0

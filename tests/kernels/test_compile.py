@@ -1,0 +1,131 @@
+"""Every kernel compiles for the GPUs that users have, within their shared memory; none of them is needed here."""
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+# Bytes of shared memory that one program may take (CUDA programming guide, table of compute capabilities; CDNA and RDNA
+# have 64 KB).
+TARGETS = {
+    "sm80": (GPUTarget("cuda", 80, 32), 166_912),
+    "sm86": (GPUTarget("cuda", 86, 32), 101_376),
+    "sm89": (GPUTarget("cuda", 89, 32), 101_376),
+    "sm90": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm120": (GPUTarget("cuda", 120, 32), 101_376),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
+    "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65_536),
+}
+INTEGERS = {"heads", "length_q", "length_k", "length", "extra", "n_q", "n_k", "blocks", "coarse_rows"}
+
+
+def compile_for(gpu, kernel, pointers, constants, floats=("scale",), **options):
+    """Compile a jitted function: pointer types by name, the other arguments by what their names say."""
+    signature, constexprs, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or name in constants:
+            signature[name] = "constexpr"
+            constexprs[(place,)] = constants[name]
+        elif name in pointers:
+            signature[name] = pointers[name]
+        elif name.startswith("stride") or name in INTEGERS:
+            signature[name] = "i32"
+        else:
+            assert name in floats, name
+            signature[name] = "fp32"
+        if str(signature[name]).startswith("*") or name.startswith("stride"):
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    target, most = TARGETS[gpu]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=target, options=options)
+    assert compiled.metadata.shared <= most
+    return compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_attend(gpu, dim, int8):
+    from comfyui_psa.kernels.attend_triton import _attend
+    from comfyui_psa.kernels.tiles import attend_tile
+
+    if dim == 64 and int8 and gpu not in ("sm86", "sm90"):
+        pytest.skip("heads of 64 in int8 are compiled for two GPUs only, to save time")
+    tile = attend_tile("hip" if gpu.startswith("gfx") else gpu, dim)
+    factors, key = (1, 8, 64), "i8" if int8 else "bf16"
+    pointers = {p.name: "*bf16" for p in _attend.params if p.name.endswith("_ptr")}
+    pointers |= {name: f"*{key}" for name in ("k_ptr", "coarse_k_ptr")}
+    pointers |= {"index_ptr": "*i64", "scales_ptr": "*fp32"}
+    pointers |= {name: "*i32" for name in ("blocks_ptr", "ends_ptr", "rows_ptr", "overflow_ptr")}
+    constants = {
+        "FACTORS": factors, "LEVELS": len(factors), "BLOCK_Q": 128, "BLOCK_KV": 64, "TILE": tile.rows, "HEAD_DIM": dim,
+        "DIM": dim, "ORDERED": True, "SORTED": False, "BULK": tile.bulk, "INT8": int8, "HAS_EXTRA": False,
+        "CAREFUL": False, "HEADROOM": 0, "STAGES": tile.stages, "WAIT": tile.wait,
+    }  # fmt: skip
+    if tile.bulk:
+        pointers |= {"k_desc": f"tensordesc<{key}[1,1,{tile.rows},{dim}]>"}
+        pointers |= {"v_desc": f"tensordesc<bf16[1,1,{tile.rows},{dim}]>"}
+    else:
+        constants |= {"k_desc": None, "v_desc": None}
+    compiled = compile_for(gpu, _attend, pointers, constants, num_warps=tile.warps, num_stages=tile.stages)
+    if gpu == "sm90":
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+        assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_pool(gpu, int8):
+    from comfyui_psa.kernels.pyramid_triton import _pool
+
+    pointers = {p.name: "*fp16" for p in _pool.params if p.name.endswith("_ptr")}
+    pointers |= {"index_ptr": "*i64", "mean_ptr": "*fp32", "scales_ptr": "*fp32"}
+    if int8:
+        pointers |= {"fine_ptr": "*i8", "coarse_ptr": "*i8"}
+    constants = {
+        "FACTORS": (1, 2, 8, 64), "LEVELS": 4, "SUMMARY": 8, "BLOCK": 64, "BLOCKS": 2, "HEAD_DIM": 128, "DIM": 128,
+        "ORDERED": True, "FINE": int8, "INT8": int8,
+    }  # fmt: skip
+    compile_for(gpu, _pool, pointers, constants, num_warps=4)
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_importance(gpu):
+    from comfyui_psa.kernels.importance_triton import _reduce
+
+    pointers = {"q_ptr": "*bf16", "k_ptr": "*bf16", "norm_ptr": "*bf16", "scores_ptr": "*fp32"}
+    constants = {
+        "GROUP_Q": 8, "BLOCK_Q": 128, "COUNT_Q": 16, "PADDED_Q": 16, "GROUP_K": 8, "BLOCK_K": 64, "COUNT_K": 8,
+        "PADDED_K": 8, "GROUP_N": 8, "COUNT_N": 8, "PADDED_N": 8, "ROWS": 128, "TILE": 64, "HEAD_DIM": 128, "DIM": 128,
+        "MEAN": False,
+    }  # fmt: skip
+    stages = 1 if gpu.startswith("gfx") else 2
+    compile_for(gpu, _reduce, pointers, constants, num_warps=8, num_stages=stages)
+
+
+@pytest.mark.parametrize("rule", [0, 1], ids=["topk", "budget"])
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_levels(gpu, rule):
+    from comfyui_psa.kernels.levels_triton import _choose
+
+    pointers = {"scores_ptr": "*fp32", "cap_ptr": "*i16", "scale_ptr": "*fp32", "blocks_ptr": "*i32"}
+    pointers |= {"ends_ptr": "*i32", "density_ptr": "*fp32", "cuts": ("fp32", "fp32", "fp32")}
+    constants = {
+        "FACTORS": (1, 2, 8), "LEVELS": 3, "STORED": (1, 2, 8, 64), "STORED_LEVELS": 4, "DROPPED": 64, "RULE": rule,
+        "SCALED": rule == 1, "FLOOR": 1e-6 * rule, "CAPPED": rule == 1, "BLOCK_KV": 64, "WIDTH": 1024,
+    }  # fmt: skip
+    compile_for(gpu, _choose, pointers, constants, num_warps=1)
+
+
+def test_the_sequence_length_is_no_compile_time_constant():
+    """The official kernel is compiled anew for every resolution; so would an argument be that is 1 or even."""
+    from comfyui_psa.kernels import attend_triton, importance_triton, levels_triton, pyramid_triton
+
+    for kernel in (attend_triton._attend, importance_triton._reduce, levels_triton._choose, pyramid_triton._pool):
+        lengths = [p for p in kernel.params if p.name in INTEGERS]
+        assert lengths
+        assert all(p.do_not_specialize and not p.is_constexpr for p in lengths), kernel
