@@ -63,7 +63,7 @@ The small Wan model and its VAE lie in `weights/demo/`; **PSA Demo Scene** (ther
         )
     with canvas.group("Model and scene"):
         model = canvas.add("UNETLoader", unet_name="psa_demo_wan_dit.safetensors")
-        model = canvas.add("ModelSamplingSD3", model=model, shift=3.0)
+        model = canvas.add("ModelSamplingSD3", model=model, shift=12.0)
         vae = canvas.add("VAELoader", vae_name="psa_demo_wan_vae.safetensors")
         scene = canvas.add("PSADemoScene")
         latent = canvas.add("EmptyHunyuanLatentVideo", width=512, height=512, length=33)

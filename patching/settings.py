@@ -52,6 +52,7 @@ def make_settings(
     min_tokens: int = 12288,
     backend: str = "auto",
     verbose: bool = False,
+    precision: str = "auto",
     blocks: int | None = None,
 ) -> PatchSettings:
     """Settings from the inputs of the node; `preset` is a name of `load_presets`, `blocks` the model's block count.
@@ -66,7 +67,7 @@ def make_settings(
     presets = load_presets()
     if preset not in presets:
         raise InputError("preset", preset, ", ".join(presets))
-    changes: dict[str, object] = {}
+    changes: dict[str, object] = {"precision": precision}
     for field, value in (("mode", mode), ("order", order), ("importance", importance)):
         if value != FROM_PRESET:
             changes[field] = value

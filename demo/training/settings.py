@@ -56,7 +56,7 @@ class Settings:
     basis_clips: int = 192
     held_out: int = 8
     sheet_side: int = 512
-    sheet_steps: int = 20
+    sheet_steps: int = 40
     sheet_shift: float = 12.0
     seed: int = 1
 

@@ -61,10 +61,10 @@ def sample_clips(folder: Path, settings: Settings, device: torch.device) -> torc
     load_weights(autoencoder, folder / VAE_FILE)
     autoencoder.disable_attention()
     autoencoder.to(device).eval()
-    generator = torch.Generator().manual_seed(settings.seed + 4000)
     side = settings.sheet_side // 8
     clips = []
     for scene in SHEET_SCENES:
+        generator = torch.Generator().manual_seed(settings.seed)
         noise = torch.randn(1, 16, 1 + (CLIP_FRAMES - 1) // 4, side, side, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             context = conditioning([scene]).to(device)

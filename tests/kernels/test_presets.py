@@ -47,7 +47,7 @@ def test_ours_take_a_sparsity(name, sparsity):
     preset = load_presets()[name]
     config = preset.config(sparsity)
     assert config.sparsity == sparsity
-    assert config.tail
+    assert not config.tail
     assert preset.about
     assert config.bounds == load_presets()[name + " (published)"].config(None).bounds
 

@@ -35,7 +35,7 @@ def test_published_preset_is_unchanged_and_ignores_the_slider():
         ({"dense_blocks": "5-3"}, "dense_blocks"),
         ({"dense_blocks": "30", "blocks": 30}, "dense_blocks"),
         ({"backend": "cuda"}, "backend"),
-        ({"sparsity": 0.97, "block_kv": "32"}, "sparsity"),
+        ({"sparsity": 0.97, "block_kv": "32", "tail": "on"}, "sparsity"),
     ],
 )
 def test_errors_name_node_input_given_and_allowed(changes, field):
