@@ -89,26 +89,6 @@ def sol_attn(tau: float) -> Callable[..., tuple]:
     return make
 
 
-def flex_block_sparse(share: float) -> Callable[..., tuple]:
-    """torch's flex_attention over the blocks of 128 that means of blocks rank highest; the mask is made before."""
-
-    def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple) -> tuple:
-        from torch.nn.attention.flex_attention import BlockMask, flex_attention
-
-        length, block = q.shape[2] // 128 * 128, 128
-        q, k, v = (x[:, :, :length] for x in (q, k, v))
-        means = [x.unflatten(2, (-1, block)).float().mean(3) for x in (q, k)]
-        count = round(share * means[1].shape[2])
-        chosen = (means[0] @ means[1].transpose(-1, -2)).topk(count, -1).indices.sort(-1).values.int()
-        full = torch.full(chosen.shape[:-1], count, dtype=torch.int32, device=q.device)
-        none = torch.zeros_like(full)
-        mask = BlockMask.from_kv_blocks(none, chosen, full, chosen, BLOCK_SIZE=block, seq_lengths=(length, length))
-        compiled = torch.compile(flex_attention, dynamic=False)
-        return lambda: compiled(q, k, v, block_mask=mask), lambda: share
-
-    return make
-
-
 def methods(dim: int, cuda: bool, full: bool) -> Iterator[Method]:
     """The methods for a head size; `full` adds the curve of error against time, and what is slow to compile."""
     precision = "bfloat16" if cuda else "float32"
@@ -138,8 +118,6 @@ def methods(dim: int, cuda: bool, full: bool) -> Iterator[Method]:
                     "psa", "int8" if number == "int8" else precision, f"full {share} and tail, curve, pooled",
                     psa(mode="topk", shares={1: share}, sparsity=None, order="curve", precision=number),
                 )  # fmt: skip
-    if cuda and full:
-        yield Method("flex-block-sparse", precision, "15 % of blocks of 128", flex_block_sparse(0.15))
     if cuda and dim == 128 and importlib.util.find_spec("comfy_kitchen") is not None:
         for tau in (0.5, 1.0, 1.5, 2.0) if full else (1.0, 2.0):
             yield Method("sol-attn", "int8", f"tau {tau}", sol_attn(tau))
