@@ -170,13 +170,8 @@ def build_pyramid_triton(
     order: TokenOrder,
     *,
     int8: bool = False,
-    summary_factor: int = 0,
-) -> tuple[Pyramid, torch.Tensor | None]:
-    """As `pyramid.build_pyramid` of the ordered k and v [B, H, L, D]; with int8, its `int8.quantise_keys`.
-
-    summary_factor: a pooling factor from 2 to `block_kv` of which the means of k come back beside the pyramid, never in
-    int8: [B, H, rows, D]; 0 for none.
-    """
+) -> Pyramid:
+    """As `pyramid.build_pyramid` of the ordered k and v [B, H, L, D]; with int8, its `int8.quantise_keys`."""
     blocks = -(-k.shape[2] // block_kv)
     coarse = [factor for factor in factors if factor > 1]
     rows = [blocks * (block_kv // factor) for factor in coarse]
@@ -189,20 +184,14 @@ def build_pyramid_triton(
         result = {1: x if fine is None else fine} if 1 in factors else {}
         return result | dict(zip(coarse, storage.split(rows, 2), strict=True))
 
-    summary = None
-    if summary_factor and (int8 or summary_factor not in coarse):
-        summary = k.new_empty(*k.shape[:2], blocks * (block_kv // summary_factor), k.shape[3])
-    more = {"summary": summary, "summary_factor": summary_factor} if summary is not None else {}
-    mean = scales = None
+    mean, scales, more = None, None, {}
     if int8:
         mean = mean_key(k)
         scales = torch.empty(*k.shape[:2], len(factors), blocks, dtype=torch.float32, device=k.device)
-        more |= {"mean": mean, "scales": scales}
+        more = {"mean": mean, "scales": scales}
         scales = {factor: scales[:, :, i] for i, factor in enumerate(factors)}
     keys = level(k, torch.int8 if int8 else k.dtype, **more)
-    if summary_factor and summary is None:
-        summary = keys[summary_factor]
-    return Pyramid(keys, level(v, v.dtype), block_kv, k.shape[2], scales, mean), summary
+    return Pyramid(keys, level(v, v.dtype), block_kv, k.shape[2], scales, mean)
 
 
 def _launch(
