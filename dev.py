@@ -5,6 +5,7 @@
     python dev.py test     run the tests; everything after `test` goes to pytest
     python dev.py serve    open ComfyUI with the pack, for trying by hand
     python dev.py bench    run the benchmarks
+    python dev.py quality  measure settings against dense sampling; --quick takes minutes on a CPU
     python dev.py setup    only make the environment in .dev/
     python dev.py workflows    write workflows/*.json anew, after a node's schema has changed
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; needs huggingface-hub alone
@@ -32,7 +33,7 @@ def main() -> int:
     """Run one command and return its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that was started is stopped
     arguments, rest = _parser().parse_known_args()
-    if rest and arguments.command not in ("test", "bench"):
+    if rest and arguments.command not in ("test", "bench", "quality"):
         _parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         comfyui = None if arguments.command == "weights" else ensure_environment(arguments.comfyui)
@@ -108,6 +109,10 @@ def _bench(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
     return _run([VENV_PYTHON, script, *rest], {"COMFYUI_PATH": str(comfyui)})
 
 
+def _quality(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
+    return _run([VENV_PYTHON, ROOT / "quality" / "run.py", *rest], {"COMFYUI_PATH": str(comfyui)})
+
+
 def _weights(arguments: argparse.Namespace, *_: object) -> int:
     if importlib.util.find_spec("huggingface_hub") is None:
         if not VENV_PYTHON.exists():
@@ -135,6 +140,7 @@ COMMANDS = {
     "test": _test,
     "serve": _serve,
     "bench": _bench,
+    "quality": _quality,
     "setup": _setup,
     "workflows": _workflows,
     "weights": _weights,
