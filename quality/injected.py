@@ -35,11 +35,16 @@ def attend_with_lists(
         pyramid = build_pyramid(k, v, lists.levels, config.block_kv)
         return order.undo(attend_streaming(q, pyramid, lists.factors(), config.block_q, scale))
     from ..kernels.attend_triton import attend_triton
+    from ..kernels.order_triton import apply_order_triton, undo_order_triton
     from ..kernels.pyramid_triton import build_pyramid_triton
 
+    pyramid = build_pyramid_triton(k, v, lists.levels, config.block_kv, order)
+    queries = apply_order_triton(q, order)
     out = torch.empty_like(q)
-    pyramid, _ = build_pyramid_triton(k, v, lists.levels, config.block_kv, order)
-    attend_triton(q, pyramid, lists, config.block_q, scale, order, None, None, out, uneven=True)
+    result = out if queries is q else queries
+    attend_triton(queries, pyramid, lists, config.block_q, scale, None, None, result, uneven=True)
+    if result is queries:
+        undo_order_triton(queries, order, out)
     return out
 
 
