@@ -36,8 +36,7 @@ def attend_video(
     out: torch.Tensor,
 ) -> BlockLists:
     """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`."""
-    sampling, int8 = config.importance == "sampled", config.precision == "int8"
-    if sampling:
+    if config.importance == "sampled":
         generator = generator or default_generator(config, q.device)
         chosen_q = _sampled(q, config.block_q, config.sample_share, generator, query_order)
         chosen_k = _sampled(k, config.block_kv, config.sample_share, generator, key_order)
@@ -50,19 +49,37 @@ def attend_video(
     lists = choose_lists_triton(scores, config, cap, k.shape[2])
     del scores, chosen_q, chosen_k
     for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
-        pyramid = build_pyramid_triton(k[part], v[part], config.stored_factors, config.block_kv, key_order, int8=int8)
-        others = None if extra_k is None else extra_k[part]
-        if int8 and extra_k is not None:
-            others = (others - pyramid.mean).to(q.dtype)
-        queries = apply_order_triton(q[part], query_order)
-        result = out[part] if query_order.index is None else queries
-        attend_triton(
-            queries, pyramid, lists[part], config.block_q, scale, others, None if extra_v is None else extra_v[part],
-            result, uneven=config.mode != "topk",
+        others = (None, None) if extra_k is None else (extra_k[part], extra_v[part])
+        _attend_part(
+            q[part], k[part], v[part], lists[part], config, query_order, key_order, scale, *others, out[part]
         )  # fmt: skip
-        if result is queries:
-            undo_order_triton(queries, query_order, out[part])
     return lists
+
+
+def _attend_part(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    extra_k: torch.Tensor | None,
+    extra_v: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """A function of its own, so that its copies are given back before the next part makes its own."""
+    int8 = config.precision == "int8"
+    pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
+    if int8 and extra_k is not None:
+        extra_k = (extra_k - pyramid.mean).to(q.dtype)
+    ordered = apply_order_triton(q, query_order)
+    result = out if ordered is q else ordered
+    uneven = config.mode != "topk"
+    attend_triton(ordered, pyramid, lists, config.block_q, scale, extra_k, extra_v, result, uneven=uneven)
+    if ordered is not q:
+        undo_order_triton(ordered, query_order, out)
 
 
 def _parts(batch: int, heads: int, *, whole: bool) -> Iterator[tuple[slice, slice]]:
