@@ -50,6 +50,7 @@ def pyramid_sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
     generator: torch.Generator | None = None,
+    lists: BlockLists | None = None,
 ) -> AttentionResult:
     """Attention in which every query block sees key blocks at the resolution that their importance earns.
 
@@ -64,6 +65,7 @@ def pyramid_sparse_attention(
         order: the token order of the keys' grid, made once with `make_order`; by default made from `config`.
         scale: factor of the logits, by default 1/sqrt(D).
         backend: auto, triton or torch.
+        lists: levels to use instead of choosing them, such as those of an earlier step of the same shapes and config.
         generator: random source of `sampled` importance; by default seeded with config.seed, a fresh one per call.
 
     Raises:
@@ -86,6 +88,14 @@ def pyramid_sparse_attention(
     elif order.index is not None and len(order.index) != layout.video:
         raise ValueError(f"order was made for {len(order.index)} tokens, the grid {layout.grid} has {layout.video}")
     query_order = order if query_layout == layout else _default_order(query_layout, config, q.device)
+    blocks = [-(-query_layout.video // config.block_q), -(-layout.video // config.block_kv)]
+    if lists is not None and (
+        list(lists.blocks.shape) != [*q.shape[:2], *blocks] or lists.levels != config.stored_factors
+    ):
+        raise ValueError(
+            f"lists are for {list(lists.blocks.shape)} pairs at {lists.levels}, not {[*q.shape[:2], *blocks]} at "
+            f"{config.stored_factors}"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(backend, q, config.precision)
 
@@ -102,6 +112,7 @@ def pyramid_sparse_attention(
         _others(v, layout),
         generator,
         _video(output, query_layout),
+        lists,
     )
     if query_layout.before or query_layout.after:
         # Text and reference queries are few: they see everything at full resolution.

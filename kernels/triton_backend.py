@@ -34,8 +34,31 @@ def attend_video(
     extra_v: torch.Tensor | None,
     generator: torch.Generator | None,
     out: torch.Tensor,
+    lists: BlockLists | None = None,
 ) -> BlockLists:
-    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`."""
+    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
+
+    lists: levels to use instead of choosing them. Returns those that were used.
+    """
+    if lists is None:
+        lists = _choose(q, k, config, query_order, key_order, scale, generator)
+    for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
+        others = (None, None) if extra_k is None else (extra_k[part], extra_v[part])
+        _attend_part(
+            q[part], k[part], v[part], lists[part], config, query_order, key_order, scale, *others, out[part]
+        )  # fmt: skip
+    return lists
+
+
+def _choose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    generator: torch.Generator | None,
+) -> BlockLists:
     if config.importance == "sampled":
         generator = generator or default_generator(config, q.device)
         chosen_q = _sampled(q, config.block_q, config.sample_share, generator, query_order)
@@ -46,14 +69,7 @@ def attend_video(
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
-    lists = choose_lists_triton(scores, config, cap, k.shape[2])
-    del scores, chosen_q, chosen_k
-    for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
-        others = (None, None) if extra_k is None else (extra_k[part], extra_v[part])
-        _attend_part(
-            q[part], k[part], v[part], lists[part], config, query_order, key_order, scale, *others, out[part]
-        )  # fmt: skip
-    return lists
+    return choose_lists_triton(scores, config, cap, k.shape[2])
 
 
 def _attend_part(
