@@ -44,9 +44,8 @@ def attend_video(
         lists = _choose(q, k, config, query_order, key_order, scale, generator)
     for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
         others = (None, None) if extra_k is None else (extra_k[part], extra_v[part])
-        _attend_part(
-            q[part], k[part], v[part], lists[part], config, query_order, key_order, scale, *others, out[part]
-        )  # fmt: skip
+        orders = query_order[part], key_order[part]
+        _attend_part(q[part], k[part], v[part], lists[part], config, *orders, scale, *others, out[part])
     return lists
 
 
@@ -121,5 +120,5 @@ def _sampled(
 ) -> Representatives:
     """As `importance.sampled` of the ordered x."""
     rows = sample_rows(x.shape[2], block, share, generator, x.device).flatten()
-    rows = rows if order.index is None else order.index[rows]
-    return Representatives(x.index_select(2, rows).contiguous(), x.shape[2], block, 1, sample_count(block, share))
+    chosen = order.take(x, rows).contiguous()
+    return Representatives(chosen, x.shape[2], block, 1, sample_count(block, share))
