@@ -13,10 +13,10 @@ import torch
 
 from ..kernels.attention import pyramid_sparse_attention
 from ..kernels.backends import BackendError
+from . import core
 from .run import Run, log
 
 RUN_KEY = "psa_run"
-OVERRIDE_KEY = "optimized_attention_override"
 
 
 class PSAOverride:
@@ -34,7 +34,7 @@ class PSAOverride:
     def _attend(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         run: Run | None = (kwargs.get("transformer_options") or {}).get(RUN_KEY)
         if run is not None and len(args) >= 3 and is_self_attention(run, *args[:3], **kwargs):
-            run.begin_self_attention(kwargs["transformer_options"].get("block_index"))
+            run.begin_self_attention(core.block_index(kwargs["transformer_options"]))
             reason = None
             if run.active:
                 reason = decline_reason(run, *args, **kwargs)
@@ -72,11 +72,12 @@ def decline_reason(
         return f"{tokens} tokens are fewer than min_tokens {settings.min_tokens}; dense is usually faster there"
     if tokens != layout.length:
         grid = "x".join(map(str, layout.grid))
-        return f"{tokens} tokens, but the video grid {grid} has {layout.length}: reference tokens are not served yet"
+        known = f"{layout.before} + {grid} + {layout.after} tokens"
+        return f"{tokens} tokens, but {known} are expected of this model: something else has added some"
     if tokens in run.context_tokens:
         return f"the video and the conditioning both have {tokens} tokens, so self-attention cannot be told apart"
-    if tokens < 2 * settings.config.block_q:
-        return f"{tokens} tokens are fewer than two query blocks of {settings.config.block_q}"
+    if layout.video < 2 * settings.config.block_q:
+        return f"{layout.video} video tokens are fewer than two query blocks of {settings.config.block_q}"
     if not q.is_floating_point() or q.element_size() < 2:
         return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served"
     if run.block in settings.dense_blocks:

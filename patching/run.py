@@ -19,6 +19,8 @@ from .settings import PatchSettings
 
 log = logging.getLogger("ComfyUI-PSA")
 
+_ROUNDING = 1e-5
+
 
 @dataclasses.dataclass
 class Step:
@@ -65,7 +67,8 @@ class Run:
     def begin_model_call(self, sigma: float, step: int, layout: TokenLayout, context_tokens: tuple[int, ...]) -> None:
         """Called once per forward of the diffusion model, before its first attention call."""
         self.layout, self.context_tokens = layout, context_tokens
-        self.active = self.sigma_end < sigma <= self.sigma_start
+        # A level that is a bound stands on the same side as the bound, whatever was rounded on the way.
+        self.active = self.sigma_end * (1 + _ROUNDING) < sigma <= self.sigma_start * (1 + _ROUNDING)
         self._calls = 0
         if not self.steps or self.steps[-1].index != step:
             self._end_step()
