@@ -16,6 +16,10 @@ Override = Callable[..., torch.Tensor]
 OVERRIDE_KEY = "optimized_attention_override"
 """Key in transformer_options under which every attention function looks for a replacement: f(func, q, k, v, heads)."""
 
+_COMPILE_KEY = "torch.compile"
+"""Key of the wrapper that ComfyUI's compile nodes put around a model."""
+_APPLY_MODEL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
+
 
 def unet_config(model: Any) -> Mapping[str, Any]:
     """What ComfyUI found out about the checkpoint of a MODEL (ModelPatcher); empty where it has none."""
@@ -46,16 +50,32 @@ def set_override(model: Any, override: Override | None) -> None:
         options[OVERRIDE_KEY] = override
 
 
-def add_wrappers(model: Any, key: str, *, sampling: Callable, model_call: Callable) -> None:
-    """Wrap a MODEL's whole sampling run (`executor.class_obj` is the guider) and every forward of its network.
+def add_wrappers(model: Any, key: str, *, sampling: Callable, before_call: Callable) -> None:
+    """Wrap a MODEL's whole sampling run, and have something done before every forward of its network.
 
-    `model_call(executor, x, timestep, context, *args, **kwargs)`: `executor.class_obj` is the network.
+    The second wrapper stands outside the network, so that a compiled network knows nothing of it.
+
+    Args:
+        sampling: sampling(executor, *args, **kwargs) calls the executor and returns its result; `executor.class_obj` is
+            the guider.
+        before_call: before_call(network, x, context, options, conds): latent [B, C, T, H, W] and context [B, L, C] of
+            the forward, its transformer_options, and everything else that it gets, by name.
     """
     import comfy.patcher_extension
 
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        x, _, _, context, _, options = (*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :]))
+        before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
+        if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
+            # Compiled code drops every guard on transformer_options, so a graph that was made without PSA would be run
+            # with it as well. One more argument, which it does look at, keeps the two apart; models ignore what they
+            # do not know.
+            kwargs["psa_compiled"] = True
+        return executor(*args, **kwargs)
+
     kinds = comfy.patcher_extension.WrappersMP
     model.add_wrapper_with_key(kinds.OUTER_SAMPLE, key, sampling)
-    model.add_wrapper_with_key(kinds.DIFFUSION_MODEL, key, model_call)
+    model.add_wrapper_with_key(kinds.APPLY_MODEL, key, apply_model)
 
 
 def remove_wrappers(model: Any, key: str) -> None:
@@ -63,7 +83,7 @@ def remove_wrappers(model: Any, key: str) -> None:
     import comfy.patcher_extension
 
     kinds = comfy.patcher_extension.WrappersMP
-    for kind in (kinds.OUTER_SAMPLE, kinds.DIFFUSION_MODEL):
+    for kind in (kinds.OUTER_SAMPLE, kinds.APPLY_MODEL):
         model.remove_wrappers_with_key(kind, key)
 
 
@@ -83,14 +103,6 @@ def run_sigmas(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
 def run_options(guider: Any) -> dict[str, Any]:
     """The transformer_options of one sampling run: a copy that ends with it and that all its model calls inherit."""
     return guider.model_options["transformer_options"]
-
-
-def call_options(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The transformer_options of one forward, by name or, in Wan and CogVideoX, as the only dictionary in args."""
-    options = kwargs.get("transformer_options")
-    if options is None:
-        options = next((arg for arg in args if isinstance(arg, dict)), {})
-    return options
 
 
 def current_sigma(options: Mapping[str, Any]) -> float:

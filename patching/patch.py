@@ -1,7 +1,7 @@
 """Patch a loaded ComfyUI model with PSA, and take the patch off again: a clone is changed, never the model itself.
 
-Two keyed wrappers carry the run: the one around sampling makes it and drops it, the one around the network's forward
-tells it the step and the grid. What is assumed about ComfyUI's insides stands in `core.py`.
+Two keyed wrappers carry the run: the one around sampling makes it and drops it, the one around a model call tells it
+the step and the grid. What is assumed about ComfyUI's insides stands in `core.py`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
     """A clone of `model` with override and wrappers in place; an earlier PSA patch on it is replaced."""
     patched = remove_patch(model)
     handle = PatchHandle("patched", settings)
-    core.set_override(patched, PSAOverride(core.get_override(patched)))
+    previous = core.get_override(patched)
+    if previous is not None:
+        log.info("PSA: the attention override that was there before computes what PSA leaves dense")
+    core.set_override(patched, PSAOverride(previous))
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
@@ -79,15 +82,32 @@ def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
         options = core.run_options(guider)
         options[RUN_KEY] = run
         try:
-            return executor(*args, **kwargs)
+            output = executor(*args, **kwargs)
+            _warn_if_unreached(run)
+            return output
         finally:
             options.pop(RUN_KEY, None)
             run.end()
             handle.report = make_report(run)
 
-    core.add_wrappers(patched, KEY, sampling=outer_sample, model_call=_model_call_wrapper(family.read_call))
+    core.add_wrappers(patched, KEY, sampling=outer_sample, before_call=_before_call(family.read_call))
     patched.set_attachments(KEY, handle)
     return patched
+
+
+def _warn_if_unreached(run: Run) -> None:
+    """Say so when a whole run went past PSA, which no single call can notice."""
+    reason = None
+    if not run.steps:
+        reason = "no call of the model came to PSA in this run: a cache or a compiled model answered all of them"
+    elif not any(step.densities or step.dense_calls for step in run.steps):
+        reason = (
+            "no self-attention came to PSA in this run: a node behind PSA Patch has put its own attention in place; "
+            "wire PSA Patch behind it"
+        )
+    if reason is not None:
+        log.warning("PSA: %s", reason)
+        run.fallbacks[reason] += 1
 
 
 def _sigma_start(settings: PatchSettings, guider: Any, sigmas: list[float]) -> float:
@@ -117,15 +137,12 @@ def _unpatched(model: Any, note: str) -> Any:
     return clone
 
 
-def _model_call_wrapper(read_call: CallReader) -> Any:
-    def diffusion_model(executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+def _before_call(read_call: CallReader) -> Any:
+    def before_call(network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
         """Tells the run its step and where the tokens lie."""
-        options = core.call_options(args, kwargs)
         run: Run | None = options.get(RUN_KEY)
         if run is not None:
             sigma = core.current_sigma(options)
-            call = read_call(executor.class_obj, x, context, args, kwargs)
-            run.begin_model_call(sigma, core.current_step(options, sigma), *call)
-        return executor(x, timestep, context, *args, **kwargs)
+            run.begin_model_call(sigma, core.current_step(options, sigma), *read_call(network, x, context, conds))
 
-    return diffusion_model
+    return before_call

@@ -45,7 +45,9 @@ class LevelMap:
 
 
 class Run:
-    """State of one run. `active` says whether the current model call lies in PSA's part of the schedule."""
+    """State of one run. `active` says whether the current model call lies in PSA's part of the schedule; `failure` why
+    the rest of the run is dense; `parts` in how many groups of heads a call is computed, more than one where memory is
+    short."""
 
     def __init__(self, settings: PatchSettings, sigma_start: float, sigma_end: float, pictured_block: int) -> None:
         self.settings = settings
@@ -57,6 +59,7 @@ class Run:
         self.active = False
         self.block = -1
         self.failure: str | None = None
+        self.parts = 1
         self.backend: str | None = None
         self.level_map: LevelMap | None = None
         self.steps: list[Step] = []

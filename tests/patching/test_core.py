@@ -26,12 +26,10 @@ def watched(model, tiny_wan):
             seen["guider"].append((executor.class_obj, core.percent_to_sigma(executor.class_obj, 0.25)))
             return executor(*args, **kwargs)
 
-        def model_call(executor, x, timestep, context, *args, **kwargs):
-            options = core.call_options(args, kwargs)
-            seen["calls"].append((executor.class_obj, x, context, options))
-            return executor(x, timestep, context, *args, **kwargs)
+        def before_call(network, x, context, options, conds):
+            seen["calls"].append((network, x, context, options))
 
-        core.add_wrappers(seen["model"], "psa_test", sampling=sampling, model_call=model_call)
+        core.add_wrappers(seen["model"], "psa_test", sampling=sampling, before_call=before_call)
         tiny_wan.sample(seen["model"], **arguments)
         return seen
 
@@ -97,7 +95,7 @@ def test_the_wrappers_get_guider_network_and_latent(model, watched):
 
 def test_removed_wrappers_are_gone(model, tiny_wan):
     clone = model.clone()
-    core.add_wrappers(clone, "psa_test", sampling=None, model_call=None)
+    core.add_wrappers(clone, "psa_test", sampling=None, before_call=print)
     core.remove_wrappers(clone, "psa_test")
     tiny_wan.sample(clone)
 
@@ -137,9 +135,7 @@ def test_sampling_is_told_its_noise_levels(model, tiny_wan):
         seen.append(core.run_sigmas(args, kwargs))
         return executor(*args, **kwargs)
 
-    core.add_wrappers(
-        clone, "psa_test", sampling=sampling, model_call=lambda executor, *args, **kw: executor(*args, **kw)
-    )
+    core.add_wrappers(clone, "psa_test", sampling=sampling, before_call=lambda *_: None)
     tiny_wan.sample(clone, steps=4)
     (sigmas,) = seen
     assert len(sigmas) == 5

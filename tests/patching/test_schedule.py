@@ -22,15 +22,11 @@ def calls(tiny_wan):
     def run(model, shift=8.0, sample=tiny_wan.sample, **arguments):
         seen, watched = [], model.clone()
 
-        def model_call(executor, *args, **kwargs):
-            options = core.call_options(args, kwargs)
+        def before_call(network, x, context, options, conds):
             sigma = core.current_sigma(options)
             seen.append((1 - sigma / (shift - (shift - 1) * sigma), options[RUN_KEY].active))
-            return executor(*args, **kwargs)
 
-        core.add_wrappers(
-            watched, "psa_test", sampling=lambda executor, *a, **k: executor(*a, **k), model_call=model_call
-        )
+        core.add_wrappers(watched, "psa_test", sampling=lambda run, *a, **k: run(*a, **k), before_call=before_call)
         sample(watched, **arguments)
         return seen
 
