@@ -27,6 +27,9 @@ NOT_FUZZED = {"PSALoraDownload": "it would go to the network"}
 SAMPLED = 50
 """Every so many cases of PSA Patch the patched model is also sampled, for two steps."""
 
+SIZES = {"width": 64, "height": 64, "length": 9, "batch_size": 2, "steps": 50}
+"""Inputs whose allowed values can ask for more than a machine has: no allowed value above these is tried."""
+
 SOURCES: dict[str, tuple[str, dict]] = {
     "MODEL": ("UNETLoader", {"unet_name": "psa_demo_wan_dit.safetensors", "weight_dtype": "default"}),
     "VAE": ("VAELoader", {"vae_name": "psa_demo_wan_vae.safetensors"}),
@@ -149,13 +152,15 @@ def make_case(rng: random.Random, number: int, node: str, definitions: dict) -> 
 def random_value(rng: random.Random, spec: Input) -> object:
     """A value for a widget: allowed, at its limits, of the right kind, or anything at all."""
     kind = rng.random()
-    if kind < 0.15:
+    if kind < 0.15 and spec.name not in SIZES:
         return rng.choice([*TEXTS, *NUMBERS, *OTHERS])
     if spec.choices is not None:
         return rng.choice(spec.choices) if spec.choices and kind < 0.8 else rng.choice(TEXTS)
     if spec.type in ("INT", "FLOAT"):
         least, most = spec.options.get("min", -1e9), spec.options.get("max", 1e9)
-        if kind < 0.65:
+        cap = SIZES.get(spec.name, most)
+        if kind < 0.65 or cap < most:
+            most = cap
             value = rng.uniform(least, most)
             return int(value) if spec.type == "INT" else round(value, rng.randint(0, 6))
         return rng.choice([least, most, *NUMBERS])

@@ -42,6 +42,7 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
     Raises:
         InputError: an input is wrong, naming it.
     """
+    core.require_model(model)
     family = find_family(model)
     if isinstance(family, str):
         make_settings(sparsity=sparsity or 0.5, preset="wan2.1-14b" if preset == "auto" else preset, **inputs)

@@ -75,14 +75,19 @@ def sample(
     model, steps=1, cfg=1.0, sampler="euler", scheduler="simple", size=SIZE, extra=None, negative=None, positive=None,
     callback=None, noise=None, latent=None, **more,
 ):  # fmt: skip
-    """Sample through ComfyUI's own KSampler code."""
+    """Sample through ComfyUI's own KSampler code, on one thread: at this size more only wait for each other."""
     import comfy.sample
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     noise = normal(*size, seed=1) if noise is None else noise
     latent = torch.zeros(size) if latent is None else latent
     positive = conditioning(**(extra or {})) if positive is None else positive
     negative = conditioning(seed=4, **(extra or {})) if negative is None else negative
-    return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, seed=1, callback=callback,
-        disable_pbar=True, **more,
-    )  # fmt: skip
+    try:
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, seed=1, callback=callback,
+            disable_pbar=True, **more,
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
