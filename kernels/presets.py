@@ -20,11 +20,19 @@ PUBLISHED_SUFFIX = " (published)"
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A named setting. `settings` are fields of `PyramidConfig`, without `sparsity`; `about` is a sentence."""
+    """A named setting.
+
+    Attributes:
+        about: a sentence; settings: fields of `PyramidConfig`, without `sparsity`.
+        sparsity: the target that it was made for, a suggestion to the user, or None.
+        as_written: True takes the shares as they are; a target sparsity then does not act.
+    """
 
     name: str
     about: str
     settings: dict[str, object]
+    sparsity: float | None = None
+    as_written: bool = False
 
     def config(self, sparsity: float | None, **changes: object) -> PyramidConfig:
         """The configuration at a target sparsity; in threshold mode density follows the data and sparsity is unused.
@@ -33,9 +41,14 @@ class Preset:
             ConfigError: the combination is impossible.
         """
         settings = {**self.settings, **changes}
-        if settings["mode"] == "threshold":
+        if settings["mode"] == "threshold" or self.as_written:
             sparsity = None
         return PyramidConfig(sparsity=sparsity, **settings)
+
+    def check(self) -> None:
+        """Raise ConfigError where the shape is impossible, whatever sparsity is asked of it."""
+        mode = "threshold" if self.settings["mode"] == "budget" else self.settings["mode"]
+        PyramidConfig(sparsity=None, **{**self.settings, "mode": mode})
 
 
 def load_presets(path: Path | None = None) -> dict[str, Preset]:

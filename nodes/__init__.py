@@ -16,6 +16,7 @@ from .cogvideox import (
 )
 from .lora import PSALoraDownload, PSALoraLoader
 from .patch import PSAPatch
+from .pyramid import PSAPyramid
 from .report import PSAReport
 
 
@@ -28,6 +29,7 @@ class PSAExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         nodes: list[type[io.ComfyNode]] = [
             PSAPatch,
+            PSAPyramid,
             PSAReport,
             PSACogVideoXLoader,
             PSACogVideoXFix,

@@ -7,16 +7,21 @@ Everything that touches ComfyUI's internals for patching stands here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+from ..errors import InputError
 from .family import Family, find_family
 from .layout import CallReader
+from .maps import RunMaps
 from .override import OVERRIDE_KEY, RUN_KEY, PSAOverride
 from .report import make_report
 from .run import Run, log
 from .settings import PatchSettings, make_settings
 
 KEY = "psa"
+AUTO = "auto"
+ANY_SPARSITY = 0.95  # one that every pyramid reaches, to judge the other inputs where the slider is 0
 
 
 @dataclasses.dataclass
@@ -26,13 +31,22 @@ class PatchHandle:
     note: str
     settings: PatchSettings | None = None
     report: dict[str, Any] | None = None
+    maps: RunMaps | None = None
 
 
-def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> Any:
+def patch_model(
+    model: Any,
+    *,
+    sparsity: float,
+    preset: str,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    **inputs: Any,
+) -> Any:
     """A clone of a ComfyUI MODEL that attends with PSA; unpatched, with one log line, where PSA cannot serve it.
 
     Args:
         model: ComfyUI's ModelPatcher; sparsity 0 returns the stock model. preset: a name or `auto`.
+        on_step: gets the figures of every step of every run, for a display.
         inputs: the other inputs of `settings.make_settings`.
 
     Raises:
@@ -40,23 +54,27 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
     """
     family = find_family(model)
     if isinstance(family, str):
-        make_settings(sparsity=sparsity or 0.5, preset="wan2.1-14b" if preset == "auto" else preset, **inputs)
+        make_settings(sparsity=sparsity or ANY_SPARSITY, preset="wan2.1-14b" if preset == AUTO else preset, **inputs)
         log.warning("PSA: the model stays dense: %s", family)
         return _unpatched(model, family)
-    preset = family.preset if preset == "auto" else preset
+    if inputs.get("psa_pyramid") is not None and preset != AUTO:
+        raise InputError("preset", preset, f"{AUTO} while PSA Pyramid is connected, which takes the preset's place")
+    preset = family.preset if preset == AUTO else preset
     if sparsity == 0:
-        make_settings(sparsity=0.5, preset=preset, blocks=family.blocks, **inputs)
+        make_settings(sparsity=ANY_SPARSITY, preset=preset, blocks=family.blocks, **inputs)
         return _unpatched(model, "sparsity is 0: the model is the stock one")
     settings = make_settings(sparsity=sparsity, preset=preset, blocks=family.blocks, **inputs)
     if settings.config.sparsity is None:
-        log.info("PSA: threshold mode: sparsity follows the data, the slider (%.2f) does not act", sparsity)
+        log.info("PSA: the levels are taken as they are written, the slider (%.2f) does not act", sparsity)
     log.info("PSA: %s, preset %s, %s", family.name, preset, settings.config)
     if family.advice is not None:
         log.warning("PSA: %s", family.advice)
-    return apply_patch(model, settings, family)
+    return apply_patch(model, settings, family, on_step)
 
 
-def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
+def apply_patch(
+    model: Any, settings: PatchSettings, family: Family, on_step: Callable[[dict[str, Any]], None] | None = None
+) -> Any:
     """A clone of `model` with override and wrappers in place; an earlier PSA patch on it is replaced."""
     import comfy.patcher_extension
 
@@ -73,6 +91,7 @@ def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
             float(sampling.percent_to_sigma(settings.start_percent)),
             float(sampling.percent_to_sigma(settings.end_percent)),
             pictured_block=family.blocks // 2,
+            on_step=on_step,
         )
         # The guider's options are a copy made for this run, so nothing of it outlives the run.
         guider.model_options["transformer_options"][RUN_KEY] = run
@@ -82,6 +101,7 @@ def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
             guider.model_options["transformer_options"].pop(RUN_KEY, None)
             run.end()
             handle.report = make_report(run)
+            handle.maps = None if run.maps is None else run.maps.to_host()
 
     wrappers = comfy.patcher_extension.WrappersMP
     patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample)
@@ -126,6 +146,8 @@ def _model_call_wrapper(read_call: CallReader) -> Any:
             # One read from the device per model call; attention calls must not do it.
             sigma = float(options["sigmas"].flatten()[0])
             schedule = options.get("sample_sigmas")
+            if not run.steps:
+                run.plan(schedule, x.device)
             step = 0 if schedule is None else int((schedule > sigma * (1 + 1e-4)).sum())
             run.begin_model_call(sigma, step, *read_call(executor.class_obj, x, context, args, kwargs))
         return executor(x, timestep, context, *args, **kwargs)
