@@ -78,8 +78,8 @@ class PSAPyramid(io.ComfyNode):
                     default=False,
                     tooltip=(
                         "off: the sparsity slider of PSA Patch scales all levels together until it is met. on: the "
-                        "levels are taken as they stand and that slider does not act (0 still is the stock model). Threshold "
-                        "mode always takes them as they stand; budget mode never."
+                        "levels are taken as they stand and that slider does not act (0 still is the stock model). "
+                        "Threshold mode always takes them as they stand; budget mode never."
                     ),
                 ),
                 _combo("block_q", BLOCK_SIZES, 128, "Tokens per query block: 32, 64 or 128. 128 is the fastest."),
@@ -93,7 +93,7 @@ class PSAPyramid(io.ComfyNode):
                     "similarity_half",
                     0.0,
                     "Only blocks whose neighbouring tokens are at least this alike (cosine, 0 to 1) may be seen at "
-                    "half resolution; others are refined, so less work is saved. 0 sets no limit; the paper takes 0.70.",
+                    "half resolution; others are refined, so less is saved. 0 sets no limit; the paper takes 0.70.",
                     advanced=True,
                 ),
                 _slider(
