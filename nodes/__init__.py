@@ -14,6 +14,7 @@ from .cogvideox import (
     PSACogVideoXSampler,
     PSACogVideoXSigmas,
 )
+from .compare import PSACompare
 from .lora import PSALoraDownload, PSALoraLoader
 from .patch import PSAPatch
 from .pyramid import PSAPyramid
@@ -31,6 +32,7 @@ class PSAExtension(ComfyExtension):
             PSAPatch,
             PSAPyramid,
             PSAReport,
+            PSACompare,
             PSACogVideoXLoader,
             PSACogVideoXFix,
             PSACogVideoXSigmas,

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NODES = {
     "PSAPatch": "PSA Patch",
+    "PSAPyramid": "PSA Pyramid",
     "PSAReport": "PSA Report",
+    "PSACompare": "PSA Compare",
     "PSACogVideoXLoader": "PSA CogVideoX Loader",
     "PSACogVideoXFix": "PSA CogVideoX Fix",
     "PSACogVideoXSigmas": "PSA CogVideoX Sigmas",
