@@ -4,12 +4,13 @@ Fields: backend, preset, target_sparsity, mean_sparsity, grid, steps (index, sig
 dense step, sparse_calls, dense_calls, attention_seconds of its sparse calls, layers: one sparsity a block), layers
 (block index -> mean sparsity), shares (pooling factor -> mean share of the block pairs), coverage, time (seconds of
 dense and of sparse steps, and of PSA's attention in them), fallbacks (reason, calls), level_map (pooling factors of one
-block's first head and the share of its resolution at which each token was seen).
+block's first head, every stride-th row and column, and the share of its resolution at which each token was seen).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 from ..kernels.density import pair_cost
 from ..kernels.order import TokenLayout
 from .run import LevelMap, Run, Step
+
+MOST_PAIRS = 65536
 
 
 def make_report(run: Run) -> dict[str, Any]:
@@ -35,6 +38,8 @@ def make_report(run: Run) -> dict[str, Any]:
     shares = level_shares(run)
     level_map = None
     if run.level_map is not None:
+        # At 720p there are half a million pairs; the page and the log of a prompt need not carry them all.
+        stride = max(1, math.ceil((run.level_map.factors.numel() / MOST_PAIRS) ** 0.5))
         level_map = {
             "step": run.level_map.step,
             "block": run.level_map.block,
@@ -42,7 +47,8 @@ def make_report(run: Run) -> dict[str, Any]:
             "block_q": config.block_q,
             "block_kv": config.block_kv,
             "order": config.order,
-            "factors": run.level_map.factors.cpu().tolist(),
+            "stride": stride,
+            "factors": run.level_map.factors[::stride, ::stride].cpu().tolist(),
             "token_levels": _token_levels(run.level_map, run.layout, config.block_kv),
         }
     return {
@@ -99,7 +105,7 @@ def _token_levels(level_map: LevelMap, layout: TokenLayout, block_kv: int) -> li
     per_block = pair_cost(level_map.factors).mean(0)
     per_token = per_block.repeat_interleave(block_kv)[: layout.video]
     inverse = level_map.order.inverse
-    return (per_token if inverse is None else per_token[inverse]).cpu().tolist()
+    return [round(level, 4) for level in (per_token if inverse is None else per_token[inverse]).tolist()]
 
 
 def _mean(values: list[float]) -> float | None:

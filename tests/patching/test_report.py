@@ -1,4 +1,4 @@
-"""The report's figures equal those computed from a recorded run in numpy; the page hears the same; the picture draws."""
+"""The report's figures equal those computed from a recorded run; the page hears the same; the picture draws."""
 
 import json
 
