@@ -6,7 +6,7 @@
     python dev.py serve    open ComfyUI with the pack, for trying by hand
     python dev.py bench    run the benchmarks
     python dev.py setup    only make the environment in .dev/
-    python dev.py workflows    write workflows/*.json anew, after a node's schema has changed
+    python dev.py workflows    write workflows/*.json and locales/en anew, after a node's schema has changed
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; needs huggingface-hub alone
 
 Needs Python 3.10 or newer and nothing else; the first run installs into .dev/ (a few minutes, about 8 GB).

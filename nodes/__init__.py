@@ -7,6 +7,7 @@ import os
 from comfy_api.latest import ComfyExtension, io
 
 from ..loading.lora_folders import register_own_folder
+from .calibrate import PSACalibrate
 from .cogvideox import (
     PSACogVideoXFix,
     PSACogVideoXImageToVideo,
@@ -33,6 +34,7 @@ class PSAExtension(ComfyExtension):
             PSAPyramid,
             PSAReport,
             PSACompare,
+            PSACalibrate,
             PSACogVideoXLoader,
             PSACogVideoXFix,
             PSACogVideoXSigmas,

@@ -46,8 +46,8 @@ def preset_names(where: Path | None = None) -> list[str]:
     return [*load_presets(), *(PREFIX + path.stem for path in _files(where or folder()))]
 
 
-def find_preset(name: str, where: Path | None = None) -> Preset:
-    """The preset of that name, the pack's own or the user's.
+def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -> Preset:
+    """The preset of that name, the pack's own or the user's; `node` is the one that an error names.
 
     Raises:
         InputError: no such preset, or its file is wrong, saying what.
@@ -55,15 +55,16 @@ def find_preset(name: str, where: Path | None = None) -> Preset:
     if not name.startswith(PREFIX):
         presets = load_presets()
         if name not in presets:
-            raise InputError("preset", name, ", ".join(preset_names(where)))
+            raise InputError("preset", name, ", ".join(preset_names(where)), node)
         return presets[name]
     for path in _files(where or folder()):
         if PREFIX + path.stem == name:
             try:
                 return read_preset(path)
             except PresetError as error:
-                raise InputError("preset", name, f"a preset file that can be read; {path.name}: {error}") from error
-    raise InputError("preset", name, ", ".join(preset_names(where)))
+                allowed = f"a preset file that can be read; {path.name}: {error}"
+                raise InputError("preset", name, allowed, node) from error
+    raise InputError("preset", name, ", ".join(preset_names(where)), node)
 
 
 def usable_presets(where: Path | None = None) -> dict[str, Preset]:

@@ -67,6 +67,8 @@ app.registerExtension({
         });
         refresh(node);
         follow(node);
+        // The classic renderer places a DOM widget when it draws for the second time.
+        requestAnimationFrame(() => requestAnimationFrame(() => app.canvas?.setDirty(true, true)));
     },
 
     afterConfigureGraph() {

@@ -190,11 +190,11 @@ class Frontend:
         return seen
 
     def picture(self, node):
-        """What the node's picture shows: words, bar (factor -> share) and sparsity."""
+        """What a picture shows: words, bar (factor -> share), sparsity. `node`: an id, or a class in a subgraph."""
         return self.page.evaluate(
             """(id) => {
                 const all = (graph) => graph.nodes.flatMap((n) => [n, ...(n.subgraph ? all(n.subgraph) : [])]);
-                const node = app.canvas.graph.getNodeById(id) ?? all(app.rootGraph).find((n) => n.id === id);
+                const node = app.canvas.graph.getNodeById(id) ?? all(app.rootGraph).find((n) => n.comfyClass === id);
                 const element = node.widgets.find((w) => w.name === "psa_picture").element;
                 const bar = [...element.querySelectorAll(".psa-seen div")];
                 return {

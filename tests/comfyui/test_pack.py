@@ -16,6 +16,7 @@ NODES = {
     "PSAPyramid": "PSA Pyramid",
     "PSAReport": "PSA Report",
     "PSACompare": "PSA Compare",
+    "PSACalibrate": "PSA Calibrate",
     "PSACogVideoXLoader": "PSA CogVideoX Loader",
     "PSACogVideoXFix": "PSA CogVideoX Fix",
     "PSACogVideoXSigmas": "PSA CogVideoX Sigmas",
