@@ -52,8 +52,8 @@ class PSACalibrate(io.ComfyNode):
                     step=0.01,
                     tooltip=(
                         "For error a relative distance: 0.15 gave 28.7 dB on the demo model, 0.09 is close to dense. "
-                        "For speed-up a factor: 2.0 halves the time of a step; Wan 1.3B at 720p reached 3.7 at sparsity "
-                        "0.85 on an H100."
+                        "For speed-up a factor: 2.0 halves the time of a step; Wan 1.3B at 720p reached 3.7 at "
+                        "sparsity 0.85 on an H100."
                     ),
                 ),
                 io.Combo.Input(

@@ -1,7 +1,9 @@
 """A real Chromium on the real frontend of the real server. Nothing is reached that is not on this machine."""
 
+import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +27,15 @@ def chromium():
         browser = p.chromium.launch(executable_path=path, args=list(OPTIONS))
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def demo_workflow():
+    """The module `demo_workflow.py` beside this file."""
+    spec = importlib.util.spec_from_file_location("demo_workflow", Path(__file__).with_name("demo_workflow.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -188,6 +199,24 @@ class Frontend:
         mouse.up()
         self.settle()
         return seen
+
+    def shot(self, node):
+        """A picture of one node, PNG, with a little of the canvas around it."""
+        self.page.evaluate(
+            """(id) => {
+                const node = app.canvas.graph.getNodeById(id);
+                app.canvas.ds.offset = [120 - node.pos[0], 120 - node.pos[1]];
+                app.canvas.deselectAll?.();
+                app.canvas.setDirty(true, true);
+            }""",
+            node,
+        )
+        self.page.mouse.move(1490, 500)
+        self.settle()
+        box = self.page.locator(f'[data-node-id="{node}"]').bounding_box()
+        edge = 10
+        clip = {"x": box["x"] - edge, "y": box["y"] - edge, "width": box["width"] + 2 * edge}
+        return self.page.screenshot(clip={**clip, "height": box["height"] + 2 * edge})
 
     def picture(self, node):
         """What a picture shows: words, bar (factor -> share), sparsity. `node`: an id, or a class in a subgraph."""

@@ -1,54 +1,21 @@
 """What a user does with the nodes in the page, in both renderers: the picture follows, and nothing is lost."""
 
-import itertools
-
 import pytest
 
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.workflow import MODE_BYPASSED, load_workflow
+from comfyui_psa.devtools.workflow import MODE_BYPASSED
 
 STEPS = 4
-seeds = itertools.count(11)
 EVERYDAY = ["model", "sparsity", "preset", "start_percent", "end_percent", "psa_pyramid"]
 
 
 @pytest.fixture
-def demo():
-    """The demo workflow at a size of seconds, its PSA half only."""
-    found = load_workflow(WORKFLOWS / "psa_demo.json")
-    unwanted = [n["id"] for n in found["nodes"] if n.get("title") == "KSampler: dense" or n["type"] == "PSACompare"]
-    for node in found["nodes"]:
-        values = node["widgets_values"]
-        if node["type"] == "EmptyHunyuanLatentVideo":
-            values[:3] = [256, 256, 9]
-        if node["type"] == "KSampler":
-            values[0], values[2] = next(seeds), STEPS  # a seed of its own: nothing comes from the cache
-        if node["type"] == "PSAPatch":
-            values[values.index(4096)] = 0
-    return without(found, unwanted)
-
-
-def without(workflow, nodes):
-    """Drop nodes and everything that only they feed."""
-    gone = set(nodes)
-    while True:
-        fed = {link[3] for link in workflow["links"] if link[1] in gone} - gone
-        if not fed:
-            break
-        gone |= fed
-    workflow["nodes"] = [node for node in workflow["nodes"] if node["id"] not in gone]
-    kept = [link for link in workflow["links"] if link[1] not in gone and link[3] not in gone]
-    ids = {link[0] for link in kept}
-    workflow["links"] = kept
-    for node in workflow["nodes"]:
-        for slot in node["inputs"]:
-            slot["link"] = slot["link"] if slot["link"] in ids else None
-        for slot in node["outputs"]:
-            slot["links"] = [link for link in slot["links"] if link in ids]
-    return workflow
+def demo(demo_workflow):
+    """The PSA half of the demo workflow at a size of seconds."""
+    return demo_workflow.small_demo()
 
 
 def find(workflow, kind):
+    """The one node of a class."""
     (node,) = (node for node in workflow["nodes"] if node["type"] == kind)
     return node
 
