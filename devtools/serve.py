@@ -17,6 +17,7 @@ from .locales import write_english
 from .paths import HOME, LOCALES, SERVER_LOG, WORKFLOWS
 from .server import ComfyServer
 from .terminal import Phase, is_interactive
+from .thumbnails import write_cards
 
 
 @contextmanager
@@ -48,5 +49,5 @@ def rebuild_workflows(comfyui: Path) -> None:
     """Write `workflows/*.json` and the English names and tooltips from the node definitions of a running server."""
     with running_server(comfyui) as server:
         definitions = Client(server.url).get("/object_info")
-    for path in [*build_all(definitions, WORKFLOWS), write_english(definitions, LOCALES)]:
+    for path in [*build_all(definitions, WORKFLOWS), write_english(definitions, LOCALES), *write_cards(WORKFLOWS)]:
         print(path)

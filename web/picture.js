@@ -8,6 +8,7 @@ import { say } from "./words.js";
 // From yellow to dark blue: light means more detail, also where colours cannot be told apart. 0 is not seen at all.
 const COLOURS = { 1: "#fde725", 2: "#5ec962", 4: "#21918c", 8: "#3b7cc4", 16: "#5a55b0", 32: "#6d4aa0" };
 const COARSE = "#7d4a96";
+const [SPARSITY, SECONDS] = ["#fde725", "#7fb2ff"];
 const UNSEEN = "repeating-linear-gradient(45deg, #55585f 0 4px, #43464c 4px 8px)";
 const STYLE = `
 .psa-picture { box-sizing: border-box; width: 100%; padding: 4px 6px; font: 12px/1.35 system-ui, sans-serif;
@@ -23,7 +24,8 @@ const STYLE = `
 .psa-picture .psa-legend { display: flex; flex-wrap: wrap; gap: 0 10px; }
 .psa-picture .psa-key { display: inline-block; width: 8px; height: 8px; margin-right: 4px; border-radius: 2px; }
 .psa-picture .psa-problem { color: #ff9d76; font-weight: 600; }
-.psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; background: #2a2c31; border-radius: 3px; }
+.psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; border-radius: 3px;
+    background: #2a2c31; }
 `;
 
 /** A block of figures that follow a slider, and, with `live`, the line of a run. */
@@ -38,7 +40,7 @@ export class Picture {
         this.note = this.element.appendChild(part("div", "psa-quiet psa-note"));
         if (live) {
             this.line = this.element.appendChild(svg("svg", { viewBox: "0 0 300 34", preserveAspectRatio: "none" }));
-            this.caption = this.element.appendChild(part("div", "psa-quiet psa-caption"));
+            this.caption = this.element.appendChild(part("div", "psa-caption"));
             this.sentence = this.element.appendChild(part("div", "psa-sentence"));
         }
         if (!document.getElementById("psa-picture-style")) {
@@ -116,17 +118,18 @@ export class Picture {
         const place = (step) => (total > 1 ? 4 + (292 * step) / (total - 1) : 150);
         // The first step may hold the loading of the model: it must not flatten the others.
         const most = Math.max(...steps.slice(steps.length > 2 ? 1 : 0).map((step) => step.seconds), 1e-6);
-        this.draw("#7fb2ff", "psa-seconds", steps.map((s) => [place(s.step), 31 - 28 * Math.min(1, s.seconds / most)]));
-        this.draw("#fde725", "psa-sparsity", steps.map((s) => [place(s.step), 31 - 28 * (s.sparsity ?? 0)]));
+        this.draw(SECONDS, "psa-seconds", steps.map((s) => [place(s.step), 31 - 28 * Math.min(1, s.seconds / most)]));
+        this.draw(SPARSITY, "psa-sparsity", steps.map((s) => [place(s.step), 31 - 28 * (s.sparsity ?? 0)]));
         const measured = last.sparsity?.toFixed(3);
         const sparsity = measured === undefined ? text("denseStep") : text("measured", { sparsity: measured });
-        const figures = { step: last.step + 1, steps: total, sparsity, seconds: last.seconds.toFixed(2) };
-        for (const [colour, key] of [["#fde725", "sparsityLine"], ["#7fb2ff", "secondsLine"]]) {
+        this.caption.append(`${text("live", { step: last.step + 1, steps: total })} `);
+        const seconds = text("seconds", { seconds: last.seconds.toFixed(2) });
+        for (const [colour, words] of [[SPARSITY, sparsity], [SECONDS, seconds]]) {
             const mark = this.caption.appendChild(part("span"));
             mark.style.color = colour;
-            mark.textContent = `― ${text(key)}  `;
+            mark.textContent = words;
+            this.caption.append(" ");
         }
-        this.caption.append(text("live", figures));
         const reasons = Object.entries(last.reasons ?? {});
         const waiting = !steps.some((step) => step.sparsity !== null);
         this.sentence.textContent = reasons.length

@@ -46,7 +46,7 @@ app.registerExtension({
             getMaxHeight: () => height,
         });
         widget.serialize = false;
-        // Nodes 2.0 folds the advanced inputs away and grows a node to what it holds; the classic renderer shows them all.
+        // Nodes 2.0 folds the advanced inputs away and grows a node to what it holds; the classic renderer shows all.
         const [width, least] = node.computeSize();
         node.setSize([Math.max(WIDTH, width), LiteGraph.vueNodesMode ? 0 : least]);
 

@@ -205,7 +205,8 @@ class Frontend:
         self.page.evaluate(
             """(id) => {
                 const node = app.canvas.graph.getNodeById(id);
-                app.canvas.ds.offset = [120 - node.pos[0], 120 - node.pos[1]];
+                app.canvas.ds.scale = 1;
+                app.canvas.ds.offset = [300 - node.pos[0], 150 - node.pos[1]];
                 app.canvas.deselectAll?.();
                 app.canvas.setDirty(true, true);
             }""",

@@ -121,6 +121,46 @@ def test_the_everyday_inputs_alone_are_shown_by_the_new_renderer(pages):
     assert len(shown) == 5, "the fifth is the picture"
 
 
+def test_in_chinese_names_and_picture_are_chinese(pages):
+    frontend = pages("classic", "zh")
+    node = frontend.add("PSAPatch")
+    assert frontend.picture(node)["headline"] == "节省 85 % 的注意力计算"
+    title, label = frontend.page.evaluate(
+        """(id) => {
+            const node = app.canvas.graph.getNodeById(id);
+            return [node.title, node.widgets.find((w) => w.name === "sparsity").label];
+        }""",
+        node,
+    )
+    assert (title, label) == ("PSA 补丁", "稀疏度")
+    assert frontend.errors == []
+
+
+def test_choosing_a_preset_of_the_user_moves_the_slider(pages, server):
+    folder = server.home / "user" / "psa_presets"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "look.json").write_text('{"shares": {"1": 0.2, "4": 0.4}, "sparsity": 0.6}', encoding="utf-8")
+    (folder / "broken.json").write_text("{", encoding="utf-8")
+    try:
+        frontend = pages("classic")
+        node = frontend.add("PSAPatch")
+        frontend.page.evaluate("() => app.refreshComboInNodes()")
+        frontend.page.wait_for_function(
+            "(id) => app.canvas.graph.getNodeById(id).widgets[1].options.values.includes('user/look')", arg=node
+        )
+        frontend.choose(node, "preset", "user/look")
+        assert frontend.value(node, "sparsity") == 0.6
+        seen = frontend.picture(node)
+        assert seen["sparsity"] == pytest.approx(0.6, abs=1e-3)
+        assert set(seen["bar"]) == {"1", "4", "0"}
+        frontend.choose(node, "preset", "user/broken")
+        assert frontend.picture(node)["headline"] == "This preset cannot be used; running says why."
+        assert frontend.errors == []
+    finally:
+        for name in ("look", "broken"):
+            (folder / f"{name}.json").unlink()
+
+
 @pytest.mark.slow
 def test_the_demo_runs_from_the_page_and_the_line_moves(frontend, demo):
     frontend.load(demo)

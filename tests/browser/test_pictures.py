@@ -24,8 +24,23 @@ def keep(name, png, width=None):
             picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
         if WRITE:
             PICTURES.mkdir(exist_ok=True)
-            picture.quantize(96).save(PICTURES / f"{name}.png", optimize=True)
-    assert (PICTURES / f"{name}.png").stat().st_size < 100_000
+            picture.quantize(256, kmeans=1, dither=Image.Dither.NONE).save(PICTURES / f"{name}.png", optimize=True)
+    assert (PICTURES / f"{name}.png").stat().st_size < 120_000
+
+
+def beside(*pngs):
+    """Pictures in a row."""
+    pictures = [Image.open(io.BytesIO(png)).convert("RGB") for png in pngs]
+    sheet = Image.new(
+        "RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), pictures[0].getpixel((2, 2))
+    )
+    x = 0
+    for picture in pictures:
+        sheet.paste(picture, (x, 0))
+        x += picture.width
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -53,11 +68,14 @@ def test_pictures_of_patch_and_report_after_a_run(pages, demo_workflow, client):
     assert frontend.run(400)[0] == "execution_success"
     frontend.page.evaluate("(id) => app.rootGraph.getNodeById(id).setSize([340, 0])", ids["PSAPatch"])
     frontend.settle()
-    keep("PSAPatch", frontend.shot(ids["PSAPatch"]))
     (image,) = frontend.page.evaluate("(id) => app.nodeOutputs[id].images", ids["PSAReport"])
-    keep("PSAReport", client.download("/view?" + urllib.parse.urlencode(image)), 900)
+    keep("PSAReport", client.download("/view?" + urllib.parse.urlencode(image)), 860)
+    patch = frontend.shot(ids["PSAPatch"])
+    keep("PSAPatch", patch)
+    frontend.clear()
+    keep("overview", beside(patch, frontend.shot(frontend.add("PSAPyramid"))))
 
 
 def test_there_is_no_picture_without_a_node():
     names = {path.stem for path in Path(ROOT / "web" / "docs").glob("*.md")}
-    assert {path.stem for path in PICTURES.glob("*.png")} == names
+    assert {path.stem for path in PICTURES.glob("*.png")} == names | {"overview"}
