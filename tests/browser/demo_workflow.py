@@ -9,7 +9,7 @@ STEPS = 4
 _seeds = itertools.count(11)
 
 
-def small_demo(size=256, length=9):
+def small_demo(size=256, length=9, steps=STEPS):
     """The workflow; every one has a seed of its own, so that nothing comes from the server's cache."""
     found = load_workflow(WORKFLOWS / "psa_demo.json")
     for node in found["nodes"]:
@@ -17,7 +17,7 @@ def small_demo(size=256, length=9):
         if node["type"] == "EmptyHunyuanLatentVideo":
             values[:3] = [size, size, length]
         if node["type"] == "KSampler":
-            values[0], values[2] = next(_seeds), STEPS
+            values[0], values[2] = next(_seeds), steps
         if node["type"] == "PSAPatch":
             values[values.index(4096)] = 0
     dense = [n["id"] for n in found["nodes"] if n.get("title") == "KSampler: dense" or n["type"] == "PSACompare"]

@@ -61,11 +61,11 @@ def test_a_picture_of_the_node(pages, name):
 @pytest.mark.slow
 def test_pictures_of_patch_and_report_after_a_run(pages, demo_workflow, client):
     frontend = pages("nodes2")
-    # The size of the pictures in the README takes half a minute, and is taken only for them.
-    demo = demo_workflow.small_demo(384, 17) if WRITE else demo_workflow.small_demo()
+    # The demo's own size takes a minute or more, and is taken only for the README.
+    demo = demo_workflow.small_demo(512, 33, 16) if WRITE else demo_workflow.small_demo()
     ids = {node["type"]: node["id"] for node in demo["nodes"]}
     frontend.load(demo)
-    assert frontend.run(400)[0] == "execution_success"
+    assert frontend.run(900)[0] == "execution_success"
     frontend.page.evaluate("(id) => app.rootGraph.getNodeById(id).setSize([340, 0])", ids["PSAPatch"])
     frontend.settle()
     (image,) = frontend.page.evaluate("(id) => app.nodeOutputs[id].images", ids["PSAReport"])
