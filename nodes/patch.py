@@ -6,11 +6,12 @@ from comfy_api.latest import io
 
 from ..kernels.backends import BACKENDS
 from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
-from ..kernels.presets import load_presets
-from ..patching.patch import patch_model
+from ..patching.live import patch_for_node
+from ..patching.patch import AUTO
 from ..patching.settings import FROM_PRESET
-
-AUTO = "auto"
+from ..patching.user_presets import preset_names
+from ..patching.widgets import preset_shapes
+from .pyramid import Pyramid
 
 
 def _from_preset(name: str, options: tuple, tooltip: str) -> io.Combo.Input:
@@ -50,12 +51,14 @@ class PSAPatch(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=[AUTO, *load_presets()],
+                    options=[AUTO, *preset_names()],
                     default=AUTO,
                     tooltip=(
                         "Shape of the pyramid. auto takes module-default, the best so far. The entries marked "
-                        "published are the paper's and its release's settings, unchanged."
+                        "published are the paper's and its release's settings, unchanged. user/... are files of yours "
+                        "in ComfyUI's user/psa_presets folder."
                     ),
+                    extra_dict={"psa_shapes": preset_shapes()},
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -145,10 +148,17 @@ class PSAPatch(io.ComfyNode):
                         "scale a block, 0.1 % more error; as fast as 16 bits on an H100. auto: bf16. Triton only."
                     ),
                 ),
+                Pyramid.Input(
+                    "psa_pyramid",
+                    optional=True,
+                    tooltip="A pyramid of your own from PSA Pyramid, in place of the preset, which must then be auto.",
+                ),
             ],
             outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, **inputs) -> io.NodeOutput:
-        return io.NodeOutput(patch_model(model, **inputs))
+        patched, sentence = patch_for_node(model, cls.hidden.unique_id, **inputs)
+        return io.NodeOutput(patched, ui={"psa": [sentence]})
