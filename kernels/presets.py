@@ -68,7 +68,8 @@ def load_presets(path: Path | None = None) -> dict[str, Preset]:
         ours = {"mode": mode, "shares": settings["shares"], "order": settings["order"], "tail": False}
         ours |= {"importance": "pooled"} | entry.get("ours", {})
         steps = ours.pop("dense_steps", None)
-        presets[name] = Preset(name, f"{entry['about']}: its pyramid, met to the slider's sparsity", ours, dense_steps=steps)
+        about = f"{entry['about']}: its pyramid, met to the slider's sparsity"
+        presets[name] = Preset(name, about, ours, dense_steps=steps)
         if not entry.get("published", True):
             continue
         published = settings | {"tail": False, "importance": "sampled"}
