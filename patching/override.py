@@ -120,7 +120,8 @@ def _try(
         results = []
         conds = tuple((call.get("transformer_options") or {}).get("cond_or_uncond", ()))
         for number, part in enumerate(zip(*(x.chunk(run.parts, 1) for x in (q, k, v)), strict=True)):
-            place = run.block, conds, number
+            place = run.block, conds, run.layout, number, *part[0].shape[:2]
+            kept = run.kept_lists(place)
             result = pyramid_sparse_attention(
                 *part,
                 run.settings.config,
@@ -128,9 +129,12 @@ def _try(
                 order=run.order(q.device),
                 scale=call.get("scale"),
                 backend=run.settings.backend,
+                lists=kept,
                 centroids=run.centroids.get(place),
             )
             run.centroids[place] = result.centroids
+            if kept is None:
+                run.keep_lists(place, result.lists)
             results.append(result)
         return results[0] if len(results) == 1 else _together(results)
     except BackendError as error:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from ..kernels.attention import AttentionResult
+from ..kernels.levels import BlockLists
 from ..kernels.order import TokenLayout, TokenOrder, make_order
 from ..kernels.semantic import SEMANTIC_ORDERS, Centroids
 from .clock import Clock
@@ -105,6 +106,7 @@ class Run:
         self._clock = Clock()
         self.centroids: dict[Hashable, Centroids | None] = {}
         self._orders: dict[tuple, TokenOrder] = {}
+        self._kept_lists: dict[Hashable, tuple[int, BlockLists]] = {}
         self._calls = 0
 
     def plan(self, schedule: torch.Tensor | None, device: torch.device) -> None:
@@ -142,6 +144,16 @@ class Run:
         if key not in self._orders:
             self._orders[key] = make_order(config.order, self.layout.grid, config.tile, device)
         return self._orders[key]
+
+    def kept_lists(self, place: Hashable) -> BlockLists | None:
+        """The levels that an earlier step chose for this call, while they are kept."""
+        step, lists = self._kept_lists.get(place, (-1, None))
+        return lists if lists is not None and self.steps[-1].index - step < self.settings.reuse_steps else None
+
+    def keep_lists(self, place: Hashable, lists: BlockLists) -> None:
+        """Keep the levels that this step has chosen; as many bytes as four per pair of blocks and head."""
+        if self.settings.reuse_steps > 1:
+            self._kept_lists[place] = (self.steps[-1].index, lists)
 
     def fell_back(self, reason: str) -> None:
         """Count a call that stays dense although its step is sparse; each reason is logged once per run."""

@@ -9,9 +9,11 @@ from ..errors import InputError
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.presets import Preset
+from ..kernels.semantic import SEMANTIC_ORDERS
 from .user_presets import find_preset
 
 FROM_PRESET = "preset"
+MOST_REUSE_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +27,7 @@ class PatchSettings:
         dense_blocks: indices of transformer blocks that stay dense.
         min_tokens: shorter sequences stay dense.
         backend: auto, triton or torch; verbose: log every step.
+        reuse_steps: levels are chosen in every such step and kept in between; 1 chooses them in every step.
     """
 
     config: PyramidConfig
@@ -36,6 +39,7 @@ class PatchSettings:
     backend: str = "auto"
     verbose: bool = False
     dense_steps: int | None = None
+    reuse_steps: int = 1
 
 
 def make_settings(
@@ -56,6 +60,7 @@ def make_settings(
     backend: str = "auto",
     verbose: bool = False,
     precision: str = "auto",
+    reuse_steps: int = 1,
     psa_pyramid: Preset | None = None,
     blocks: int | None = None,
 ) -> PatchSettings:
@@ -72,6 +77,8 @@ def make_settings(
         raise InputError("start_percent", start_percent, f"less than end_percent, which is {end_percent}")
     if backend not in BACKENDS:
         raise InputError("backend", backend, ", ".join(BACKENDS))
+    if not 1 <= reuse_steps <= MOST_REUSE_STEPS:
+        raise InputError("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}")
     shape = find_preset(preset) if psa_pyramid is None else psa_pyramid
     changes: dict[str, object] = {} if precision == "auto" else {"precision": precision}
     for field, value in (("mode", mode), ("order", order), ("importance", importance)):
@@ -93,6 +100,8 @@ def make_settings(
     except ConfigError as error:
         field = {"shares": "pyramid"}.get(error.field, error.field)
         raise InputError(field, error.given, error.allowed) from error
+    if reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
+        raise InputError("reuse_steps", reuse_steps, f"1 with the order {config.order}, whose blocks change every step")
     return PatchSettings(
         config=config,
         preset=shape.name,
@@ -103,6 +112,7 @@ def make_settings(
         backend=backend,
         verbose=verbose,
         dense_steps=shape.dense_steps,
+        reuse_steps=reuse_steps,
     )
 
 

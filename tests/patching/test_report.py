@@ -199,3 +199,29 @@ def test_orders_that_follow_the_data(model, monkeypatch):
             seen, spot = maps.head(layer, head)
             assert seen.numpy().ravel() == pytest.approx(cost(factors).mean(0)[place], abs=1e-6)
             assert (spot.numpy().ravel() == factors[row][place]).all()
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"), [(1, [False, False, False]), (2, [False, True, False]), (9, [False, True, True])]
+)
+def test_levels_are_kept_for_the_steps_asked_for(model, monkeypatch, steps, expected):
+    from comfyui_psa.patching import override
+    from comfyui_psa.patching.patch import patch_model
+
+    results, given = [], []
+    genuine = override.pyramid_sparse_attention
+
+    def recording(*args, **kwargs):
+        given.append(kwargs["lists"])
+        results.append(genuine(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(override, "pyramid_sparse_attention", recording)
+    psa = patch_model(
+        model, sparsity=0.75, preset="auto", start_percent=0.25, end_percent=1.0, min_tokens=0, reuse_steps=steps,
+    )  # fmt: skip
+    sample(psa)
+    assert [lists is not None for lists in given] == [kept for kept in expected for _ in range(LAYERS)]
+    for place, lists in enumerate(given):
+        if lists is not None:
+            assert lists is results[place - LAYERS].lists
