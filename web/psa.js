@@ -10,7 +10,7 @@ import { say as sayIn } from "./words.js";
 
 const PATCH = "PSAPatch";
 const PYRAMID = "PSAPyramid";
-const HEIGHT = { [PATCH]: 206, [PYRAMID]: 124 };
+const HEIGHT = { [PATCH]: 216, [PYRAMID]: 128 };
 const WIDTH = 340;
 const SLIDERS = { full: 1, half: 2, quarter: 4, eighth: 8 };
 const CAPS = ["similarity_half", "similarity_quarter", "similarity_eighth"];
