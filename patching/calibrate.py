@@ -18,10 +18,11 @@ import torch
 from ..errors import InputError
 from ..kernels.config import ConfigError
 from ..kernels.presets import Preset
+from . import core
 from .family import Family, find_family
-from .override import OVERRIDE_KEY, RUN_KEY, PSAOverride
+from .override import RUN_KEY, PSAOverride
 from .patch import AUTO, remove_patch
-from .run import Run, log
+from .run import Run, is_active, log
 from .settings import PatchSettings, make_settings
 from .user_presets import PresetError, find_preset, write_preset
 
@@ -69,16 +70,18 @@ class Measuring:
         self.seconds: dict[float, list[float]] = defaultdict(list)
         self.dense_seconds: list[float] = []
         self.reasons: set[str] = set()
+        self._place: tuple[Any, ...] = ()
+
+    def before_call(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
+        """Called before the wrapper, where everything that the model gets has a name."""
+        self._place = self.family.read_call(network, x, context, conds)
 
     def __call__(self, executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
-        options = kwargs.get("transformer_options")
-        if options is None:
-            options = next((arg for arg in args if isinstance(arg, dict)), {})
-        sigma = float(options["sigmas"].flatten()[0])
-        schedule = options.get("sample_sigmas")
-        step = 0 if schedule is None else int((schedule > sigma * (1 + 1e-4)).sum())
+        options = core.options_of(args, kwargs)
+        sigma = core.current_sigma(options)
+        step = core.current_step(options, sigma)
         if self.wanted is None:
-            self.wanted = self._choose(schedule, sigma)
+            self.wanted = self._choose(options.get("sample_sigmas"), sigma)
 
         def call() -> torch.Tensor:
             return executor(x, timestep, context, *args, **kwargs)
@@ -91,7 +94,7 @@ class Measuring:
         self.dense_seconds.append(seconds)
         for settings in self.settings:
             run = Run(settings, *self.sigmas, pictured_block=-1)
-            run.begin_model_call(sigma, step, *self.family.read_call(executor.class_obj, x, context, args, kwargs))
+            run.begin_model_call(sigma, step, *self._place)
             options[RUN_KEY] = run
             try:
                 if settings.config.sparsity not in self.errors and not self.reasons:
@@ -108,7 +111,7 @@ class Measuring:
     def _choose(self, schedule: torch.Tensor | None, sigma: float) -> set[int]:
         """The steps to measure: the first, the middle and the last of those in which PSA would be active."""
         sigmas = [sigma] if schedule is None else schedule.tolist()[:-1]
-        active = [i for i, value in enumerate(sigmas) if self.sigmas[1] < value <= self.sigmas[0]]
+        active = [i for i, value in enumerate(sigmas) if is_active(value, *self.sigmas)]
         places = (round(part * (len(active) - 1) / (MEASURED_STEPS - 1)) for part in range(MEASURED_STEPS))
         return {active[place] for place in places} if active else set()
 
@@ -227,15 +230,13 @@ def _between(points: tuple[Point, ...], values: list[float], left: int, target: 
 def _measure(
     model: Any, settings: list[PatchSettings], family: Family, start_percent: float, sample: Callable[[Any], object]
 ) -> Measuring:
-    import comfy.patcher_extension
-
     clone = remove_patch(model)
-    options = clone.model_options["transformer_options"]
-    options[OVERRIDE_KEY] = PSAOverride(options.get(OVERRIDE_KEY))
+    core.set_override(clone, PSAOverride(core.get_override(clone)))
     measuring = Measuring(settings, family)
     sampling = clone.get_model_object("model_sampling")
     measuring.sigmas = (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(1.0)))
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, measuring)
+    core.add_wrappers(clone, KEY, before_call=measuring.before_call)
+    core.wrap_network(clone, KEY, measuring)
     sample(clone)
     return measuring
 

@@ -11,12 +11,13 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
 from ..kernels.attention import AttentionResult
 from ..kernels.order import TokenLayout, TokenOrder, make_order
+from ..kernels.semantic import SEMANTIC_ORDERS, Centroids
 from .clock import Clock
 from .maps import RunMaps, block_map, centre
 from .settings import PatchSettings
@@ -54,8 +55,20 @@ class LevelMap:
     order: TokenOrder
 
 
+def is_active(sigma: float, sigma_start: float, sigma_end: float) -> bool:
+    """Whether a model call at noise level `sigma` lies in PSA's part of the schedule.
+
+    A step at the start itself is inside, and one at the end outside. The sampler's noise levels are rounded to float32,
+    the bounds are not: without slack 16 steps at a shift of 12 would have 5 dense ones at a start of 0.25.
+    """
+    slack = 1 + 1e-6
+    return sigma_end * slack < sigma <= sigma_start * slack
+
+
 class Run:
-    """State of one run. `active` says whether the current model call lies in PSA's part of the schedule.
+    """State of one run. `active` says whether the current model call lies in PSA's part of the schedule; `failure` why
+    the rest of the run is dense; `parts` in how many groups of heads a call is computed, more than one where memory is
+    short; `centroids` where k-means goes on in the next step, per call of a step, in orders that follow the data.
 
     `on_step` gets the figures of every step when it has ended, see `_figures`; without it nothing is read from the
     device before the run has ended.
@@ -80,6 +93,7 @@ class Run:
         self.active = False
         self.block = -1
         self.failure: str | None = None
+        self.parts = 1
         self.backend: str | None = None
         self.level_map: LevelMap | None = None
         self.maps: RunMaps | None = None
@@ -89,6 +103,7 @@ class Run:
         self.last_sparse_step: int | None = None
         self.fallbacks: Counter[str] = Counter()
         self._clock = Clock()
+        self.centroids: dict[Hashable, Centroids | None] = {}
         self._orders: dict[tuple, TokenOrder] = {}
         self._calls = 0
 
@@ -99,13 +114,13 @@ class Run:
             return
         sigmas = schedule.tolist()[:-1]
         self.planned_steps = len(sigmas)
-        sparse = [i for i, sigma in enumerate(sigmas) if self.sigma_end < sigma <= self.sigma_start]
+        sparse = [i for i, sigma in enumerate(sigmas) if is_active(sigma, self.sigma_start, self.sigma_end)]
         self.last_sparse_step = sparse[-1] if sparse else None
 
     def begin_model_call(self, sigma: float, step: int, layout: TokenLayout, context_tokens: tuple[int, ...]) -> None:
         """Called once per forward of the diffusion model, before its first attention call."""
         self.layout, self.context_tokens = layout, context_tokens
-        self.active = self.sigma_end < sigma <= self.sigma_start
+        self.active = is_active(sigma, self.sigma_start, self.sigma_end)
         self._calls = 0
         if not self.steps or self.steps[-1].index != step:
             self._end_step()
@@ -118,9 +133,11 @@ class Run:
         if self.active:
             self._clock.start()
 
-    def order(self, device: torch.device) -> TokenOrder:
-        """The token order of the current grid on `device`, made once per run."""
+    def order(self, device: torch.device) -> TokenOrder | None:
+        """The token order of the current grid on `device`, made once per run; None for one that follows the data."""
         config = self.settings.config
+        if config.order in SEMANTIC_ORDERS:
+            return None
         key = (self.layout.grid, device)
         if key not in self._orders:
             self._orders[key] = make_order(config.order, self.layout.grid, config.tile, device)
@@ -148,19 +165,20 @@ class Run:
         step.level_ends.append(result.lists.ends.float().mean((0, 1, 2)) / result.lists.blocks.shape[-1])
         if block == self.pictured_block:
             factors = result.lists.of_head(0, 0).factors()
-            self.level_map = LevelMap(step.index, block, factors, self.order(factors.device))
+            self.level_map = LevelMap(step.index, block, factors, result.key_order.of_head(0, 0))
         if step.index == self.last_sparse_step and (self.maps is None or block not in self.maps.blocks):
             self._map(block, result)
 
     def _map(self, block: int, result: AttentionResult) -> None:
         """Keep where this block's heads look; a picture must never end a run."""
         grid, config = self.layout.grid, self.settings.config
-        order = self.order(result.output.device)
+        orders = result.query_order, result.key_order
         try:
             if self.maps is None:
-                self.maps = RunMaps(self.steps[-1].index, grid, config.block_kv, centre(grid), order.inverse)
+                shared = None if config.order in SEMANTIC_ORDERS else result.key_order.inverse
+                self.maps = RunMaps(self.steps[-1].index, grid, config.block_kv, centre(grid), shared)
             if grid == self.maps.grid:
-                self.maps.blocks[block] = block_map(result.lists, order, self.maps.spot, grid, config.block_q)
+                self.maps.blocks[block] = block_map(result.lists, *orders, self.maps.spot, grid, config.block_q)
         except RuntimeError:  # out of memory
             log.debug("PSA: no map of block %d", block, exc_info=True)
 

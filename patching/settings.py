@@ -21,6 +21,7 @@ class PatchSettings:
     Attributes:
         config: the pyramid; preset: the name it came from.
         start_percent, end_percent: part of the schedule in which PSA is active, as ComfyUI counts percent.
+        dense_steps: how many steps stay dense where the schedule begins, in place of start_percent; None for percent.
         dense_blocks: indices of transformer blocks that stay dense.
         min_tokens: shorter sequences stay dense.
         backend: auto, triton or torch; verbose: log every step.
@@ -34,6 +35,7 @@ class PatchSettings:
     min_tokens: int = 12288
     backend: str = "auto"
     verbose: bool = False
+    dense_steps: int | None = None
 
 
 def make_settings(
@@ -100,6 +102,7 @@ def make_settings(
         min_tokens=min_tokens,
         backend=backend,
         verbose=verbose,
+        dense_steps=shape.dense_steps,
     )
 
 

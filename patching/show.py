@@ -52,9 +52,10 @@ def _maps(maps: RunMaps, layer: int, head: int) -> dict[str, Any]:
     found = maps.blocks[layer]
     if head >= len(found.seen):
         raise InputError("head", head, f"0 to {len(found.seen) - 1}", NODE)
+    seen, spot = maps.head(layer, head)
     return {
-        "seen": maps.over_video(found.seen[head]).numpy(),
-        "spot": maps.over_video(found.spot[head]).numpy(),
+        "seen": seen.numpy(),
+        "spot": spot.numpy(),
         "spot_at": maps.spot,
         "where": f"layer {layer}, head {head}, step {maps.step + 1}",
     }

@@ -66,6 +66,15 @@ def comfyui():
 
 
 @pytest.fixture(scope="session")
+def tiny_wan(comfyui):
+    """The module `tiny_wan.py` beside this file: tiny random Wan models of every variant."""
+    spec = importlib.util.spec_from_file_location("tiny_wan", Path(__file__).with_name("tiny_wan.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A real ComfyUI with an empty base directory of its own, as a user starts it; one for all tests of a run."""
     from comfyui_psa.devtools.server import ComfyServer

@@ -169,3 +169,34 @@ def test_a_model_that_stayed_dense_gets_a_picture_that_says_why(model):
     fresh, told = patch_for_node(model, "1", sparsity=0.5, **inputs)
     assert told == ["", "module-default"]
     assert json.loads(show_report(fresh, {}, -1, 0, None)[0]) == {"note": "the model has not sampled yet"}
+
+
+def test_orders_that_follow_the_data(model, monkeypatch):
+    """Centroids go on from step to step, and the maps follow the order of every head."""
+    from comfyui_psa.patching import override
+    from comfyui_psa.patching.patch import KEY, patch_model
+
+    results, given = [], []
+    genuine = override.pyramid_sparse_attention
+
+    def recording(*args, **kwargs):
+        given.append(kwargs["centroids"])
+        results.append(genuine(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(override, "pyramid_sparse_attention", recording)
+    psa = patch_model(
+        model, sparsity=0.75, preset="auto", start_percent=0.25, end_percent=1.0, min_tokens=0, order="semantic",
+    )  # fmt: skip
+    sample(psa)
+    assert given[:LAYERS] == [None] * LAYERS
+    assert all(old is result.centroids for old, result in zip(given[LAYERS:], results, strict=False))
+    maps = psa.get_attachment(KEY).maps
+    for layer, result in enumerate(results[-LAYERS:]):
+        for head in range(HEADS):
+            factors = result.factors[0, head].numpy().astype(np.float64)
+            place = result.key_order.inverse[0, head].numpy() // 64
+            row = int(result.query_order.inverse[0, head, (2 * 10 + 5) * 12 + 6]) // 128
+            seen, spot = maps.head(layer, head)
+            assert seen.numpy().ravel() == pytest.approx(cost(factors).mean(0)[place], abs=1e-6)
+            assert (spot.numpy().ravel() == factors[row][place]).all()
