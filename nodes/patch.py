@@ -173,5 +173,5 @@ class PSAPatch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, **inputs) -> io.NodeOutput:
-        patched, sentence = patch_for_node(model, cls.hidden.unique_id, **inputs)
-        return io.NodeOutput(patched, ui={"psa": [sentence]})
+        patched, told = patch_for_node(model, cls.hidden.unique_id, **inputs)
+        return io.NodeOutput(patched, ui={"psa": told})

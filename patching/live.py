@@ -11,11 +11,12 @@ from .run import log
 EVENT = "psa.step"
 
 
-def patch_for_node(model: Any, node_id: str | None, **inputs: Any) -> tuple[Any, str]:
-    """`patch_model` for the node with that id, and why its model stays dense ("" where it does not)."""
+def patch_for_node(model: Any, node_id: str | None, **inputs: Any) -> tuple[Any, list[str]]:
+    """`patch_model` for the node with that id, and what its page is told: why the model stays dense ("" where it does
+    not), and the preset that was taken, which `auto` leaves to the model ("" where none was)."""
     patched = patch_model(model, on_step=step_sender(node_id), **inputs)
     handle: PatchHandle = patched.get_attachment(KEY)
-    return patched, "" if handle.settings is not None else handle.note
+    return patched, [handle.note, ""] if handle.settings is None else ["", handle.settings.preset]
 
 
 def step_sender(node_id: str | None) -> Callable[[dict[str, Any]], None] | None:

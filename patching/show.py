@@ -15,6 +15,7 @@ from .maps import RunMaps
 from .patch import KEY, PatchHandle
 
 NODE = "PSA Report"
+UNPATCHED = "the model did not come from PSA Patch, or PSA Patch is bypassed: it is the stock one"
 
 
 def show_report(
@@ -26,11 +27,10 @@ def show_report(
         layer: index of a transformer block, -1 for the middle one; head: index of a head.
 
     Raises:
-        InputError: the model is not from PSA Patch, or it has no such layer or head.
+        InputError: it has no such layer or head.
     """
-    handle: PatchHandle | None = model.get_attachment(KEY)
-    if handle is None:
-        raise InputError("model", "a model that did not come from PSA Patch", "the output of PSA Patch", NODE)
+    # Without a handle PSA Patch is bypassed or was never there; that must not stop a workflow.
+    handle: PatchHandle = model.get_attachment(KEY) or PatchHandle(UNPATCHED)
     report = handle.report or {"note": handle.note if handle.settings is None else "the model has not sampled yet"}
     maps = {} if handle.maps is None else _maps(handle.maps, layer, head)
     picture = draw_report(report, frames=video_frames(images, model, samples) if maps else None, **maps)

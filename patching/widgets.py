@@ -5,7 +5,7 @@ from __future__ import annotations
 from .patch import AUTO
 from .user_presets import usable_presets
 
-# The pyramid of `auto`; all families share it (family.py).
+# The pyramid that `auto` is drawn with until the node has run with a model and told which preset it was (live.py).
 AUTO_PRESET = "module-default"
 _DRAWN = ("mode", "shares", "tail", "block_kv", "importance", "similarity_cap")
 

@@ -8,6 +8,8 @@ import { say } from "./words.js";
 // From yellow to dark blue: light means more detail, also where colours cannot be told apart. 0 is not seen at all.
 const COLOURS = { 1: "#fde725", 2: "#5ec962", 4: "#21918c", 8: "#3b7cc4", 16: "#5a55b0", 32: "#6d4aa0" };
 const COARSE = "#7d4a96";
+// Work of which is not known which level it goes to.
+const WHOLE = "all";
 const [SPARSITY, SECONDS] = ["#fde725", "#7fb2ff"];
 const UNSEEN = "repeating-linear-gradient(45deg, #55585f 0 4px, #43464c 4px 8px)";
 const STYLE = `
@@ -65,7 +67,7 @@ export class Picture {
         this.legend.replaceChildren();
         this.note.textContent = notes.join(" ");
         this.speed.textContent = "";
-        for (const bar of [this.bar, this.work]) bar.parentElement.style.visibility = "hidden";
+        for (const bar of [this.bar, this.work]) bar.parentElement.style.display = "none";
         if (problem || stock || !figures) {
             this.headline.textContent = problem ? text(problem.key, readable(problem)) : stock ? text("stock") : "";
             return;
@@ -93,6 +95,7 @@ export class Picture {
             entry.append(`${percent(share)} ${text(key, { factor })}`);
         }
         if (sparsity !== null) label(this.work, text("work"), percent(1 - sparsity));
+        if (!figures.shares && sparsity !== null) this.work.append(segment(WHOLE, 1 - sparsity));
         if (!figures.shares) this.note.textContent = [text("massNote"), ...notes].join(" ");
         else if (shape.capped) this.note.textContent = [...notes, text("capped")].join(" ");
         this.element.dataset.sparsity = sparsity === null ? "" : sparsity.toFixed(4);
@@ -150,7 +153,7 @@ export class Picture {
 function label(bar, before, after) {
     bar.previousSibling.textContent = before;
     bar.nextSibling.textContent = after;
-    bar.parentElement.style.visibility = "visible";
+    bar.parentElement.style.display = "";
 }
 
 function massShares(shape) {
@@ -181,6 +184,7 @@ function segment(factor, share) {
 }
 
 function colourOf(factor) {
+    if (factor === WHOLE) return "#9aa0ab";
     return factor ? (COLOURS[factor] ?? COARSE) : UNSEEN;
 }
 

@@ -10,7 +10,7 @@ import { say as sayIn } from "./words.js";
 
 const PATCH = "PSAPatch";
 const PYRAMID = "PSAPyramid";
-const HEIGHT = { [PATCH]: 206, [PYRAMID]: 124 };
+const HEIGHT = { [PATCH]: 216, [PYRAMID]: 128 };
 const WIDTH = 340;
 const SLIDERS = { full: 1, half: 2, quarter: 4, eighth: 8 };
 const CAPS = ["similarity_half", "similarity_quarter", "similarity_eighth"];
@@ -18,7 +18,7 @@ const FROM_PRESET = "preset";
 
 /** Preset name -> shape, from the node's definition. */
 let presets = {};
-/** Node -> {picture, run, steps, dense}. */
+/** Node -> {picture, run, steps, dense, auto: the preset that `auto` was at the last run}. */
 const states = new WeakMap();
 
 app.registerExtension({
@@ -62,8 +62,9 @@ app.registerExtension({
         chain(node, "onExecuted", (output) => {
             const state = states.get(node);
             if (!output?.psa) return;
-            state.dense = output.psa[0] ?? "";
+            [state.dense = "", state.auto = ""] = output.psa;
             follow(node);
+            refresh(node);
         });
         refresh(node);
         follow(node);
@@ -128,7 +129,8 @@ function ofPatch(node) {
         if (pyramid?.comfyClass !== PYRAMID) return { notes: [...notes, say("unknown")] };
         shape = pyramidShape(pyramid);
     } else {
-        const preset = presets[value(node, "preset")];
+        const name = value(node, "preset");
+        const preset = (name === "auto" && presets[states.get(node).auto]) || presets[name];
         if (!preset) return { problem: { key: "badPreset" }, notes };
         shape = { ...preset };
         for (const name of ["mode", "importance"]) if (given(node, name)) shape[name] = value(node, name);

@@ -35,7 +35,7 @@ const WORDS = {
         dense: "Stays dense: {reason}.",
         denseCalls: "{calls} calls stayed dense: {reason}.",
         before: "Dense until start_percent, then sparse.",
-        noRun: "No run yet: measured sparsity and seconds appear here.",
+        noRun: "No run yet: what is measured appears here.",
     },
     zh: {
         saved: "节省 {saved} 的注意力计算",

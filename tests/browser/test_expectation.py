@@ -97,6 +97,17 @@ def test_every_preset_is_drawn_with_its_own_figures(pages, definitions):
             assert seen["bar"] == pytest.approx(drawn, abs=1e-4), name
 
 
+def test_auto_is_drawn_as_the_preset_that_the_model_was_given(pages):
+    frontend = pages()
+    node = frontend.add("PSAPatch")
+    frontend.page.evaluate(
+        "(id) => app.canvas.graph.getNodeById(id).onExecuted({ psa: ['', 'wan2.1-1.3b-topk'] })", node
+    )
+    expected = expect(load_presets()["wan2.1-1.3b-topk"].config(0.85)).shares
+    drawn = {str(factor): share for factor, share in expected.items() if share > 0}
+    assert frontend.picture(node)["bar"] == pytest.approx(drawn, abs=1e-4)
+
+
 def test_the_words_are_complete_in_both_languages(pages):
     missing = pages().page.evaluate("async (m) => (await import(m)).missingWords()", MODULE + "words.js")
     assert missing == []

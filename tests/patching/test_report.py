@@ -143,7 +143,7 @@ def test_the_picture_draws_the_layer_and_head_that_were_asked_for(run, images):
     assert not torch.equal(picture, other)
 
 
-def test_wrong_choices_are_explained(run, model):
+def test_wrong_choices_are_explained(run):
     from comfyui_psa.errors import InputError
     from comfyui_psa.patching.show import show_report
 
@@ -152,8 +152,6 @@ def test_wrong_choices_are_explained(run, model):
         show_report(psa, {"samples": samples}, 7, 0, None)
     with pytest.raises(InputError, match="PSA Report, input head: 2 was given; allowed: 0 to 1"):
         show_report(psa, {"samples": samples}, -1, 2, None)
-    with pytest.raises(InputError, match="PSA Report, input model"):
-        show_report(model, {"samples": samples}, -1, 0, None)
 
 
 def test_a_model_that_stayed_dense_gets_a_picture_that_says_why(model):
@@ -161,12 +159,15 @@ def test_a_model_that_stayed_dense_gets_a_picture_that_says_why(model):
     from comfyui_psa.patching.show import show_report
 
     inputs = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
-    stock, sentence = patch_for_node(model, None, sparsity=0.0, **inputs)
+    stock, (sentence, preset) = patch_for_node(model, None, sparsity=0.0, **inputs)
     report, picture = show_report(stock, {}, -1, 0, None)
     assert json.loads(report)["note"] == sentence == "sparsity is 0: the model is the stock one"
     assert picture.shape[1] < 200
-    fresh, sentence = patch_for_node(model, "1", sparsity=0.5, **inputs)
-    assert sentence == ""
+    unpatched = json.loads(show_report(model, {}, -1, 0, None)[0])
+    assert "PSA Patch is bypassed" in unpatched["note"]
+    assert preset == ""
+    fresh, told = patch_for_node(model, "1", sparsity=0.5, **inputs)
+    assert told == ["", "module-default"]
     assert json.loads(show_report(fresh, {}, -1, 0, None)[0]) == {"note": "the model has not sampled yet"}
 
 
