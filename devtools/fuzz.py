@@ -24,6 +24,8 @@ from .workflow import Input, default_value, inputs_of
 OUR_WORDS = re.compile(r"failed: PSA [A-Z][\w ]*(,| needs|:)")
 """How an error of the pack begins: the node's name, and what was wrong with it."""
 NOT_FUZZED = {"PSALoraDownload": "it would go to the network"}
+SECONDS = 120
+"""A case that has not ended by then is a failure."""
 SAMPLED = 50
 """Every so many cases of PSA Patch the patched model is also sampled, for two steps."""
 
@@ -66,7 +68,8 @@ NUMBERS = [
     0.1 + 0.2,
 ]
 NUMBERS += [float("nan"), float("inf"), -float("inf")]
-OTHERS = [None, True, False, [], {}, [[]], ["1"], ["missing", 0], ["model", 99], {"a": {"b": []}}, [0] * 10_000]
+OTHERS = [None, True, False, [], {}, [[]], ["1"], [1, 2, 3], {"a": {"b": []}}, [0] * 10_000]
+"""No links: what ComfyUI makes of a link to nowhere is its own affair (0.30 ends its worker over one)."""
 
 
 @dataclass
@@ -206,7 +209,7 @@ def run_case(server: ComfyServer, client: Client, case: Case) -> tuple[str, str]
         Failure: the server died.
     """
     try:
-        client.run(case.prompt)
+        client.run(case.prompt, timeout=SECONDS)
     except PromptFailed as error:
         message = str(error)
         if message.startswith("ComfyUI refused the prompt: no reason given"):

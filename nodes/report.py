@@ -6,6 +6,7 @@ import json
 
 from comfy_api.latest import io
 
+from ..errors import require_model
 from ..patching.patch import KEY, PatchHandle
 
 
@@ -35,6 +36,7 @@ class PSAReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples) -> io.NodeOutput:
+        require_model(model, "PSA Report")
         handle: PatchHandle | None = model.get_attachment(KEY)
         if handle is None:
             raise ValueError("PSA Report, input model: it did not come from PSA Patch; wire PSA Patch's output here")

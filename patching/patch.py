@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..errors import require_model
 from . import core
 from .family import Family, find_family
 from .layout import CallReader
@@ -42,7 +43,7 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
     Raises:
         InputError: an input is wrong, naming it.
     """
-    core.require_model(model)
+    require_model(model)
     family = find_family(model)
     if isinstance(family, str):
         make_settings(sparsity=sparsity or 0.5, preset="wan2.1-14b" if preset == "auto" else preset, **inputs)
