@@ -5,6 +5,7 @@
     python dev.py test     run the tests; everything after `test` goes to pytest
     python dev.py serve    open ComfyUI with the pack, for trying by hand
     python dev.py bench    run the benchmarks
+    python dev.py quality  measure settings against dense sampling; --quick takes minutes on a CPU
     python dev.py fuzz     random and hostile node inputs on a real server, --cases of them
     python dev.py soak     many prompts in a row on a real server, and its memory before and after
     python dev.py setup    only make the environment in .dev/
@@ -34,7 +35,7 @@ def main() -> int:
     """Run one command and return its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that was started is stopped
     arguments, rest = _parser().parse_known_args()
-    if rest and arguments.command not in ("test", "bench"):
+    if rest and arguments.command not in ("test", "bench", "quality"):
         _parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         comfyui = None if arguments.command == "weights" else ensure_environment(arguments.comfyui)
@@ -115,6 +116,10 @@ def _bench(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
     return _run([VENV_PYTHON, script, *rest], {"COMFYUI_PATH": str(comfyui)})
 
 
+def _quality(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
+    return _run([VENV_PYTHON, ROOT / "quality" / "run.py", *rest], {"COMFYUI_PATH": str(comfyui)})
+
+
 def _fuzz(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
     _continue_in_environment()
     from devtools.fuzz import run_fuzz
@@ -156,6 +161,7 @@ COMMANDS = {
     "test": _test,
     "serve": _serve,
     "bench": _bench,
+    "quality": _quality,
     "fuzz": _fuzz,
     "soak": _soak,
     "setup": _setup,

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ["gpu", "date", "torch", "triton", "shape", "method", "precision", "density", "ms", "dense_ms", "speedup"]
 COLUMNS += ["rel_l1", "extra_mb", "setting"]
-STAGE_COLUMNS = ["gpu", "date", "torch", "triton", "shape", "precision", "order", "pyramid", "pool_q", "importance"]
-STAGE_COLUMNS += ["levels", "attend", "preparation_share"]
+STAGE_COLUMNS = ["gpu", "date", "torch", "triton", "shape", "precision", "order", "means", "pyramid", "move_q"]
+STAGE_COLUMNS += ["importance", "levels", "attend", "preparation_share"]
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
 
@@ -113,50 +113,42 @@ def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs
     """Milliseconds of every stage of the Triton backend at topk 10/5/0/20, .85, pooled importance, with tail."""
     from comfyui_psa.kernels import PyramidConfig, make_order
     from comfyui_psa.kernels.attend_triton import attend_triton
-    from comfyui_psa.kernels.importance import Representatives, group_size
     from comfyui_psa.kernels.importance_triton import reduced_softmax_triton
     from comfyui_psa.kernels.levels_triton import choose_lists_triton
-    from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton, pool_triton
+    from comfyui_psa.kernels.order_triton import apply_order_triton, undo_order_triton
+    from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton
+    from comfyui_psa.kernels.triton_backend import means
 
     rows, scale, length = [], q.shape[-1] ** -0.5, q.shape[2]
-    out = torch.empty_like(q)
     for order_name in ("raster", "curve"):
         for precision in ("bf16", "int8"):
             config = PyramidConfig(
                 shares=methods.PUBLISHED, mode="topk", sparsity=0.85, order=order_name, precision=precision
             )
-            order = make_order(order_name, grid, device=q.device)
-            block_q, block_kv, group = config.block_q, config.block_kv, group_size(config, config.block_kv)
-            group_q = group_size(config, block_q)
+            order, out = make_order(order_name, grid, device=q.device), torch.empty_like(q)
+            pair = means(q, config.block_q, config, order), means(k, config.block_kv, config, order)
+            scores = reduced_softmax_triton(*pair, scale, config.reduction)
+            lists = choose_lists_triton(scores, config, None, length)
+            queries = apply_order_triton(q, order)
 
-            def pyramid(config=config, order=order, precision=precision, group=group, block_kv=block_kv):
-                return build_pyramid_triton(
-                    k, v, config.stored_factors, block_kv, order, int8=precision == "int8", summary_factor=group
-                )
+            def build(c=config, o=order):
+                return build_pyramid_triton(k, v, c.stored_factors, c.block_kv, o, int8=c.precision == "int8")
 
-            def pool(order=order, group_q=group_q, block_q=block_q):
-                return pool_triton(q, group_q, block_q, order)
+            def attend(pyramid=build(), x=queries, li=lists, c=config, y=out):  # noqa: B008 (bound in every round)
+                attend_triton(x, pyramid, li, c.block_q, scale, None, None, y)
 
-            levels, means = pyramid()
-            pair = (
-                Representatives(pool(), length, block_q, group_q, block_q // group_q),
-                Representatives(means, length, block_kv, group, block_kv // group),
-            )
+            def move(o=order, x=queries, y=out):
+                if o.index is not None:
+                    undo_order_triton(apply_order_triton(q, o), o, y)
 
-            def importance(pair=pair, config=config):
-                return reduced_softmax_triton(*pair, scale, config.reduction)
-
-            scores = importance()
-
-            def choose(scores=scores, config=config):
-                return choose_lists_triton(scores, config, None, length)
-
-            lists = choose()
-
-            def attend(levels=levels, lists=lists, block_q=block_q, order=order):
-                attend_triton(q, levels, lists, block_q, scale, order, None, None, out)
-
-            calls = {"pyramid": pyramid, "pool_q": pool, "importance": importance, "levels": choose, "attend": attend}
+            calls = {
+                "means": lambda c=config, o=order: (means(q, c.block_q, c, o), means(k, c.block_kv, c, o)),
+                "pyramid": build,
+                "move_q": move,
+                "importance": lambda p=pair, c=config: reduced_softmax_triton(*p, scale, c.reduction),
+                "levels": lambda s=scores, c=config: choose_lists_triton(s, c, None, length),
+                "attend": attend,
+            }
             times = {stage: round(median_ms(call, runs), 3) for stage, call in calls.items()}
             share = round(1 - times["attend"] / sum(times.values()), 3)
             rows.append(common | {"precision": precision, "order": order_name} | times | {"preparation_share": share})

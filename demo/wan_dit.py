@@ -8,6 +8,7 @@ report (arXiv 2503.20314) and the released configuration files.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ PATCH = (1, 2, 2)
 FREQUENCY_WIDTH = 256
 HEAD_WIDTH = 128
 EPSILON = 1e-6
+
+AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Output of q, k, v, all [B, heads, L, 128]."""
 
 
 def timestep_embedding(timestep: torch.Tensor, width: int = FREQUENCY_WIDTH) -> torch.Tensor:
@@ -86,6 +90,7 @@ class Attention(nn.Module):
         x: torch.Tensor,
         table: tuple[torch.Tensor, torch.Tensor] | None = None,
         context: torch.Tensor | None = None,
+        attend: AttentionFunction = F.scaled_dot_product_attention,
     ) -> torch.Tensor:
         source = x if context is None else context
         q = self.norm_q(self.q(x)).unflatten(-1, (self.heads, HEAD_WIDTH))
@@ -93,7 +98,7 @@ class Attention(nn.Module):
         v = self.v(source).unflatten(-1, (self.heads, HEAD_WIDTH))
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.o(out.transpose(1, 2).flatten(2))
 
 
@@ -119,9 +124,10 @@ class Block(nn.Module):
         time: torch.Tensor,
         table: tuple[torch.Tensor, torch.Tensor],
         context: torch.Tensor,
+        attend: AttentionFunction = F.scaled_dot_product_attention,
     ) -> torch.Tensor:
         e = (self.modulation + time).float().chunk(6, 1)
-        x = x + self.self_attn(_normalise(x, e[0], e[1]), table) * e[2]
+        x = x + self.self_attn(_normalise(x, e[0], e[1]), table, attend=attend) * e[2]
         x = x + self.cross_attn(self.norm3(x), context=context)
         return x + self.ffn(_normalise(x, e[3], e[4])) * e[5]
 
@@ -191,11 +197,12 @@ class WanTransformer(nn.Module):
         timestep: torch.Tensor,
         context: torch.Tensor,
         table: tuple[torch.Tensor, torch.Tensor] | None = None,
+        attend: AttentionFunction = F.scaled_dot_product_attention,
     ) -> torch.Tensor:
         """Velocity, shape and dtype of x.
 
         x: [B, channels, T, H, W], H and W even. timestep: [B], 0..1000. context: [B, tokens, text_width].
-        table: from `rotary_table`, made here if None.
+        table: from `rotary_table`, made here if None. attend: the self-attention of every block, first block first.
         """
         batch, _, frames, height, width = x.shape
         grid = (frames, height // 2, width // 2)
@@ -209,6 +216,6 @@ class WanTransformer(nn.Module):
         modulation = self.time_projection(time).unflatten(1, (6, -1))
         text = self.text_embedding(context)
         for block in self.blocks:
-            tokens = block(tokens, modulation, table, text)
+            tokens = block(tokens, modulation, table, text, attend)
         out = self.head(tokens, time).view(batch, *grid, 2, 2, self.channels)
         return out.permute(0, 6, 1, 2, 4, 3, 5).reshape(x.shape).to(x.dtype)

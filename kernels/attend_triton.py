@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from .levels import BlockLists
-from .order import TokenOrder
 from .pyramid import Pyramid
 from .tiles import AttendTile, attend_tile, gpu_of
 
@@ -68,7 +67,7 @@ def _attend_level(
     top, total, acc,
     FACTOR: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BULK: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
-    WAIT: tl.constexpr,
+    WAIT: tl.constexpr, SETS_TOP: tl.constexpr,
 ):  # fmt: skip
     """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it.
 
@@ -97,7 +96,12 @@ def _attend_level(
         tile_scale = scale
         if INT8:
             tile_scale = scale * tl.load(scale_ptr + block, mask=seen, other=0)[None, :]
-        top, total, acc = _careful_tile(q, k, v, tile_scale, bias, top, total, acc, HEADROOM, INT8)
+        if SETS_TOP:
+            top, total, acc = _careful_tile(q, k, v, tile_scale, bias, top, total, acc, HEADROOM, INT8)
+        else:
+            weights = tl.exp2(_logits(q, k, INT8) * tile_scale + (bias[None, :] - top[:, None]))
+            total += tl.sum(weights, 1)
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
     if not CAREFUL:
         # Every row of a full block stands for FACTOR tokens: the bias becomes part of the reference.
@@ -129,15 +133,14 @@ def _attend_level(
 
 @triton.jit(do_not_specialize=["heads", "length_q", "length_k", "extra", "n_q", "n_k"])
 def _attend(
-    q_ptr, index_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, scales_ptr,
+    q_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, scales_ptr,
     blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_cb, stride_ch, stride_cl, stride_eb, stride_eh, stride_el, stride_ob, stride_oh, stride_ol,
     heads, length_q, length_k, extra, n_q, n_k, scale,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr,
-    INT8: tl.constexpr, HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
-    WAIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr, INT8: tl.constexpr,
+    HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
     head_index = tl.program_id(1)
     block = tl.program_id(0)
@@ -147,18 +150,13 @@ def _attend(
     if CAREFUL and tl.load(overflow_ptr + row) == 0:
         return
     b, h = head_index // heads, head_index % heads
-    b_long, h_long = b.to(tl.int64), h.to(tl.int64)
     position = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     dims = tl.arange(0, DIM)
     lanes = tl.arange(0, TILE)
     exists = position < length_q
-    queries = position
-    if ORDERED:
-        queries = tl.load(index_ptr + position, mask=exists, other=0)
-    queries = queries.to(tl.int64)
     q_mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    q_base = q_ptr + b_long * stride_qb + h_long * stride_qh
-    q = tl.load(q_base + queries[:, None] * stride_ql + dims[None, :], mask=q_mask, other=0)
+    q_base = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
+    q = tl.load(q_base + position[:, None].to(tl.int64) * stride_ql + dims[None, :], mask=q_mask, other=0)
     extra_q = q
     extra_scale = scale
     if INT8:
@@ -174,7 +172,7 @@ def _attend(
     acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
 
     if HAS_EXTRA:
-        extra_base = b_long * stride_eb + h_long * stride_eh
+        extra_base = b.to(tl.int64) * stride_eb + h.to(tl.int64) * stride_eh
         for first in tl.range(0, extra, TILE, num_stages=1):
             there = first + lanes < extra
             address = extra_base + (first + lanes)[:, None].to(tl.int64) * stride_el + dims[None, :]
@@ -186,37 +184,43 @@ def _attend(
                 extra_q, k, v, extra_scale, bias, top, total, acc, HEADROOM, False
             )  # fmt: skip
 
-    list_ptr = blocks_ptr + row * n_k
-    start = 0
-    coarse_k_ptr += b_long * stride_cb + h_long * stride_ch
-    coarse_v_ptr += b_long * stride_cb + h_long * stride_ch
-    scales_ptr += head_index.to(tl.int64) * LEVELS * n_k
+    # Addresses are made where they are needed: kept through the loops, they would push the loops' own values out of the
+    # registers.
+    start, coarse_row = 0, 0
     for level in tl.static_range(LEVELS):
         end = tl.load(ends_ptr + row * LEVELS + level)
+        list_ptr = blocks_ptr + row * n_k
+        scale_ptr = scales_ptr + (head_index.to(tl.int64) * LEVELS + level) * n_k
         if FACTORS[level] == 1:
             top, total, acc = _attend_level(
-                q, k_desc, v_desc, k_ptr + b_long * stride_kb + h_long * stride_kh,
-                v_ptr + b_long * stride_vb + h_long * stride_vh, stride_kl, stride_vl,
-                b, h, list_ptr, scales_ptr, start, end, length_k, scale, top, total, acc,
+                q, k_desc, v_desc, k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh,
+                v_ptr + b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh, stride_kl, stride_vl,
+                b, h, list_ptr, scale_ptr, start, end, length_k, scale, top, total, acc,
                 1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, HEADROOM, STAGES, WAIT,
+                CAREFUL or HEADROOM > 0 or level == 0,
             )  # fmt: skip
         else:
+            first = b.to(tl.int64) * stride_cb + h.to(tl.int64) * stride_ch
+            first += coarse_row * n_k.to(tl.int64) * stride_cl
             top, total, acc = _attend_level(
-                q, None, None, coarse_k_ptr, coarse_v_ptr, stride_cl, stride_cl,
-                b, h, list_ptr, scales_ptr, start, end, length_k, scale, top, total, acc,
+                q, None, None, coarse_k_ptr + first, coarse_v_ptr + first, stride_cl, stride_cl,
+                b, h, list_ptr, scale_ptr, start, end, length_k, scale, top, total, acc,
                 FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, INT8, CAREFUL, HEADROOM, STAGES, WAIT,
+                CAREFUL or HEADROOM > 0 or level == 0,
             )  # fmt: skip
-            coarse_k_ptr += n_k.to(tl.int64) * (BLOCK_KV // FACTORS[level]) * stride_cl
-            coarse_v_ptr += n_k.to(tl.int64) * (BLOCK_KV // FACTORS[level]) * stride_cl
-        scales_ptr += n_k
+            coarse_row += BLOCK_KV // FACTORS[level]
         start = end
 
     if not CAREFUL:
+        # A block that must be computed again is not written: its output may take the place of its queries.
         finite = (tl.abs(acc) < float("inf")) & (total < float("inf"))[:, None]
-        tl.store(overflow_ptr + row, 1 - tl.min(tl.min(finite.to(tl.int32), 1), 0))
+        finite = tl.min(tl.min(finite.to(tl.int32), 1), 0)
+        tl.store(overflow_ptr + row, 1 - finite)
+        q_mask &= finite > 0
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    out_base = out_ptr + b_long * stride_ob + h_long * stride_oh
-    tl.store(out_base + queries[:, None] * stride_ol + dims[None, :], acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+    out_base = out_ptr + b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
+    address = out_base + position[:, None].to(tl.int64) * stride_ol + dims[None, :]
+    tl.store(address, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
 def attend_triton(
@@ -225,7 +229,6 @@ def attend_triton(
     lists: BlockLists,
     block_q: int,
     scale: float,
-    order: TokenOrder,
     extra_k: torch.Tensor | None,
     extra_v: torch.Tensor | None,
     out: torch.Tensor,
@@ -233,9 +236,9 @@ def attend_triton(
     uneven: bool = False,
     tile: AttendTile | None = None,
 ) -> None:
-    """As `attend.attend_reference` of the ordered q, back in raster order: written to `out` [B, H, Lq, D].
+    """As `attend.attend_reference`, written to `out` [B, H, Lq, D], which may be q itself.
 
-    q: [B, H, Lq, D] in raster order; float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key
+    q: [B, H, Lq, D], float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key
     where the pyramid's keys are int8. uneven: rows differ in cost; the longest of each head then start first. tile: by
     default that of the GPU.
     """
@@ -246,12 +249,12 @@ def attend_triton(
     rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
     overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
     padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
-    tile = tile or attend_tile(gpu_of(q.device), padded)
+    tile = tile or attend_tile(gpu_of(q.device), padded, int8)
     coarse = [factor for factor in pyramid.keys if factor > 1]
     # A tensor that is not there is never touched; any may stand in its place.
     keys, values = (_unit_stride(level.get(1, q)) for level in (pyramid.keys, pyramid.values))
     # The coarse levels share one storage, in which the coarsest begin where the finest of them end.
-    coarse_keys, coarse_values = (level[coarse[0]] if coarse else q for level in (pyramid.keys, pyramid.values))
+    coarse_keys, coarse_values = (level[coarse[0] if coarse else 1] for level in (pyramid.keys, pyramid.values))
     has_extra = extra_k is not None and extra_k.shape[2] > 0
     extra_k, extra_v = (x.contiguous() if has_extra else q for x in (extra_k, extra_v))
     scales = torch.stack(list(pyramid.scales.values()), 2) if int8 else q
@@ -260,14 +263,14 @@ def attend_triton(
         descriptors = [_descriptor(x, tile.rows, padded) if bulk else None for x in (keys, values)]
         bulk = bulk and None not in descriptors
         _attend[(n_q, batch * heads)](
-            q, q if order.index is None else order.index, *(descriptors if bulk else (None, None)),
+            q, *(descriptors if bulk else (None, None)),
             keys, values, coarse_keys, coarse_values, extra_k, extra_v, scales, lists.blocks, lists.ends,
             lists.ends if rows is None else rows, overflow, out,
             *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
             *extra_k.stride()[:3], *out.stride()[:3],
             heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,
             FACTORS=lists.levels, LEVELS=len(lists.levels), BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv,
-            TILE=tile.rows, HEAD_DIM=dim, DIM=padded, ORDERED=order.index is not None, SORTED=uneven, BULK=bulk,
+            TILE=tile.rows, HEAD_DIM=dim, DIM=padded, SORTED=uneven, BULK=bulk,
             INT8=int8, HAS_EXTRA=has_extra, CAREFUL=careful,
             HEADROOM=_HEADROOM_FLOAT16 if q.dtype == torch.float16 and not careful else 0, STAGES=tile.stages,
             WAIT=tile.wait,

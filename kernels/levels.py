@@ -42,6 +42,10 @@ class BlockLists:
     levels: tuple[int, ...]
     density: torch.Tensor
 
+    def __getitem__(self, part: tuple) -> BlockLists:
+        """The lists of a part of the batch and the heads."""
+        return BlockLists(self.blocks[part], self.ends[part], self.levels, self.density[part])
+
     def of_head(self, batch: int, head: int) -> BlockLists:
         """The lists of one head: the tensors above without their first two dimensions."""
         return BlockLists(self.blocks[batch, head], self.ends[batch, head], self.levels, self.density[batch, head])

@@ -38,13 +38,14 @@ def gpu_of(device: torch.device) -> str:
     return "sm{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def attend_tile(gpu: str, dim: int) -> AttendTile:
-    """The tile for heads of `dim`, a power of two, on a GPU named as by `gpu_of`."""
+def attend_tile(gpu: str, dim: int, int8: bool = False) -> AttendTile:
+    """The tile for heads of `dim`, a power of two, on a GPU named as by `gpu_of`; int8: with keys of 8 bits."""
     if gpu == "interpreter":
         return AttendTile(rows=32, warps=4, stages=1)
     if gpu == "hip":
         return AttendTile(rows=64, warps=4, stages=1)
     if gpu == "sm90":
         bulk = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-        return AttendTile(rows=64, warps=4, stages=2, bulk=bulk, wait=True)
+        # Two stages fetch the next tile, three also the list of the one behind it, for some registers more.
+        return AttendTile(rows=64, warps=4, stages=3 if int8 or dim <= 64 else 2, bulk=bulk, wait=True)
     return AttendTile(rows=64, warps=4, stages=2 if dim <= 128 else 1)

@@ -1,10 +1,12 @@
 """PSA on the video tokens in Triton, for GPUs: one pass over k and v, one over q, levels without a sort.
 
-The same stages as `torch_backend.py`. Order costs no pass of its own: keys and values are read through the index when
-they are pooled, queries and output when they are attended.
+The same stages as `torch_backend.py`. What needs copies of keys, values and queries goes through the heads in parts, so
+that no more than a part of them is held twice.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -15,6 +17,7 @@ from .importance_triton import reduced_softmax_triton
 from .levels import BlockLists
 from .levels_triton import choose_lists_triton
 from .order import TokenOrder
+from .order_triton import apply_order_triton, undo_order_triton
 from .pyramid_triton import build_pyramid_triton, pool_triton
 from .similarity import similarity_cap
 
@@ -31,31 +34,85 @@ def attend_video(
     extra_v: torch.Tensor | None,
     generator: torch.Generator | None,
     out: torch.Tensor,
+    lists: BlockLists | None = None,
 ) -> BlockLists:
-    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`."""
-    sampling, int8 = config.importance == "sampled", config.precision == "int8"
-    group_q, group_k = group_size(config, config.block_q), group_size(config, config.block_kv)
-    pyramid, means_k = build_pyramid_triton(
-        k, v, config.stored_factors, config.block_kv, key_order, int8=int8, summary_factor=0 if sampling else group_k
-    )
-    if sampling:
+    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
+
+    lists: levels to use instead of choosing them. Returns those that were used.
+    """
+    if lists is None:
+        lists = _choose(q, k, config, query_order, key_order, scale, generator)
+    for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
+        others = (None, None) if extra_k is None else (extra_k[part], extra_v[part])
+        orders = query_order[part], key_order[part]
+        _attend_part(q[part], k[part], v[part], lists[part], config, *orders, scale, *others, out[part])
+    return lists
+
+
+def _choose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    generator: torch.Generator | None,
+) -> BlockLists:
+    if config.importance == "sampled":
         generator = generator or default_generator(config, q.device)
         chosen_q = _sampled(q, config.block_q, config.sample_share, generator, query_order)
         chosen_k = _sampled(k, config.block_kv, config.sample_share, generator, key_order)
     else:
-        means_q = pool_triton(q, group_q, config.block_q, query_order)
-        chosen_q = Representatives(means_q, q.shape[2], config.block_q, group_q, config.block_q // group_q)
-        chosen_k = Representatives(means_k, k.shape[2], config.block_kv, group_k, config.block_kv // group_k)
+        chosen_q, chosen_k = means(q, config.block_q, config, query_order), means(k, config.block_kv, config, key_order)
     scores = reduced_softmax_triton(chosen_q, chosen_k, scale, config.reduction)
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
-    lists = choose_lists_triton(scores, config, cap, k.shape[2])
+    return choose_lists_triton(scores, config, cap, k.shape[2])
+
+
+def _attend_part(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    extra_k: torch.Tensor | None,
+    extra_v: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """A function of its own, so that its copies are given back before the next part makes its own."""
+    int8 = config.precision == "int8"
+    pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
     if int8 and extra_k is not None:
         extra_k = (extra_k - pyramid.mean).to(q.dtype)
+    ordered = apply_order_triton(q, query_order)
+    result = out if ordered is q else ordered
     uneven = config.mode != "topk"
-    attend_triton(q, pyramid, lists, config.block_q, scale, query_order, extra_k, extra_v, out, uneven=uneven)
-    return lists
+    attend_triton(ordered, pyramid, lists, config.block_q, scale, extra_k, extra_v, result, uneven=uneven)
+    if ordered is not q:
+        undo_order_triton(ordered, query_order, out)
+
+
+def _parts(batch: int, heads: int, *, whole: bool) -> Iterator[tuple[slice, slice]]:
+    """What is computed at a time: everything, or one batch entry, or half the heads of the only one."""
+    if whole or batch * heads == 1:
+        yield slice(None), slice(None)
+    elif batch > 1:
+        for entry in range(batch):
+            yield slice(entry, entry + 1), slice(None)
+    else:
+        yield slice(None), slice(heads // 2)
+        yield slice(None), slice(heads // 2, None)
+
+
+def means(x: torch.Tensor, block: int, config: PyramidConfig, order: TokenOrder) -> Representatives:
+    """As `importance.pooled` of the ordered x."""
+    group = group_size(config, block)
+    return Representatives(pool_triton(x, group, block, order), x.shape[2], block, group, block // group)
 
 
 def _sampled(
@@ -63,5 +120,5 @@ def _sampled(
 ) -> Representatives:
     """As `importance.sampled` of the ordered x."""
     rows = sample_rows(x.shape[2], block, share, generator, x.device).flatten()
-    rows = rows if order.index is None else order.index[rows]
-    return Representatives(x.index_select(2, rows).contiguous(), x.shape[2], block, 1, sample_count(block, share))
+    chosen = order.take(x, rows).contiguous()
+    return Representatives(chosen, x.shape[2], block, 1, sample_count(block, share))

@@ -18,7 +18,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65_536),
 }
-INTEGERS = {"heads", "length_q", "length_k", "length", "extra", "n_q", "n_k", "blocks", "coarse_rows"}
+INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "extra", "n_q", "n_k", "blocks", "coarse_rows"}
 
 
 def compile_for(gpu, kernel, pointers, constants, floats=("scale",), **options):
@@ -55,15 +55,15 @@ def test_attend(gpu, dim, int8):
 
     if dim == 64 and int8 and gpu not in ("sm86", "sm90"):
         pytest.skip("heads of 64 in int8 are compiled for two GPUs only, to save time")
-    tile = attend_tile("hip" if gpu.startswith("gfx") else gpu, dim)
+    tile = attend_tile("hip" if gpu.startswith("gfx") else gpu, dim, int8)
     factors, key = (1, 8, 64), "i8" if int8 else "bf16"
     pointers = {p.name: "*bf16" for p in _attend.params if p.name.endswith("_ptr")}
     pointers |= {name: f"*{key}" for name in ("k_ptr", "coarse_k_ptr")}
-    pointers |= {"index_ptr": "*i64", "scales_ptr": "*fp32"}
+    pointers |= {"scales_ptr": "*fp32"}
     pointers |= {name: "*i32" for name in ("blocks_ptr", "ends_ptr", "rows_ptr", "overflow_ptr")}
     constants = {
         "FACTORS": factors, "LEVELS": len(factors), "BLOCK_Q": 128, "BLOCK_KV": 64, "TILE": tile.rows, "HEAD_DIM": dim,
-        "DIM": dim, "ORDERED": True, "SORTED": False, "BULK": tile.bulk, "INT8": int8, "HAS_EXTRA": False,
+        "DIM": dim, "SORTED": False, "BULK": tile.bulk, "INT8": int8, "HAS_EXTRA": False,
         "CAREFUL": False, "HEADROOM": 0, "STAGES": tile.stages, "WAIT": tile.wait,
     }  # fmt: skip
     if tile.bulk:
@@ -91,6 +91,14 @@ def test_pool(gpu, int8):
         "ORDERED": True, "FINE": int8, "INT8": int8,
     }  # fmt: skip
     compile_for(gpu, _pool, pointers, constants, num_warps=4)
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_order(gpu):
+    from comfyui_psa.kernels.order_triton import _move
+
+    pointers = {"x_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*bf16"}
+    compile_for(gpu, _move, pointers, {"UNDO": True, "ROWS": 64, "HEAD_DIM": 128, "DIM": 128}, num_warps=4)
 
 
 @pytest.mark.parametrize("gpu", TARGETS)
@@ -123,9 +131,10 @@ def test_levels(gpu, rule):
 
 def test_the_sequence_length_is_no_compile_time_constant():
     """The official kernel is compiled anew for every resolution; so would an argument be that is 1 or even."""
-    from comfyui_psa.kernels import attend_triton, importance_triton, levels_triton, pyramid_triton
+    from comfyui_psa.kernels import attend_triton, importance_triton, levels_triton, order_triton, pyramid_triton
 
-    for kernel in (attend_triton._attend, importance_triton._reduce, levels_triton._choose, pyramid_triton._pool):
+    kernels = (attend_triton._attend, importance_triton._reduce, levels_triton._choose, order_triton._move)
+    for kernel in (*kernels, pyramid_triton._pool):
         lengths = [p for p in kernel.params if p.name in INTEGERS]
         assert lengths
         assert all(p.do_not_specialize and not p.is_constexpr for p in lengths), kernel

@@ -47,13 +47,10 @@ def test_pyramid(triton_device, half_types, random_tensor, poisoned, orders, cas
     for dtype in (torch.float32, *half_types):
         k, v = (random_tensor(2, 2, length, dim, seed=s).to(triton_device, dtype) for s in (1, 2))
         for order in orders(length):
-            got, means = build_pyramid_triton(poisoned(k), poisoned(v), factors, block, order, summary_factor=8)
+            got = build_pyramid_triton(poisoned(k), poisoned(v), factors, block, order)
             expected = build_pyramid(order.apply(k), order.apply(v), factors, block)
             same_pyramid(got, expected, {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype])
             assert (got.block_kv, got.length) == (block, length)
-            torch.testing.assert_close(
-                means, pooled(order.apply(k), block, 8).rows, atol=2e-2 if dtype != torch.float32 else 2e-6, rtol=1e-2
-            )
             assert (got.keys.get(1) is None) == (1 not in factors)
 
 
@@ -61,9 +58,7 @@ def test_level_one_is_not_copied_in_raster_order(triton_device, random_tensor):
     from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton
 
     k = random_tensor(1, 1, 70, 16).to(triton_device)
-    pyramid, means = build_pyramid_triton(k, k, (1, 8), 32, RASTER, summary_factor=8)
-    assert pyramid.keys[1].data_ptr() == k.data_ptr()
-    assert means.data_ptr() == pyramid.keys[8].data_ptr()  # the level itself
+    assert build_pyramid_triton(k, k, (1, 8), 32, RASTER).keys[1].data_ptr() == k.data_ptr()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -75,9 +70,8 @@ def test_int8_keys(triton_device, random_tensor, poisoned, orders, case):
     k = (random_tensor(2, 2, length, dim, seed=1) + shift).to(triton_device)
     v = random_tensor(2, 2, length, dim, seed=2).to(triton_device)
     for order in orders(length):
-        got, means = build_pyramid_triton(poisoned(k), v, factors, block, order, int8=True, summary_factor=block)
+        got = build_pyramid_triton(poisoned(k), v, factors, block, order, int8=True)
         torch.testing.assert_close(got.mean, mean_key(k))
-        torch.testing.assert_close(means, pooled(order.apply(k), block, block).rows, atol=2e-6, rtol=2e-6)
         exact = build_pyramid(order.apply(k), order.apply(v), factors, block)
         expected = quantise_keys(exact, got.mean)
         for factor in factors:
@@ -109,5 +103,5 @@ def test_the_orders_of_grids(triton_device, random_tensor):
     k, v = (random_tensor(1, 1, 3 * 8 * 9, 16, seed=s).to(triton_device) for s in (1, 2))
     for name in ("raster", "curve", "tiles"):
         order = make_order(name, (3, 8, 9), (2, 4, 4), triton_device)
-        got, _ = build_pyramid_triton(k, v, (1, 8), 32, order)
+        got = build_pyramid_triton(k, v, (1, 8), 32, order)
         same_pyramid(got, build_pyramid(order.apply(k), order.apply(v), (1, 8), 32), 2e-6)

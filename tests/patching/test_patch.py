@@ -182,3 +182,17 @@ def test_a_model_that_is_not_wan_stays_dense(model, caplog):
     out = patch_model(other, sparsity=0.85, **PATCH)
     assert "optimized_attention_override" not in out.model_options["transformer_options"]
     assert "flux" in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "start", "dense"), [(16, 0.25, 4), (20, 0.25, 5), (20, 0.2, 4), (10, 0.3, 3)])
+def test_a_step_on_the_bound_itself_is_sparse(comfyui, steps, start, dense):
+    import comfy.model_sampling
+    import comfy.samplers
+
+    from comfyui_psa.patching.run import is_active
+
+    sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
+    sampling.set_parameters(shift=12.0)
+    sigmas = [float(sigma) for sigma in comfy.samplers.simple_scheduler(sampling, steps)[:-1]]
+    bounds = sampling.percent_to_sigma(start), sampling.percent_to_sigma(1.0)
+    assert [is_active(sigma, *bounds) for sigma in sigmas] == [False] * dense + [True] * (steps - dense)

@@ -1,0 +1,147 @@
+"""The self-attention of one measured run: the pack's own override, told step and block as ComfyUI's wrappers tell it.
+
+What no node offers yet is tried here, as `prototype` of a setting:
+    fresh: a new random sample in every call (by step and block); the override's is the same in all
+    ramp: [first, last] density of the sparse steps, as multiples of their mean, linear between
+    layers: {block: multiple of the mean density}
+    dense_steps: steps that stay dense besides the warm-up
+    reuse: n, levels are chosen at every n-th sparse step and kept in between
+    static: `radial` or `random`, a mask that does not look at the data
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.attention import pyramid_sparse_attention
+from ..kernels.backends import choose_backend
+from ..kernels.order import TokenLayout, make_order
+from ..patching.override import RUN_KEY, PSAOverride
+from ..patching.run import Run
+from ..patching.settings import PatchSettings
+from .injected import attend_with_lists, static_lists
+from .setting import Schedule
+
+
+class SparseAttention:
+    """Attention function of `WanTransformer` for one run. Tell it every step; read `densities` afterwards."""
+
+    def __init__(
+        self,
+        settings: PatchSettings,
+        schedule: Schedule,
+        grid: tuple[int, int, int],
+        prototype: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.settings, self.schedule, self.prototype = settings, schedule, dict(prototype or {})
+        self.layout = TokenLayout(grid)
+        start, end = (schedule.percent_to_sigma(p) for p in (settings.start_percent, settings.end_percent))
+        self.run = Run(settings, start, end, pictured_block=-1)
+        self._override = PSAOverride(None)
+        self._active = [
+            step
+            for step, on in enumerate(schedule.active(settings.start_percent, settings.end_percent))
+            if on and step not in self.prototype.get("dense_steps", ())
+        ]
+        self._step = self._block = 0
+        self._lists: dict[int, Any] = {}
+
+    def begin_step(self, step: int) -> None:
+        """Called before every model call."""
+        self._step, self._block = step, 0
+        self.run.begin_model_call(float(self.schedule.sigmas[step]), step, self.layout, ())
+        self.run.active = step in self._active
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Output [B, H, L, D] of q, k, v [B, H, L, D]."""
+        block = self._block
+        self._block += 1
+        if self.run.active and block not in self.settings.dense_blocks:
+            if "reuse" in self.prototype:
+                return self._reused(q, k, v, block)
+            if "static" in self.prototype:
+                return self._static(q, k, v, block)
+            self.run.settings = self._here(block)
+        options = {RUN_KEY: self.run}
+        return self._override(
+            _dense, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
+        )
+
+    def step_densities(self) -> list[float]:
+        """Mean density of each step over its attention calls, dense ones counting 1.
+
+        Raises:
+            RuntimeError: a call fell back to dense attention.
+        """
+        self.run.end()
+        unwanted = [reason for reason in self.run.fallbacks if "is listed in dense_blocks" not in reason]
+        if unwanted:
+            raise RuntimeError("; ".join(unwanted))
+        means = []
+        for step in self.run.steps:
+            total = sum(float(density) for _, density in step.densities) + step.dense_calls
+            means.append(total / (len(step.densities) + step.dense_calls))
+        return means
+
+    def layer_densities(self) -> dict[int, float]:
+        """Mean density of each block over its sparse calls."""
+        calls = [(block, float(density)) for step in self.run.steps for block, density in step.densities]
+        blocks = sorted({block for block, _ in calls})
+        return {block: _mean([density for b, density in calls if b == block]) for block in blocks}
+
+    def _here(self, block: int) -> PatchSettings:
+        """The settings of this call, where a prototype changes them from step to step or block to block."""
+        config, changes = self.settings.config, {}
+        if self.prototype.get("fresh"):
+            changes["seed"] = config.seed + 7919 * (self._step + 1) + block
+        factor = 1.0
+        if "ramp" in self.prototype:
+            first, last = self.prototype["ramp"]
+            place = self._active.index(self._step) / max(1, len(self._active) - 1)
+            factor *= (first + (last - first) * place) * 2 / (first + last)
+        if "layers" in self.prototype:
+            multiples = [float(self.prototype["layers"].get(str(b), 1.0)) for b in range(self.schedule.blocks)]
+            factor *= multiples[block] / _mean(multiples)
+        if factor != 1.0:
+            changes["sparsity"] = 1 - (1 - config.sparsity) * factor
+        if not changes:
+            return self.settings
+        return dataclasses.replace(self.settings, config=dataclasses.replace(config, **changes))
+
+    def _reused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
+        config, order = self.settings.config, self.run.order(q.device)
+        if self._active.index(self._step) % int(self.prototype["reuse"]) == 0:
+            result = pyramid_sparse_attention(
+                q, k, v, config, layout=self.layout, order=order, backend=self.settings.backend
+            )
+            self._lists[block] = result.lists
+            output = result.output
+        else:
+            backend = choose_backend(self.settings.backend, q)
+            output = attend_with_lists(q, k, v, config, order, self._lists[block], backend)
+        self.run.steps[-1].densities.append((block, self._lists[block].density.mean()))
+        return output
+
+    def _static(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
+        config = self.settings.config
+        if not self._lists:
+            kind = self.prototype["static"]
+            self._lists[0] = static_lists(kind, self.layout.grid, config, 1 - config.sparsity, q.shape[:2], q.device)
+        order = make_order("raster", self.layout.grid, device=q.device)
+        backend = choose_backend(self.settings.backend, q)
+        output = attend_with_lists(q, k, v, config, order, self._lists[0], backend)
+        self.run.steps[-1].densities.append((block, self._lists[0].density.mean()))
+        return output
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

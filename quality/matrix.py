@@ -1,0 +1,253 @@
+"""The list of settings as data: the paper's claims, what goes beyond them, rivals, and the published presets.
+
+Nothing is computed here. Compute is the whole run's attention FLOPs as a share of the dense run's, see `setting.py`.
+The order is the order of importance: a run that is cut short has measured the first ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .setting import Setting
+
+LEAN, MIDDLE = 0.3625, 0.4375
+"""A quarter of the steps dense and the others at sparsity 0.85, or at 0.75."""
+FRONT = (1 / 3, 1 / 2, 2 / 3)
+"""3x, 2x and 1.5x less attention compute."""
+ALL = (LEAN, MIDDLE, *FRONT)
+
+PUBLISHED = {
+    # preset: start_percent, the published share of dense steps; module-default names none, so it gets the others'
+    "wan2.1-14b": 0.30,
+    "wan2.1-1.3b": 0.30,
+    "wan2.1-1.3b-topk": 0.30,
+    "wan2.2-a14b": 0.30,
+    "wan2.2-5b": 0.30,
+    "cogvideox1.5-5b": 0.30,
+    "cogvideox-5b": 0.30,
+    "cogvideox-5b-4step": 0.0,
+    "module-default": 0.30,
+}
+_WRITTEN_SPARSITY = {"wan2.1-1.3b-topk": 0.90, "cogvideox-5b-4step": 0.84375}
+"""1 - density of the shares as they are written, where it is not 0.85 (topk presets)."""
+QUICK = ("cogvideox-5b", "cogvideox1.5-5b", "wan2.2-5b")
+"""The published presets of the quick run: the closest to dense of the full one."""
+
+DEFAULT_SHAPE = "1: 0.10, 2: 0.05, 8: 0.20"
+PAPER = {"preset": "module-default (published)", "order": "curve"}
+"""The paper's recipe in one setting: topk 10/5/0/20, curve order, sampled importance, 128/64, a quarter dense."""
+BUDGETS = {
+    "40/10/10/20": "1: 0.40, 2: 0.10, 4: 0.10, 8: 0.20",
+    "50/10/10/10": "1: 0.50, 2: 0.10, 4: 0.10, 8: 0.10",
+    "70/10/10": "1: 0.70, 4: 0.10, 8: 0.10",
+    "60/0/0/30": "1: 0.60, 8: 0.30",
+    "80": "1: 0.80",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """`first` is said to be closer to dense than `second`; both are names without their compute, compared at each."""
+
+    text: str
+    source: str
+    first: str
+    second: str
+    compute: tuple[float, ...] = ()
+
+
+def settings_of(kind: str) -> list[Setting]:
+    """The list of a `full`, `quick` or `smoke` run, each name once.
+
+    Raises:
+        ValueError: no such list.
+    """
+    if kind == "quick":
+        return _published(QUICK)
+    if kind == "smoke":
+        wanted = ("default", "block-sparse", "radial mask", "levels kept for 2 steps", "fresh sample 0")
+        chosen = [s for s in settings_of("full") if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]
+        return [*chosen, *_published(("wan2.1-14b",))]
+    if kind != "full":
+        raise ValueError(f"no list of settings is called {kind!r}")
+    found: dict[str, Setting] = {}
+    for setting in [*_front(), *_published(tuple(PUBLISHED)), *_paper(), *_beyond(), *_noise()]:
+        found.setdefault(setting.name, setting)
+    return list(found.values())
+
+
+def claims() -> list[Claim]:
+    """The paper's claims and what we ask beyond them, each a comparison of measured settings."""
+    both = (LEAN, MIDDLE)
+    return [
+        Claim("Several levels beat a binary mask", "table of masks", "PSA-3", "block-sparse", both),
+        Claim("10/5/0/20 beats a binary mask", "release", "paper", "block-sparse", ALL),
+        Claim("Threshold beats topk", "4.3", "threshold 40/10/10/20", "topk = threshold 40/10/10/20"),
+        Claim("Threshold beats topk", "4.3", "threshold 70/10/10", "topk = threshold 70/10/10"),
+        Claim("The curve beats raster order", "4.3", "paper", "paper, raster", ALL),
+        Claim("Blocks of 64 keys beat 128", "ablation", "paper", "paper, 128/128", both),
+        Claim("Blocks of 32 keys beat 64", "ablation", "paper, 128/32", "paper", both),
+        Claim("64x64 beats 128x128", "ablation", "paper, 64/64", "paper, 128/128", both),
+        Claim("32x32 beats 64x64", "ablation", "paper, 32/32", "paper, 64/64", both),
+        Claim("Max beats mean importance at 128/64", "ablation", "paper", "paper, mean", both),
+        Claim("Max equals mean importance at 32/32", "ablation", "paper, 32/32", "paper, 32/32, mean", both),
+        Claim(
+            "The similarity cap helps", "4.3", "budget 50/10/10/10, 128/128, cap", "budget 50/10/10/10, 128/128", both
+        ),
+        Claim("PSA-3 beats PSA-1 (plain block-sparse)", "ablation", "PSA-3", "block-sparse", (MIDDLE,)),
+        Claim("PSA-3 beats PSA-2", "ablation", "PSA-3", "PSA-2", (MIDDLE,)),
+        Claim("PSA-3 beats PSA-4", "ablation", "PSA-3", "PSA-4", (MIDDLE,)),
+        Claim("PSA-3 beats PSA-5", "ablation", "PSA-3", "PSA-5", (MIDDLE,)),
+        *(
+            Claim(
+                f"Dense first {start:.0%} beats dense first 25%", "ours", f"warm-up {start:.2f}", "paper", (MIDDLE, 0.5)
+            )
+            for start in (0.0, 0.1, 0.2, 0.3, 0.4)
+        ),
+        Claim("The tail helps topk", "ours", "paper, tail", "paper", both),
+        Claim("The tail helps a budget", "ours", "budget 40/10/10/20, tail", "budget 40/10/10/20", both),
+        *(Claim(f"Budget {name} beats topk", "ours", f"budget {name}", "paper", both) for name in BUDGETS),
+        *(
+            Claim(f"Budget {name} beats topk in raster order", "ours", f"budget {name}, raster", "paper, raster", both)
+            for name in BUDGETS
+        ),
+        Claim("Pooled importance equals sampled, curve", "ours", "paper, pooled", "paper", both),
+        Claim("Means equal sampled importance, curve", "ours", "paper, means", "paper", both),
+        Claim("Exact importance beats sampled, curve", "ours", "paper, exact", "paper", both),
+        Claim("Pooled importance equals sampled, raster", "ours", "paper, raster, pooled", "paper, raster", both),
+        Claim("Exact importance beats sampled, raster", "ours", "paper, raster, exact", "paper, raster", both),
+        *(Claim(f"Tiles {name} beat the curve", "ours", f"paper, tiles {name}", "paper", both) for name in _TILES),
+        *(Claim(f"Levels {name} beat 10/5/0/20", "ours", f"levels {name}", "paper", both) for name in _LEVELS),
+        *(Claim(f"Block {block} dense pays", "ours", f"block {block} dense", "paper", (MIDDLE,)) for block in range(6)),
+        *(Claim(f"Density {name} over the steps pays", "ours", f"ramp {name}", "paper", (MIDDLE,)) for name in _RAMPS),
+        Claim("Dense last tenth in place of dense first", "ours", "dense 15 % first, 10 % last", "paper", (MIDDLE,)),
+        *(
+            Claim(f"Levels kept for {n} steps cost nothing", "ours", f"levels kept for {n} steps", "paper", both)
+            for n in (2, 4, 100)
+        ),
+        Claim("A fresh sample each step is closer", "ours", "fresh sample 0", "paper", (LEAN,)),
+        Claim("PSA beats a radial mask", "rival", "paper", "radial mask", ALL),
+        Claim("A radial mask beats a random one", "control", "radial mask", "random mask", (LEAN,)),
+    ]
+
+
+def _at(name: str, group: str, compute: tuple[float, ...], node: dict[str, Any], **more: Any) -> list[Setting]:
+    return [Setting(f"{name} @{c:.2f}", group, node, compute=c, **more) for c in compute]
+
+
+def _front() -> list[Setting]:
+    """Quality against compute: what a user would choose from, and rivals."""
+    full = PAPER | {"pyramid": "1: 1.0", "sparsity": 0.0}
+    return [
+        Setting("all blocks in full", "front", full),  # what the precision alone costs
+        *_at("default", "front", ALL, {}, sheet=True),
+        *_at("paper", "front", ALL, PAPER, sheet=True),
+        *_at("block-sparse", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, sheet=True),
+        *_at("radial mask", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, prototype={"static": "radial"}, sheet=True),
+        *_at("paper, raster", "front", ALL, PAPER | {"order": "raster"}),
+        *_at("PSA-3", "front", ALL, PAPER | {"pyramid": "1: 0.15, 2: 0.10, 4: 0.20"}),
+        *_at("budget 70/10/10, raster", "front", ALL, _budget("70/10/10", order="raster")),
+        *_at("budget 70/10/10, raster, tail", "front", ALL, _budget("70/10/10", order="raster", tail="on")),
+    ]
+
+
+def _budget(name: str, **node: Any) -> dict[str, Any]:
+    return PAPER | {"mode": "budget", "pyramid": BUDGETS[name]} | node
+
+
+def _published(presets: tuple[str, ...]) -> list[Setting]:
+    """Each published preset exactly as it is, and our default at the compute that it turned out to take."""
+    found = []
+    for preset in presets:
+        node = {"preset": f"{preset} (published)", "start_percent": PUBLISHED[preset]}
+        node["sparsity"] = _WRITTEN_SPARSITY.get(preset, 0.85)
+        found.append(Setting(f"{preset} (published)", "published", node))
+        found.append(Setting(f"default = {preset}", "published", match=f"{preset} (published)"))
+    return found
+
+
+_TILES = {"1x8x8": (1, 8, 8), "4x4x4": (4, 4, 4), "1x4x16": (1, 4, 16), "3x8x8": (3, 8, 8)}
+_LEVELS = {
+    "10/5/0/20 to 64": "1: 0.10, 2: 0.05, 8: 0.20, 64: 0.65",
+    "10/5/5/10/10/10": "1: 0.10, 2: 0.05, 4: 0.05, 8: 0.10, 16: 0.10, 32: 0.10",
+    "10/0/10/0/20": "1: 0.10, 4: 0.10, 16: 0.20",
+    "12/10": "1: 0.12, 2: 0.10",
+    "12/0/15": "1: 0.12, 4: 0.15",
+    "12/0/0/25": "1: 0.12, 8: 0.25",
+}
+_RAMPS = {"1.6 to 0.4": (1.6, 0.4), "1.3 to 0.7": (1.3, 0.7), "0.7 to 1.3": (0.7, 1.3), "0.4 to 1.6": (0.4, 1.6)}
+
+
+def _paper() -> list[Setting]:
+    both = (LEAN, MIDDLE)
+    found = []
+    for name in ("40/10/10/20", "70/10/10"):
+        node = PAPER | {"mode": "threshold", "pyramid": BUDGETS[name]}
+        found.append(Setting(f"threshold {name}", "claims", node))
+        found.append(Setting(f"topk = threshold {name}", "claims", PAPER, match=f"threshold {name}"))
+        found.append(Setting(f"budget = threshold {name}", "claims", _budget(name), match=f"threshold {name}"))
+    for name, blocks in (("128/128", (128, 128)), ("128/32", (128, 32)), ("64/64", (64, 64)), ("32/32", (32, 32))):
+        node = PAPER | {"block_q": str(blocks[0]), "block_kv": str(blocks[1])}
+        found += _at(f"paper, {name}", "claims", both, node)
+        if name == "32/32":
+            found += _at(f"paper, {name}, mean", "claims", both, node, config={"reduction": "mean"})
+    found += _at("paper, mean", "claims", both, PAPER, config={"reduction": "mean"})
+    wide = _budget("50/10/10/10", block_kv="128")
+    cap = {"similarity_cap": {2: 0.70, 4: 0.65, 8: 0.60}}
+    found += _at("budget 50/10/10/10, 128/128", "claims", both, wide)
+    found += _at("budget 50/10/10/10, 128/128, cap", "claims", both, wide, config=cap)
+    for name, shares in (
+        ("PSA-2", "4: 1.0"),
+        ("PSA-4", "1: 0.10, 2: 0.20, 4: 0.20"),
+        ("PSA-5", "1: 0.10, 2: 0.10, 4: 0.40"),
+    ):
+        found += _at(name, "claims", (MIDDLE,), PAPER | {"pyramid": shares})
+    for start in (0.0, 0.1, 0.2, 0.3, 0.4):
+        found += _at(f"warm-up {start:.2f}", "claims", (MIDDLE, 0.5), PAPER | {"start_percent": start})
+    return found
+
+
+def _beyond() -> list[Setting]:
+    both = (LEAN, MIDDLE)
+    found = _at("paper, tail", "beyond", both, PAPER | {"tail": "on"})
+    for name in BUDGETS:
+        found += _at(f"budget {name}", "beyond", both, _budget(name))
+        found += _at(f"budget {name}, raster", "beyond", both, _budget(name, order="raster"))
+    found += _at("budget 40/10/10/20, tail", "beyond", both, _budget("40/10/10/20", tail="on"))
+    for order in ("curve", "raster"):
+        suffix = "" if order == "curve" else ", raster"
+        node = PAPER | {"order": order}
+        found += _at(f"paper{suffix}, pooled", "beyond", both, node | {"importance": "pooled"})
+        found += _at(f"paper{suffix}, means", "beyond", both, node | {"importance": "means"})
+        exact = {"sample_share": 1.0, "reduction": "mean"}
+        found += _at(f"paper{suffix}, exact", "beyond", both, node, config=exact)
+    for name, tile in _TILES.items():
+        found += _at(f"paper, tiles {name}", "beyond", both, PAPER | {"order": "tiles"}, config={"tile": tile})
+    for name, pyramid in _LEVELS.items():
+        found += _at(f"levels {name}", "beyond", both, PAPER | {"pyramid": pyramid})
+    for block in range(6):
+        found += _at(f"block {block} dense", "beyond", (MIDDLE,), PAPER | {"dense_blocks": str(block)})
+    for name, ramp in _RAMPS.items():
+        found += _at(f"ramp {name}", "beyond", (MIDDLE,), PAPER, prototype={"ramp": ramp})
+    ends = PAPER | {"start_percent": 0.15, "end_percent": 0.9}
+    found += _at("dense 15 % first, 10 % last", "beyond", (MIDDLE,), ends)
+    for n in (2, 4, 100):
+        found += _at(f"levels kept for {n} steps", "beyond", both, PAPER, prototype={"reuse": n})
+    found += _at("random mask", "rivals", (LEAN,), PAPER | {"pyramid": "1: 0.25"}, prototype={"static": "random"})
+    found += _at("paper, raster, 128/32", "beyond", both, PAPER | {"order": "raster", "block_kv": "32"})
+    found += _at("paper, raster, 64/64", "beyond", both, PAPER | {"order": "raster", "block_q": "64"})
+    return found
+
+
+def _noise() -> list[Setting]:
+    """The random sample of the importance: the same in every step, or a fresh one; several draws of each."""
+    found = []
+    for seed in range(4):
+        config = {"seed": seed}
+        found += _at(f"fixed sample {seed}", "noise", (LEAN,), PAPER, config=config, average="fixed samples")
+        fresh = {"fresh": True}
+        found += _at(
+            f"fresh sample {seed}", "noise", (LEAN,), PAPER, config=config, prototype=fresh, average="fresh samples"
+        )
+    return found

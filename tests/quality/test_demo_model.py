@@ -1,0 +1,109 @@
+"""The direct runner gives the latents of ComfyUI's own sampler with PSA Patch, and meets the compute it is told."""
+
+import pytest
+import torch
+
+from comfyui_psa.demo.scene import Scene, conditioning
+from comfyui_psa.quality.attention import SparseAttention
+from comfyui_psa.quality.demo_model import WEIGHTS, Clip, DemoModel, DenseAttention, Video, simple_schedule
+from comfyui_psa.quality.matrix import LEAN, settings_of
+from comfyui_psa.quality.setting import Setting, resolve
+
+VIDEO = Video(frames=9, height=256, width=256)  # 768 tokens
+CLIP = Clip(Scene(), 42, "clip")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return DemoModel(torch.device("cpu"), torch.float32)
+
+
+def test_equals_comfyui(comfyui, model):
+    import comfy.sample
+    import comfy.sd
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    from comfyui_psa.patching.patch import KEY, patch_model
+
+    steps = 4  # the second lies on the bound itself
+    inputs = {"preset": "wan2.1-14b", "sparsity": 0.6, "start_percent": 0.25, "min_tokens": 0}
+    theirs = comfy.sd.load_diffusion_model(
+        str(WEIGHTS / "psa_demo_wan_dit.safetensors"), model_options={"dtype": torch.float32}
+    )
+    (theirs,) = ModelSamplingSD3().patch(theirs, 12.0)
+    patched = patch_model(theirs, **inputs, end_percent=1.0)
+    noise = torch.randn(1, *VIDEO.latent, generator=torch.Generator().manual_seed(CLIP.seed))
+    context = [[conditioning([CLIP.scene]), {}]]
+    found = {
+        name: comfy.sample.sample(
+            each, noise, steps, 1.0, "euler", "simple", context, context, torch.zeros_like(noise), disable_pbar=True
+        )
+        for name, each in (("dense", theirs), ("psa", patched))
+    }
+    theirs_densities = [1 - (step["sparsity"] or 0) for step in patched.get_attachment(KEY).report["steps"]]
+
+    schedule = simple_schedule(steps, model.blocks)
+    attention = SparseAttention(resolve(Setting("psa", "test", inputs), schedule, "auto", None), schedule, VIDEO.grid)
+    ours = {
+        name: model.sample([CLIP], VIDEO, schedule, each).latents[-1]
+        for name, each in (("dense", DenseAttention()), ("psa", attention))
+    }
+    from comfyui_psa.demo.latents import from_vae_space
+
+    for name, latents in ours.items():
+        expected = from_vae_space(found[name])
+        assert (latents - expected).norm() / expected.norm() < 1e-3, name
+    assert (ours["psa"] - ours["dense"]).norm() / ours["dense"].norm() > 0.02
+    assert attention.step_densities() == pytest.approx(theirs_densities, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting("budget", "test", {"preset": "wan2.1-14b", "start_percent": 0.25}),
+        Setting("dense block", "test", {"preset": "wan2.1-14b", "dense_blocks": "3"}),
+        Setting("ramp", "test", {"preset": "wan2.1-14b"}, prototype={"ramp": (1.4, 0.6)}),
+        Setting("layers", "test", {"preset": "wan2.1-14b"}, prototype={"layers": {"0": 1.5, "5": 0.5}}),
+        Setting("reuse", "test", {"preset": "wan2.1-14b"}, prototype={"reuse": 2}),
+        Setting("radial", "test", {"pyramid": "1: 0.2", "order": "raster"}, prototype={"static": "radial"}),
+    ],
+    ids=lambda setting: setting.name,
+)
+def test_a_run_takes_the_compute_that_was_asked_for(model, setting):
+    schedule = simple_schedule(4, model.blocks)
+    settings = resolve(setting, schedule, "auto", 0.55)
+    attention = SparseAttention(settings, schedule, VIDEO.grid, setting.prototype)
+    model.sample([CLIP], VIDEO, schedule, attention)
+    densities = attention.step_densities()
+    assert densities[0] == 1
+    assert max(densities[1:]) < 1
+    assert sum(densities) / len(densities) == pytest.approx(0.55, abs=0.01)
+
+
+def test_levels_that_are_kept_are_those_of_the_first_step(model):
+    schedule = simple_schedule(4, model.blocks)
+    latents = []
+    for prototype in ({}, {"reuse": 1}, {"reuse": 100}):
+        setting = Setting("s", "test", {"preset": "wan2.1-14b"}, prototype=prototype)
+        attention = SparseAttention(resolve(setting, schedule, "auto", 0.5), schedule, VIDEO.grid, prototype)
+        latents.append(model.sample([CLIP], VIDEO, schedule, attention).latents)
+    stock, every, first = latents
+    torch.testing.assert_close(every, stock)
+    torch.testing.assert_close(first[1], stock[1])  # the first sparse step
+    assert not torch.allclose(first[-1], stock[-1], atol=1e-3)
+
+
+def test_compute_below_the_dense_part_is_refused(model):
+    with pytest.raises(ValueError, match="dense part alone"):
+        resolve(Setting("s", "test"), simple_schedule(8, model.blocks), "auto", 0.2)
+
+
+def test_every_setting_of_the_matrix_resolves(model):
+    schedule = simple_schedule(20, model.blocks)
+    settings = settings_of("full")
+    names = [setting.name for setting in settings]
+    assert len(names) == len(set(names))
+    for setting in settings:
+        assert setting.match is None or names.index(setting.match) < names.index(setting.name)
+        resolve(setting, schedule, "auto", 0.4 if setting.match else setting.compute)
+    assert pytest.approx(0.25 + 0.75 * 0.15) == LEAN
