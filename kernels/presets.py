@@ -26,11 +26,15 @@ class Preset:
     Attributes:
         about: a sentence; settings: fields of `PyramidConfig`, without `sparsity`.
         dense_steps: how many of a run's first steps it leaves dense; None where a share of the schedule says it.
+        sparsity: the target that it was made for, a suggestion to the user, or None.
+        as_written: True takes the shares as they are; a target sparsity then does not act.
     """
 
     name: str
     about: str
     settings: dict[str, object]
+    sparsity: float | None = None
+    as_written: bool = False
     dense_steps: int | None = None
 
     def config(self, sparsity: float | None, **changes: object) -> PyramidConfig:
@@ -40,9 +44,14 @@ class Preset:
             ConfigError: the combination is impossible.
         """
         settings = {**self.settings, **changes}
-        if settings["mode"] == "threshold":
+        if settings["mode"] == "threshold" or self.as_written:
             sparsity = None
         return PyramidConfig(sparsity=sparsity, **settings)
+
+    def check(self) -> None:
+        """Raise ConfigError where the shape is impossible, whatever sparsity is asked of it."""
+        mode = "threshold" if self.settings["mode"] == "budget" else self.settings["mode"]
+        PyramidConfig(sparsity=None, **{**self.settings, "mode": mode})
 
 
 def load_presets(path: Path | None = None) -> dict[str, Preset]:
@@ -59,7 +68,8 @@ def load_presets(path: Path | None = None) -> dict[str, Preset]:
         ours = {"mode": mode, "shares": settings["shares"], "order": settings["order"], "tail": False}
         ours |= {"importance": "pooled"} | entry.get("ours", {})
         steps = ours.pop("dense_steps", None)
-        presets[name] = Preset(name, f"{entry['about']}: its pyramid, met to the slider's sparsity", ours, steps)
+        about = f"{entry['about']}: its pyramid, met to the slider's sparsity"
+        presets[name] = Preset(name, about, ours, dense_steps=steps)
         if not entry.get("published", True):
             continue
         published = settings | {"tail": False, "importance": "sampled"}
