@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, require_model
 from .frames import pad_odd_frames
 from .positions import positioned_patch_embed, rotary_embedder
 from .schedule import make_sampling
@@ -43,6 +43,7 @@ def correct_model(model: Any, variant: Variant | None = None, node: str = "PSA C
     Raises:
         InputError: the model is not CogVideoX.
     """
+    require_model(model, node)
     config = getattr(getattr(model.model, "model_config", None), "unet_config", {})
     if config.get("image_model") != "cogvideox":
         given = config.get("image_model") or type(model.model).__name__

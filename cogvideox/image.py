@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..errors import InputError
+
 
 def image_to_video(
     positive: Any, negative: Any, vae: Any, start_image: torch.Tensor, width: int, height: int, length: int, batch: int
@@ -19,6 +21,14 @@ def image_to_video(
     import comfy.utils
     import node_helpers
 
+    for name, given, fits, allowed in (
+        ("positive", positive, isinstance(positive, list), "CONDITIONING"),
+        ("negative", negative, isinstance(negative, list), "CONDITIONING"),
+        ("vae", vae, hasattr(vae, "encode"), "the CogVideoX VAE"),
+        ("start_image", start_image, isinstance(start_image, torch.Tensor), "IMAGE"),
+    ):
+        if not fits:
+            raise InputError(name, given, allowed, "PSA CogVideoX Image To Video")
     pixels = comfy.utils.common_upscale(start_image[:1, :, :, :3].movedim(-1, 1), width, height, "lanczos", "center")
     # The frames behind the first are left to the model, which pads them with zeros as diffusers does.
     image = vae.encode(pixels.movedim(1, -1))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, require_model
 
 # ComfyUI's own value for the last alpha of a schedule with zero terminal SNR: sigma 4518.8.
 _SMALLEST_ALPHA = 4.8973451890853435e-08
@@ -58,9 +58,12 @@ def trailing_sigmas(model: Any, steps: int, denoise: float) -> torch.Tensor:
     Raises:
         InputError: the model has no table of noise levels, or more steps than levels are asked for.
     """
+    require_model(model, "PSA CogVideoX Sigmas")
     sigmas = getattr(model.get_model_object("model_sampling"), "sigmas", None)
     if sigmas is None or sigmas.ndim != 1:
         raise InputError("model", type(model.model).__name__, "a CogVideoX model", "PSA CogVideoX Sigmas")
+    if denoise != denoise:
+        raise InputError("denoise", denoise, "0 to 1", "PSA CogVideoX Sigmas")
     if denoise <= 0:
         return torch.empty(0)
     total = int(steps / denoise)

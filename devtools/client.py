@@ -84,19 +84,28 @@ class Client:
         """Interrupt what runs now."""
         self.post("/interrupt", {})
 
-    def run(self, prompt: Prompt, on_progress: Callable[[Progress], None] = lambda _: None) -> PromptResult:
+    def run(
+        self,
+        prompt: Prompt,
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        timeout: float | None = None,
+    ) -> PromptResult:
         """Queue `prompt`, wait until it has finished and return its outputs.
 
         Args:
             prompt: in API format.
             on_progress: called for every node that begins and every step that ends.
+            timeout: seconds to wait at most.
 
         Raises:
             PromptFailed: names the node and its message.
             PromptInterrupted: the run was interrupted.
-            Failure: the server went away.
+            Failure: the server went away, or took too long.
         """
-        return asyncio.run(self._run(prompt, on_progress))
+        try:
+            return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress), timeout))
+        except asyncio.TimeoutError as error:
+            raise Failure(f"ComfyUI had not finished the prompt after {timeout:g} s.") from error
 
     async def _run(self, prompt: Prompt, on_progress: Callable[[Progress], None]) -> PromptResult:
         import aiohttp  # there in the development environment only

@@ -23,7 +23,18 @@ from .workflow import Input, default_value, inputs_of
 
 OUR_WORDS = re.compile(r"failed: PSA [A-Z][\w ]*(,| needs|:)")
 """How an error of the pack begins: the node's name, and what was wrong with it."""
-NOT_FUZZED = {"PSALoraDownload": "it would go to the network"}
+NOT_FUZZED = {"PSALoraDownload": "it would go to the network", "PSACalibrate": "each case would sample for a minute"}
+PRESET_FILES = {
+    "empty": b"", "nul": bytes(64), "no json": b"{", "text": b"hello", "list": b"[]", "number": b"1e400",
+    "deep": b"[" * 50_000, "huge": b" " * 2_000_000, "latin": b'{"about": "\xe9"}', "nan": b'{"shares": {"1": NaN}}',
+    "negative": b'{"shares": {"1": -1}}', "above one": b'{"shares": {"1": 0.9, "8": 0.9}}',
+    "factor": b'{"shares": {"3": 1}}', "types": b'{"shares": [], "mode": 7}',
+    "unknown": b'{"shares": {"1": 0.5}, "__class__": "x"}',
+    "good": b'{"shares": {"1": 0.1, "8": 0.2}, "mode": "topk"}', "twice": b'{"shares": {"1": 0.1}, "shares": {"1": 2}}',
+}  # fmt: skip
+"""Preset files of a user who means harm, and one good one, by name."""
+SECONDS = 120
+"""A case that has not ended by then is a failure."""
 SAMPLED = 50
 """Every so many cases of PSA Patch the patched model is also sampled, for two steps."""
 
@@ -66,7 +77,8 @@ NUMBERS = [
     0.1 + 0.2,
 ]
 NUMBERS += [float("nan"), float("inf"), -float("inf")]
-OTHERS = [None, True, False, [], {}, [[]], ["1"], ["missing", 0], ["model", 99], {"a": {"b": []}}, [0] * 10_000]
+OTHERS = [None, True, False, [], {}, [[]], ["1"], [1, 2, 3], {"a": {"b": []}}, [0] * 10_000]
+"""No links: what ComfyUI makes of a link to nowhere is its own affair (0.30 ends its worker over one)."""
 
 
 @dataclass
@@ -94,7 +106,19 @@ def run_fuzz(comfyui: Path, cases: int, seed: int) -> int:
 
 
 def fuzz(server: ComfyServer, client: Client, cases: int, seed: int, say: Callable[[str], None]) -> int:
-    """As `run_fuzz`, on a server that runs already."""
+    """As `run_fuzz`, on a server that runs already; it gets the user's preset files for the time being."""
+    presets = server.home / "user" / "psa_presets"
+    presets.mkdir(parents=True, exist_ok=True)
+    for name, content in PRESET_FILES.items():
+        (presets / f"{name}.json").write_bytes(content)
+    try:
+        return _fuzz(server, client, cases, seed, say)
+    finally:
+        for name in PRESET_FILES:
+            (presets / f"{name}.json").unlink(missing_ok=True)
+
+
+def _fuzz(server: ComfyServer, client: Client, cases: int, seed: int, say: Callable[[str], None]) -> int:
     rng, definitions = random.Random(seed), client.get("/object_info")
     nodes = [name for name in sorted(definitions) if name.startswith("PSA") and name not in NOT_FUZZED]
     nodes = [name for name in nodes if fixed_links(definitions[name]) is not None]
@@ -206,7 +230,7 @@ def run_case(server: ComfyServer, client: Client, case: Case) -> tuple[str, str]
         Failure: the server died.
     """
     try:
-        client.run(case.prompt)
+        client.run(case.prompt, timeout=SECONDS)
     except PromptFailed as error:
         message = str(error)
         if message.startswith("ComfyUI refused the prompt: no reason given"):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, require_model
 from .names import TABLES, to_diffusers
 from .tensor_file import FileError, read_tensors
 
@@ -40,6 +40,7 @@ def apply_lora(model: Any, name: str, strength: float) -> tuple[Any, str]:
     """
     import folder_paths
 
+    require_model(model, NODE)
     path = folder_paths.get_full_path("loras", name)
     if path is None:
         raise InputError("lora_name", name, "a file that the menu lists; press R to read it again", NODE)

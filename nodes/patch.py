@@ -138,11 +138,12 @@ class PSAPatch(io.ComfyNode):
                     tooltip="auto: Triton on a GPU, plain torch on a CPU. Where neither serves, the model stays dense.",
                 ),
                 io.Boolean.Input("verbose", default=False, advanced=True, tooltip="Write one log line per step."),
-                # New inputs come last, so that workflows saved before keep their values.
+                # New inputs come last and are optional, so that workflows and prompts saved before keep working.
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
+                    optional=True,
                     advanced=True,
                     tooltip=(
                         "bf16: queries and keys stay in the model's 16 bits. int8: they are rounded to 8 bits with one "
@@ -154,6 +155,7 @@ class PSAPatch(io.ComfyNode):
                     default=1,
                     min=1,
                     max=MOST_REUSE_STEPS,
+                    optional=True,
                     advanced=True,
                     tooltip=(
                         "Choose the levels in every step (1), or only in every second (2), third (3) ... one and keep "

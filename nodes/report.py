@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..errors import InputError, require_model
 from ..patching.show import show_report
 
 
@@ -63,6 +64,7 @@ class PSAReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, samples, layer, head, filename_prefix, images=None) -> io.NodeOutput:
+        require_model(model, "PSA Report")
         report, picture = show_report(model, samples, layer, head, images)
         saved = save_picture(picture, filename_prefix, cls)
         return io.NodeOutput(samples, report, picture, ui={**saved, "text": [report]})
@@ -72,4 +74,8 @@ def save_picture(picture, prefix: str, node: type[io.ComfyNode]) -> dict:
     """What the page shows of IMAGE `picture`: saved to the output folder, or without a prefix to the temporary one."""
     if not prefix.strip():
         return ui.PreviewImage(picture, cls=node).as_dict()
-    return ui.ImageSaveHelper.get_save_images_ui(picture, filename_prefix=prefix, cls=node).as_dict()
+    try:
+        return ui.ImageSaveHelper.get_save_images_ui(picture, filename_prefix=prefix, cls=node).as_dict()
+    except Exception as error:  # ComfyUI refuses a folder outside with a plain Exception
+        allowed = f"a name that can be saved in ComfyUI's output folder ({error})"
+        raise InputError("filename_prefix", prefix, allowed, node.define_schema().display_name) from error

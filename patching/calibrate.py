@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, require_model
 from ..kernels.config import ConfigError
 from ..kernels.presets import Preset
 from . import core
@@ -144,6 +144,7 @@ def calibrate(
     Raises:
         InputError: an input is wrong, or PSA cannot serve the model or this size; nothing could be measured then.
     """
+    require_model(model, NODE)
     family = find_family(model)
     if isinstance(family, str):
         raise InputError("model", "a model that PSA does not serve", family, NODE)

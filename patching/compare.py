@@ -22,6 +22,9 @@ def compare_images(
     Raises:
         InputError: the videos differ in shape, or LPIPS cannot be had.
     """
+    for name, images in (("images_a", images_a), ("images_b", images_b)):
+        if not hasattr(images, "shape"):
+            raise InputError(name, images, "IMAGE", NODE)
     given, allowed = tuple(images_b.shape[:3]), tuple(images_a.shape[:3])
     if given != allowed:
         raise InputError("images_b", _shape(given), f"{_shape(allowed)}, the shape of images_a", NODE)

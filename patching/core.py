@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
-
 Override = Callable[..., torch.Tensor]
 
 OVERRIDE_KEY = "optimized_attention_override"
@@ -21,12 +19,6 @@ OVERRIDE_KEY = "optimized_attention_override"
 _COMPILE_KEY = "torch.compile"
 """Key of the wrapper that ComfyUI's compile nodes put around a model."""
 _APPLY_MODEL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
-
-
-def require_model(model: Any, node: str = "PSA Patch") -> None:
-    """Raise InputError where a node was given something else than a MODEL, which the API lets through."""
-    if not all(hasattr(model, name) for name in ("model", "model_options", "clone", "get_model_object")):
-        raise InputError("model", model, "the MODEL output of a loader", node)
 
 
 def unet_config(model: Any) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, require_model
 from . import core
 from .family import Family, find_family
 from .layout import CallReader
@@ -56,7 +56,7 @@ def patch_model(
     Raises:
         InputError: an input is wrong, naming it.
     """
-    core.require_model(model)
+    require_model(model)
     family = find_family(model)
     if isinstance(family, str):
         make_settings(sparsity=sparsity or ANY_SPARSITY, preset="wan2.1-14b" if preset == AUTO else preset, **inputs)
