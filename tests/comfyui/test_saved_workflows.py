@@ -30,3 +30,9 @@ def test_an_earlier_workflow_loads_with_its_values(definitions, path):
     # Inputs that came later take their defaults: fewer saved values than a node has now are no problem.
     problems = [problem for problem in find_problems(workflow, definitions) if "PSA" in problem]
     assert [problem for problem in problems if "widget values, not" not in problem] == []
+
+
+def test_a_prompt_of_an_earlier_version_has_all_that_is_required(definitions):
+    """A prompt sent over the API names its inputs: one that came later and were required would refuse it."""
+    required = set(definitions["PSAPatch"]["input"]["required"])
+    assert required <= {"model", *PATCH_INPUTS["0.1.0"]}
