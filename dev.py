@@ -6,6 +6,8 @@
     python dev.py serve    open ComfyUI with the pack, for trying by hand
     python dev.py bench    run the benchmarks
     python dev.py quality  measure settings against dense sampling; --quick takes minutes on a CPU
+    python dev.py fuzz     random and hostile node inputs on a real server, --cases of them
+    python dev.py soak     many prompts in a row on a real server, and its memory before and after
     python dev.py setup    only make the environment in .dev/
     python dev.py workflows    write workflows/*.json anew, after a node's schema has changed
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; needs huggingface-hub alone
@@ -65,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == "serve":
             command.add_argument("--port", type=int, default=0, help="0 chooses a free one")
             command.add_argument("--no-browser", action="store_true", help="only print the address")
+        if name == "fuzz":
+            command.add_argument("--cases", type=int, default=500, help="prompts to try, about 20 a second")
+            command.add_argument("--seed", type=int, default=0, help="the same seed tries the same cases")
+        if name == "soak":
+            command.add_argument("--prompts", type=int, default=50, help="prompts after the warm-up")
         if name == "weights":
             command.add_argument("--to", type=Path, default=ROOT / "weights", help="another folder that is there")
     return parser
@@ -113,6 +120,20 @@ def _quality(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
     return _run([VENV_PYTHON, ROOT / "quality" / "run.py", *rest], {"COMFYUI_PATH": str(comfyui)})
 
 
+def _fuzz(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
+    _continue_in_environment()
+    from devtools.fuzz import run_fuzz
+
+    return 1 if run_fuzz(comfyui, arguments.cases, arguments.seed) else 0
+
+
+def _soak(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
+    _continue_in_environment()
+    from devtools.soak import run_soak
+
+    return 0 if run_soak(comfyui, arguments.prompts) else 1
+
+
 def _weights(arguments: argparse.Namespace, *_: object) -> int:
     if importlib.util.find_spec("huggingface_hub") is None:
         if not VENV_PYTHON.exists():
@@ -141,6 +162,8 @@ COMMANDS = {
     "serve": _serve,
     "bench": _bench,
     "quality": _quality,
+    "fuzz": _fuzz,
+    "soak": _soak,
     "setup": _setup,
     "workflows": _workflows,
     "weights": _weights,

@@ -99,6 +99,11 @@ class ComfyServer:
             time.sleep(0.2)
         raise Failure(f"ComfyUI did not answer within {START_SECONDS} s.\n{self.log_tail()}")
 
+    @property
+    def pid(self) -> int:
+        """Process id of the running server."""
+        return self._process.pid
+
     def check_alive(self) -> None:
         """Raise `Failure` with the last lines of the log when the server has ended."""
         code = self._process.poll()

@@ -14,6 +14,7 @@ from .backends import choose_backend, video_attention
 from .config import PyramidConfig
 from .levels import BlockLists
 from .order import TokenLayout, TokenOrder, make_order
+from .semantic import SEMANTIC_ORDERS, Centroids, semantic_orders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,17 @@ class AttentionResult:
         lists: the levels of all block pairs, in block order.
         density: scalar tensor on the device, see `density.py`; reading it waits for the device.
         backend: the backend that computed it.
+        query_order, key_order: the token orders that the blocks are cut in.
+        centroids: where the next step begins, in the orders that follow the data; None otherwise.
     """
 
     output: torch.Tensor
     lists: BlockLists
     density: torch.Tensor
     backend: str
+    query_order: TokenOrder
+    key_order: TokenOrder
+    centroids: Centroids | None
 
     @property
     def factors(self) -> torch.Tensor:
@@ -50,6 +56,8 @@ def pyramid_sparse_attention(
     scale: float | None = None,
     backend: str = "auto",
     generator: torch.Generator | None = None,
+    lists: BlockLists | None = None,
+    centroids: Centroids | None = None,
 ) -> AttentionResult:
     """Attention in which every query block sees key blocks at the resolution that their importance earns.
 
@@ -61,9 +69,12 @@ def pyramid_sparse_attention(
             order and pooling: every query sees them, and as queries they see everything. None: all tokens are video,
             left in the order they have.
         query_layout: the same for the queries; by default `layout` where Lq == Lk, else none.
-        order: the token order of the keys' grid, made once with `make_order`; by default made from `config`.
+        order: the token order of the keys' grid, made once with `make_order`; by default made from `config`. Not for
+            the orders that follow the data, which are made anew in every call.
         scale: factor of the logits, by default 1/sqrt(D).
         backend: auto, triton or torch.
+        lists: levels to use instead of choosing them, such as those of an earlier step of the same shapes and config.
+        centroids: those of an earlier step, for the orders that follow the data.
         generator: random source of `sampled` importance; by default seeded with config.seed, a fresh one per call.
 
     Raises:
@@ -81,11 +92,24 @@ def pyramid_sparse_attention(
         query_layout = layout if same_length else TokenLayout((1, 1, q.shape[2]))
     if query_layout.length != q.shape[2]:
         raise ValueError(f"query_layout has {query_layout.length} tokens, q has {q.shape[2]}")
-    if order is None:
-        order = _default_order(layout, config, k.device)
-    elif order.index is not None and len(order.index) != layout.video:
-        raise ValueError(f"order was made for {len(order.index)} tokens, the grid {layout.grid} has {layout.video}")
-    query_order = order if query_layout == layout else _default_order(query_layout, config, q.device)
+    if config.order in SEMANTIC_ORDERS:
+        video = _video(q, query_layout), _video(k, layout)
+        query_order, order, centroids = semantic_orders(*video, config, query_layout.grid, centroids)
+    else:
+        if order is None:
+            order = _default_order(layout, config, k.device)
+        elif order.length not in (None, layout.video):
+            raise ValueError(f"order was made for {order.length} tokens, the grid {layout.grid} has {layout.video}")
+        query_order = order if query_layout == layout else _default_order(query_layout, config, q.device)
+        centroids = None
+    blocks = [-(-query_layout.video // config.block_q), -(-layout.video // config.block_kv)]
+    if lists is not None and (
+        list(lists.blocks.shape) != [*q.shape[:2], *blocks] or lists.levels != config.stored_factors
+    ):
+        raise ValueError(
+            f"lists are for {list(lists.blocks.shape)} pairs at {lists.levels}, not {[*q.shape[:2], *blocks]} at "
+            f"{config.stored_factors}"
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(backend, q, config.precision)
 
@@ -102,13 +126,14 @@ def pyramid_sparse_attention(
         _others(v, layout),
         generator,
         _video(output, query_layout),
+        lists,
     )
     if query_layout.before or query_layout.after:
         # Text and reference queries are few: they see everything at full resolution.
         others = F.scaled_dot_product_attention(_others(q, query_layout), k, v, scale=scale)
         output[:, :, : query_layout.before] = others[:, :, : query_layout.before]
         output[:, :, query_layout.before + query_layout.video :] = others[:, :, query_layout.before :]
-    return AttentionResult(output, lists, lists.density.mean(), name)
+    return AttentionResult(output, lists, lists.density.mean(), name, query_order, order, centroids)
 
 
 def _default_order(layout: TokenLayout, config: PyramidConfig, device: torch.device) -> TokenOrder:

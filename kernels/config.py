@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 
 MODES = ("budget", "topk", "threshold")
-ORDERS = ("raster", "curve", "tiles")
+ORDERS = ("raster", "curve", "tiles", "semantic", "hybrid")
 IMPORTANCES = ("pooled", "means", "sampled")
 REDUCTIONS = ("max", "mean")
 PRECISIONS = ("auto", "bf16", "int8")
@@ -46,8 +46,10 @@ class PyramidConfig:
             shares as they are written. Must be None in `threshold` mode and must be given in `budget` mode.
         tail: True keeps one row, the mean of the whole block, of every block that would be dropped (beyond the paper).
         block_q, block_kv: tokens per query block and per key block.
-        order: token order before the blocks are cut, see `order.py`.
+        order: token order before the blocks are cut, see `order.py` and, for `semantic` and `hybrid`, `semantic.py`.
         tile: tokens (time, height, width) of one tile of the `tiles` order.
+        clusters: most clusters of queries and of keys in the orders that follow the data.
+        cluster_iterations: of k-means, in the first step and in every later one.
         importance: `sampled` ranks blocks by a random sample of their tokens (paper), `pooled` by the means of 8
             neighbouring tokens, `means` by one mean query and one mean key per block, cheapest and least accurate.
         sample_share: share of the tokens of a block that `sampled` importance draws.
@@ -70,6 +72,8 @@ class PyramidConfig:
     block_kv: int = 64
     order: str = "raster"
     tile: tuple[int, int, int] = (1, 8, 8)
+    clusters: tuple[int, int] = (200, 1000)
+    cluster_iterations: tuple[int, int] = (50, 2)
     importance: str = "pooled"
     sample_share: float = 0.25
     reduction: str = "max"
@@ -95,6 +99,10 @@ class PyramidConfig:
             raise ConfigError("sample_share", self.sample_share, "more than 0, at most 1")
         if len(self.tile) != 3 or any(int(n) != n or n < 1 for n in self.tile):
             raise ConfigError("tile", self.tile, "three whole numbers of at least 1: time, height, width")
+        for field in ("clusters", "cluster_iterations"):
+            given = getattr(self, field)
+            if len(given) != 2 or any(int(n) != n or n < 1 for n in given):
+                raise ConfigError(field, given, "two whole numbers of at least 1")
         self._validate_sparsity()
 
     def _validated_shares(self) -> dict[int, float]:

@@ -1,7 +1,8 @@
 """Token orders: how the tokens of a video grid are lined up before they are cut into blocks.
 
 A block of neighbouring positions should be a compact cell of space and time, because it is ranked and pooled as one.
-Orders are permutations of the raster order (time, height, width). The space-filling curve of any grid is the
+Orders are permutations of the raster order (time, height, width), the same for all heads here; those that follow the
+data are in `semantic.py`. The space-filling curve of any grid is the
 generalised Hilbert curve (J. Cerveny, "gilbert", 2018), here evaluated for all boxes of one generation at once.
 """
 
@@ -38,21 +39,50 @@ class TokenLayout:
 
 @dataclasses.dataclass(frozen=True)
 class TokenOrder:
-    """A permutation and its inverse, int64 [L]: ordered[i] = raster[index[i]], raster[j] = ordered[inverse[j]].
+    """A permutation and its inverse, int64: ordered[i] = raster[index[i]], raster[j] = ordered[inverse[j]].
 
-    Both are None for the raster order, which moves nothing.
+    Both are [L], or [B, H, L] where every head has an order of its own, or None for the raster order, which moves
+    nothing.
     """
 
     index: torch.Tensor | None
     inverse: torch.Tensor | None
 
+    @classmethod
+    def of(cls, index: torch.Tensor) -> TokenOrder:
+        """The order with this index."""
+        places = torch.arange(index.shape[-1], device=index.device).expand_as(index)
+        return cls(index, torch.empty_like(index).scatter_(-1, index, places))
+
+    @property
+    def length(self) -> int | None:
+        """Tokens that it puts in order; None for the raster order, which fits any number."""
+        return None if self.index is None else self.index.shape[-1]
+
+    def __getitem__(self, part: tuple) -> TokenOrder:
+        """The order of a part of the batch and the heads."""
+        if self.index is None or self.index.ndim == 1:
+            return self
+        return TokenOrder(self.index[part], self.inverse[part])
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Put x [B, H, L, D] from raster order into this order."""
-        return x if self.index is None else x.index_select(2, self.index)
+        return x if self.index is None else _rows(x, self.index)
 
     def undo(self, x: torch.Tensor) -> torch.Tensor:
         """Put x [B, H, L, D] from this order back into raster order."""
-        return x if self.inverse is None else x.index_select(2, self.inverse)
+        return x if self.inverse is None else _rows(x, self.inverse)
+
+    def take(self, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The rows [B, H, N, D] that would be at `places` [N] of the ordered x."""
+        return _rows(x, places if self.index is None else self.index[..., places])
+
+
+def _rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of x [B, H, L, D] by an index [N] or [B, H, N]."""
+    if index.ndim == 1:
+        return x.index_select(2, index)
+    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
 
 
 def make_order(
@@ -68,8 +98,7 @@ def make_order(
     if name not in ("curve", "tiles"):
         raise ValueError(f"order: {name!r} was given; allowed: raster, curve, tiles")
     index = curve_index(grid) if name == "curve" else tiles_index(grid, tuple(tile))
-    index = index.clone().to(device)  # the cached tensor itself is never handed out
-    return TokenOrder(index, torch.empty_like(index).scatter_(0, index, torch.arange(len(index), device=device)))
+    return TokenOrder.of(index.clone().to(device))  # the cached tensor itself is never handed out
 
 
 def raster_index(grid: tuple[int, int, int]) -> torch.Tensor:

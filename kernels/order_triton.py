@@ -11,17 +11,20 @@ from .order import TokenOrder
 _ROWS = 64
 
 
-@triton.jit(do_not_specialize=["heads", "length"])
+@triton.jit(do_not_specialize=["heads", "length", "length_index"])
 def _move(
-    x_ptr, index_ptr, out_ptr, stride_xb, stride_xh, stride_xl, stride_ob, stride_oh, stride_ol, heads, length,
-    UNDO: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    x_ptr, index_ptr, out_ptr, stride_xb, stride_xh, stride_xl, stride_ob, stride_oh, stride_ol,
+    heads, length, length_index, UNDO: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rows ROWS * program_id(0) and on of head program_id(1): out[i] = x[index[i]], or out[index[i]] = x[i] to undo."""
+    """Rows ROWS * program_id(0) and on of head program_id(1): out[i] = x[index[i]], or out[index[i]] = x[i] to undo.
+
+    length_index: entries of the index before those of the next head; 0 where all share one.
+    """
     head = tl.program_id(1).to(tl.int64)
     ordered = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
     exists = ordered < length
-    raster = tl.load(index_ptr + ordered, mask=exists, other=0)
+    raster = tl.load(index_ptr + head * length_index + ordered, mask=exists, other=0)
     source, target = raster, ordered.to(tl.int64)
     if UNDO:
         source, target = target, source
@@ -50,6 +53,7 @@ def _launch(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, undo: bo
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
     _move[(triton.cdiv(length, _ROWS), batch * heads)](
-        x, index, out, *x.stride()[:3], *out.stride()[:3], heads, length,
-        UNDO=undo, ROWS=_ROWS, HEAD_DIM=dim, DIM=triton.next_power_of_2(dim), num_warps=4,
+        x, index.contiguous(), out, *x.stride()[:3], *out.stride()[:3], heads, length,
+        length if index.ndim > 1 else 0, UNDO=undo, ROWS=_ROWS, HEAD_DIM=dim, DIM=triton.next_power_of_2(dim),
+        num_warps=4,
     )  # fmt: skip

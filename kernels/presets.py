@@ -16,15 +16,22 @@ from pathlib import Path
 from .config import PyramidConfig
 
 PUBLISHED_SUFFIX = " (published)"
+_NOT_SETTINGS = ("about", "dense_steps", "published", "ours")
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A named setting. `settings` are fields of `PyramidConfig`, without `sparsity`; `about` is a sentence."""
+    """A named setting.
+
+    Attributes:
+        about: a sentence; settings: fields of `PyramidConfig`, without `sparsity`.
+        dense_steps: how many of a run's first steps it leaves dense; None where a share of the schedule says it.
+    """
 
     name: str
     about: str
     settings: dict[str, object]
+    dense_steps: int | None = None
 
     def config(self, sparsity: float | None, **changes: object) -> PyramidConfig:
         """The configuration at a target sparsity; in threshold mode density follows the data and sparsity is unused.
@@ -39,18 +46,22 @@ class Preset:
 
 
 def load_presets(path: Path | None = None) -> dict[str, Preset]:
-    """All presets by name: for every entry of the file ours under its name and the published one beside it."""
+    """All presets by name: for every entry of the file ours under its name and, where there is one, the published one
+    beside it."""
     entries = json.loads((path or Path(__file__).with_name("presets.json")).read_text(encoding="utf-8"))
     presets: dict[str, Preset] = {}
     for name, entry in entries.items():
-        settings = {key: value for key, value in entry.items() if key not in ("about", "dense_steps", "ours")}
+        settings = {key: value for key, value in entry.items() if key not in _NOT_SETTINGS}
         for field in ("shares", "similarity_cap"):
             settings[field] = {int(factor): share for factor, share in settings.get(field, {}).items()}
         # A threshold preset would leave the slider without effect; budget mode is its way to meet it.
         mode = "budget" if settings["mode"] == "threshold" else settings["mode"]
         ours = {"mode": mode, "shares": settings["shares"], "order": settings["order"], "tail": False}
         ours |= {"importance": "pooled"} | entry.get("ours", {})
-        presets[name] = Preset(name, f"{entry['about']}: its pyramid, met to the slider's sparsity", ours)
+        steps = ours.pop("dense_steps", None)
+        presets[name] = Preset(name, f"{entry['about']}: its pyramid, met to the slider's sparsity", ours, steps)
+        if not entry.get("published", True):
+            continue
         published = settings | {"tail": False, "importance": "sampled"}
         about = f"{entry['about']}, as published (dense steps: {entry['dense_steps']})"
         presets[name + PUBLISHED_SUFFIX] = Preset(name + PUBLISHED_SUFFIX, about, published)

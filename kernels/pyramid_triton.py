@@ -45,16 +45,17 @@ def _largest(rows, mean, there, INT8: tl.constexpr):
     return rows, tl.max(tl.abs(rows), 1)
 
 
-@triton.jit(do_not_specialize=["heads", "length", "blocks", "coarse_rows"])
+@triton.jit(do_not_specialize=["heads", "length", "length_index", "blocks", "coarse_rows"])
 def _pool(
     x_ptr, index_ptr, mean_ptr, fine_ptr, coarse_ptr, scales_ptr, summary_ptr,
-    stride_b, stride_h, stride_l, heads, length, blocks, coarse_rows,
+    stride_b, stride_h, stride_l, heads, length, length_index, blocks, coarse_rows,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, SUMMARY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, FINE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Blocks BLOCKS * program_id(0) and on of head `program_id(1)`, read as groups of 8 neighbouring tokens.
 
-    x: [B, H, L, D] with unit stride in D. FACTORS: pooling factors of the levels, finest first; those above 1 lie in
+    x: [B, H, L, D] with unit stride in D. length_index: entries of the index before those of the next head; 0 where all
+    share one. FACTORS: pooling factors of the levels, finest first; those above 1 lie in
     `coarse` [B, H, coarse_rows, D], level after level. FINE: whether level 1 is written, to `fine` [B, H, L, D].
     SUMMARY: a factor whose means are also written to `summary` [B, H, blocks * BLOCK / SUMMARY, D], with the mean key
     and never rounded to int8; 0 for none.
@@ -82,7 +83,7 @@ def _pool(
         token = first + group * 8 + i
         source = token
         if ORDERED:
-            source = tl.load(index_ptr + token, mask=token < length, other=0)
+            source = tl.load(index_ptr + head * length_index + token, mask=token < length, other=0)
         address = base + source[:, None].to(tl.int64) * stride_l + dims[None, :]
         mask = (token < length)[:, None] & dim_exists[None, :]
         rows = rows + (tl.load(address, mask=mask, other=0).to(tl.float32),)
@@ -212,13 +213,15 @@ def _launch(
     blocks = -(-length // block)
     at_once = max(1, 128 // block)
     # A tensor that is not there is never touched; any may stand in its place.
-    index, mean_, fine_, coarse_, scales_, summary_ = (
-        x if tensor is None else tensor for tensor in (order.index, mean, fine, coarse, scales, summary)
+    index = None if order.index is None else order.index.contiguous()
+    index_, mean_, fine_, coarse_, scales_, summary_ = (
+        x if tensor is None else tensor for tensor in (index, mean, fine, coarse, scales, summary)
     )
     _pool[(-(-blocks // at_once), batch * heads)](
-        x, index, mean_, fine_, coarse_, scales_, summary_,
-        *x.stride()[:3], heads, length, blocks, 0 if coarse is None else coarse.shape[2],
+        x, index_, mean_, fine_, coarse_, scales_, summary_,
+        *x.stride()[:3], heads, length, length if index is not None and index.ndim > 1 else 0, blocks,
+        0 if coarse is None else coarse.shape[2],
         FACTORS=factors or (0,), LEVELS=len(factors), SUMMARY=summary_factor, BLOCK=block, BLOCKS=at_once, HEAD_DIM=dim,
-        DIM=max(16, triton.next_power_of_2(dim)), ORDERED=order.index is not None, FINE=fine is not None,
+        DIM=max(16, triton.next_power_of_2(dim)), ORDERED=index is not None, FINE=fine is not None,
         INT8=scales is not None, num_warps=4,
     )  # fmt: skip

@@ -29,13 +29,18 @@ def attend_video(
     extra_v: torch.Tensor | None,
     generator: torch.Generator | None,
     out: torch.Tensor,
+    lists: BlockLists | None = None,
 ) -> BlockLists:
-    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`."""
+    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
+
+    lists: levels to use instead of choosing them. Returns those that were used.
+    """
     q, k, v = query_order.apply(q), key_order.apply(k), key_order.apply(v)
-    scores = importance(q, k, config, scale, generator)
-    cap = similarity_cap(k, config.similarity_cap, config.block_kv) if config.similarity_cap else None
-    factors = choose_levels(scores, config, cap)
+    if lists is None:
+        scores = importance(q, k, config, scale, generator)
+        cap = similarity_cap(k, config.similarity_cap, config.block_kv) if config.similarity_cap else None
+        key_tokens = block_tokens(k.shape[2], config.block_kv, k.device)
+        lists = group_by_level(choose_levels(scores, config, cap), config.stored_factors, key_tokens)
     pyramid = build_pyramid(k, v, config.stored_factors, config.block_kv)
-    out.copy_(query_order.undo(attend_streaming(q, pyramid, factors, config.block_q, scale, extra_k, extra_v)))
-    key_tokens = block_tokens(k.shape[2], config.block_kv, k.device)
-    return group_by_level(factors, config.stored_factors, key_tokens)
+    out.copy_(query_order.undo(attend_streaming(q, pyramid, lists.factors(), config.block_q, scale, extra_k, extra_v)))
+    return lists

@@ -34,10 +34,31 @@ def attend_video(
     extra_v: torch.Tensor | None,
     generator: torch.Generator | None,
     out: torch.Tensor,
+    lists: BlockLists | None = None,
 ) -> BlockLists:
-    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`."""
-    sampling, int8 = config.importance == "sampled", config.precision == "int8"
-    if sampling:
+    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
+
+    lists: levels to use instead of choosing them. Returns those that were used.
+    """
+    if lists is None:
+        lists = _choose(q, k, config, query_order, key_order, scale, generator)
+    for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
+        others = (None, None) if extra_k is None else (extra_k[part], extra_v[part])
+        orders = query_order[part], key_order[part]
+        _attend_part(q[part], k[part], v[part], lists[part], config, *orders, scale, *others, out[part])
+    return lists
+
+
+def _choose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    generator: torch.Generator | None,
+) -> BlockLists:
+    if config.importance == "sampled":
         generator = generator or default_generator(config, q.device)
         chosen_q = _sampled(q, config.block_q, config.sample_share, generator, query_order)
         chosen_k = _sampled(k, config.block_kv, config.sample_share, generator, key_order)
@@ -47,22 +68,33 @@ def attend_video(
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
-    lists = choose_lists_triton(scores, config, cap, k.shape[2])
-    del scores, chosen_q, chosen_k
-    for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
-        pyramid = build_pyramid_triton(k[part], v[part], config.stored_factors, config.block_kv, key_order, int8=int8)
-        others = None if extra_k is None else extra_k[part]
-        if int8 and extra_k is not None:
-            others = (others - pyramid.mean).to(q.dtype)
-        queries = apply_order_triton(q[part], query_order)
-        result = out[part] if query_order.index is None else queries
-        attend_triton(
-            queries, pyramid, lists[part], config.block_q, scale, others, None if extra_v is None else extra_v[part],
-            result, uneven=config.mode != "topk",
-        )  # fmt: skip
-        if result is queries:
-            undo_order_triton(queries, query_order, out[part])
-    return lists
+    return choose_lists_triton(scores, config, cap, k.shape[2])
+
+
+def _attend_part(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    extra_k: torch.Tensor | None,
+    extra_v: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """A function of its own, so that its copies are given back before the next part makes its own."""
+    int8 = config.precision == "int8"
+    pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
+    if int8 and extra_k is not None:
+        extra_k = (extra_k - pyramid.mean).to(q.dtype)
+    ordered = apply_order_triton(q, query_order)
+    result = out if ordered is q else ordered
+    uneven = config.mode != "topk"
+    attend_triton(ordered, pyramid, lists, config.block_q, scale, extra_k, extra_v, result, uneven=uneven)
+    if ordered is not q:
+        undo_order_triton(ordered, query_order, out)
 
 
 def _parts(batch: int, heads: int, *, whole: bool) -> Iterator[tuple[slice, slice]]:
@@ -88,5 +120,5 @@ def _sampled(
 ) -> Representatives:
     """As `importance.sampled` of the ordered x."""
     rows = sample_rows(x.shape[2], block, share, generator, x.device).flatten()
-    rows = rows if order.index is None else order.index[rows]
-    return Representatives(x.index_select(2, rows).contiguous(), x.shape[2], block, 1, sample_count(block, share))
+    chosen = order.take(x, rows).contiguous()
+    return Representatives(chosen, x.shape[2], block, 1, sample_count(block, share))

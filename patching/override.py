@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ..kernels.attention import pyramid_sparse_attention
+from ..kernels.attention import AttentionResult, pyramid_sparse_attention
 from ..kernels.backends import BackendError
+from . import core
 from .run import Run, log
 
 RUN_KEY = "psa_run"
-OVERRIDE_KEY = "optimized_attention_override"
 
 
 class PSAOverride:
@@ -29,12 +29,19 @@ class PSAOverride:
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attention of q, k, v [B, L, H*D], or [B, H, L, D] with `skip_reshape`; see ComfyUI's attention functions."""
+        if len(args) >= 3 and args[0].shape != args[1].shape:
+            return self._hand_on(func, *args, **kwargs)  # cross-attention: a compiled model need not stop for it
         return self._untraced(func, *args, **kwargs)
+
+    def _hand_on(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.previous is not None:
+            return self.previous(func, *args, **kwargs)
+        return func(*args, **kwargs)
 
     def _attend(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         run: Run | None = (kwargs.get("transformer_options") or {}).get(RUN_KEY)
         if run is not None and len(args) >= 3 and is_self_attention(run, *args[:3], **kwargs):
-            run.begin_self_attention(kwargs["transformer_options"].get("block_index"))
+            run.begin_self_attention(core.block_index(kwargs["transformer_options"]))
             reason = None
             if run.active:
                 reason = decline_reason(run, *args, **kwargs)
@@ -47,9 +54,7 @@ class PSAOverride:
                 run.dense_call()
             else:
                 run.fell_back(reason)
-        if self.previous is not None:
-            return self.previous(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        return self._hand_on(func, *args, **kwargs)
 
 
 def is_self_attention(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> bool:
@@ -72,11 +77,12 @@ def decline_reason(
         return f"{tokens} tokens are fewer than min_tokens {settings.min_tokens}; dense is usually faster there"
     if tokens != layout.length:
         grid = "x".join(map(str, layout.grid))
-        return f"{tokens} tokens, but the video grid {grid} has {layout.length}: reference tokens are not served yet"
+        known = f"{layout.before} + {grid} + {layout.after} tokens"
+        return f"{tokens} tokens, but {known} are expected of this model: something else has added some"
     if tokens in run.context_tokens:
         return f"the video and the conditioning both have {tokens} tokens, so self-attention cannot be told apart"
-    if tokens < 2 * settings.config.block_q:
-        return f"{tokens} tokens are fewer than two query blocks of {settings.config.block_q}"
+    if layout.video < 2 * settings.config.block_q:
+        return f"{layout.video} video tokens are fewer than two query blocks of {settings.config.block_q}"
     if not q.is_floating_point() or q.element_size() < 2:
         return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served"
     if run.block in settings.dense_blocks:
@@ -90,18 +96,54 @@ def _sparse(
     """PSA on one call; None when it failed, with the reason in `run.failure` (the rest of the run is dense)."""
     if not kwargs.get("skip_reshape"):
         q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    try:
-        result = pyramid_sparse_attention(
-            q, k, v, run.settings.config, layout=run.layout, order=run.order(q.device), backend=run.settings.backend
-        )
-    except BackendError as error:
-        run.failure = str(error)
-        return None
-    except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
-        run.failure = f"PSA failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        log.debug("PSA: the failure in full", exc_info=True)
+    result = None
+    while result is None and run.failure is None:
+        result = _try(run, q, k, v, kwargs.get("scale"))
+    if result is None:
         return None
     run.sparse_call(run.block, result)
     if kwargs.get("skip_output_reshape"):
         return result.output
     return result.output.transpose(1, 2).flatten(2)
+
+
+def _try(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> AttentionResult | None:
+    """PSA on q, k, v [B, H, L, D] in `run.parts` groups of heads.
+
+    None when that failed: either there are more parts now, because memory was full, or `run.failure` says why. It
+    returns before anything is tried again, because an error that is being handled keeps what it was computing alive.
+    """
+    try:
+        results = [
+            pyramid_sparse_attention(
+                *part,
+                run.settings.config,
+                layout=run.layout,
+                order=run.order(q.device),
+                scale=scale,
+                backend=run.settings.backend,
+            )
+            for part in zip(*(x.chunk(run.parts, 1) for x in (q, k, v)), strict=True)
+        ]
+        return results[0] if len(results) == 1 else _together(results)
+    except BackendError as error:
+        run.failure = str(error)
+    except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
+        if not core.is_out_of_memory(error):
+            run.failure = f"PSA failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            log.debug("PSA: the failure in full", exc_info=True)
+        elif run.parts < q.shape[1]:
+            run.parts = min(2 * run.parts, q.shape[1])
+        else:
+            run.failure = "PSA ran out of memory, even with one head at a time"
+    if run.failure is None:
+        log.warning("PSA: out of memory; going on in %d groups of heads", run.parts)
+        core.free_cached_memory()
+    return None
+
+
+def _together(results: list[AttentionResult]) -> AttentionResult:
+    """Results of groups of heads as one; the lists are those of the first group."""
+    output = torch.cat([result.output for result in results], 1)
+    density = torch.stack([result.density for result in results]).mean()
+    return AttentionResult(output, results[0].lists, density, results[0].backend)

@@ -1,7 +1,7 @@
 """Patch a loaded ComfyUI model with PSA, and take the patch off again: a clone is changed, never the model itself.
 
-Two keyed wrappers carry the run: OUTER_SAMPLE makes it and drops it, DIFFUSION_MODEL tells it the step and the grid.
-Everything that touches ComfyUI's internals for patching stands here.
+Two keyed wrappers carry the run: the one around sampling makes it and drops it, the one around a model call tells it
+the step and the grid. What is assumed about ComfyUI's insides stands in `core.py`.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from . import core
 from .family import Family, find_family
 from .layout import CallReader
-from .override import OVERRIDE_KEY, RUN_KEY, PSAOverride
+from .override import RUN_KEY, PSAOverride
 from .report import make_report
 from .run import Run, log
 from .settings import PatchSettings, make_settings
 
 KEY = "psa"
+
+_SCHEDULE_BEGINS = 0.005
+"""Percent before which a run counts as begun at the schedule's beginning."""
 
 
 @dataclasses.dataclass
@@ -38,6 +42,7 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
     Raises:
         InputError: an input is wrong, naming it.
     """
+    core.require_model(model)
     family = find_family(model)
     if isinstance(family, str):
         make_settings(sparsity=sparsity or 0.5, preset="wan2.1-14b" if preset == "auto" else preset, **inputs)
@@ -51,6 +56,8 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
     if settings.config.sparsity is None:
         log.info("PSA: threshold mode: sparsity follows the data, the slider (%.2f) does not act", sparsity)
     log.info("PSA: %s, preset %s, %s", family.name, preset, settings.config)
+    if settings.dense_steps is not None:
+        log.info("PSA: preset %s: dense steps: %d; start_percent does not act", preset, settings.dense_steps)
     if family.advice is not None:
         log.warning("PSA: %s", family.advice)
     return apply_patch(model, settings, family)
@@ -58,53 +65,69 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
 
 def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
     """A clone of `model` with override and wrappers in place; an earlier PSA patch on it is replaced."""
-    import comfy.patcher_extension
-
     patched = remove_patch(model)
     handle = PatchHandle("patched", settings)
-    options = patched.model_options["transformer_options"]
-    options[OVERRIDE_KEY] = PSAOverride(options.get(OVERRIDE_KEY))
+    previous = core.get_override(patched)
+    if previous is not None:
+        log.info("PSA: the attention override that was there before computes what PSA leaves dense")
+    core.set_override(patched, PSAOverride(previous))
 
     def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
-        sampling = guider.model_patcher.get_model_object("model_sampling")
         run = Run(
             settings,
-            float(sampling.percent_to_sigma(settings.start_percent)),
-            float(sampling.percent_to_sigma(settings.end_percent)),
+            _sigma_start(settings, guider, core.run_sigmas(args, kwargs)),
+            core.percent_to_sigma(guider, settings.end_percent),
             pictured_block=family.blocks // 2,
         )
-        # The guider's options are a copy made for this run, so nothing of it outlives the run.
-        guider.model_options["transformer_options"][RUN_KEY] = run
+        options = core.run_options(guider)
+        options[RUN_KEY] = run
         try:
-            return executor(*args, **kwargs)
+            output = executor(*args, **kwargs)
+            _warn_if_unreached(run)
+            return output
         finally:
-            guider.model_options["transformer_options"].pop(RUN_KEY, None)
+            options.pop(RUN_KEY, None)
             run.end()
             handle.report = make_report(run)
 
-    wrappers = comfy.patcher_extension.WrappersMP
-    patched.add_wrapper_with_key(wrappers.OUTER_SAMPLE, KEY, outer_sample)
-    patched.add_wrapper_with_key(wrappers.DIFFUSION_MODEL, KEY, _model_call_wrapper(family.read_call))
+    core.add_wrappers(patched, KEY, sampling=outer_sample, before_call=_before_call(family.read_call))
     patched.set_attachments(KEY, handle)
     return patched
 
 
+def _warn_if_unreached(run: Run) -> None:
+    """Say so when a whole run went past PSA, which no single call can notice."""
+    reason = None
+    if not run.steps:
+        reason = "no call of the model came to PSA in this run: a cache or a compiled model answered all of them"
+    elif not any(step.densities or step.dense_calls for step in run.steps):
+        reason = (
+            "no self-attention came to PSA in this run: a node behind PSA Patch has put its own attention in place; "
+            "wire PSA Patch behind it"
+        )
+    if reason is not None:
+        log.warning("PSA: %s", reason)
+        run.fallbacks[reason] += 1
+
+
+def _sigma_start(settings: PatchSettings, guider: Any, sigmas: list[float]) -> float:
+    """The noise level at which PSA begins. A preset that counts steps counts them where the schedule begins: the second
+    of two samplers that share one schedule, and an image that is only reworked, have no dense steps."""
+    if settings.dense_steps is None:
+        return core.percent_to_sigma(guider, settings.start_percent)
+    if sigmas[0] < core.percent_to_sigma(guider, _SCHEDULE_BEGINS):
+        return sigmas[0]
+    return sigmas[min(settings.dense_steps, len(sigmas) - 1)]
+
+
 def remove_patch(model: Any) -> Any:
     """A clone of `model` without PSA: whatever override was there before is back."""
-    import comfy.patcher_extension
-
     clone = model.clone()
-    options = clone.model_options.setdefault("transformer_options", {})
-    override = options.get(OVERRIDE_KEY)
+    override = core.get_override(clone)
     if isinstance(override, PSAOverride):
-        if override.previous is None:
-            del options[OVERRIDE_KEY]
-        else:
-            options[OVERRIDE_KEY] = override.previous
-    wrappers = comfy.patcher_extension.WrappersMP
-    for kind in (wrappers.OUTER_SAMPLE, wrappers.DIFFUSION_MODEL):
-        clone.remove_wrappers_with_key(kind, KEY)
+        core.set_override(clone, override.previous)
+    core.remove_wrappers(clone, KEY)
     clone.remove_attachments(KEY)
     return clone
 
@@ -115,19 +138,12 @@ def _unpatched(model: Any, note: str) -> Any:
     return clone
 
 
-def _model_call_wrapper(read_call: CallReader) -> Any:
-    def diffusion_model(executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
-        """DIFFUSION_MODEL wrapper: tells the run its step and where the tokens lie."""
-        options = kwargs.get("transformer_options")
-        if options is None:
-            options = next((arg for arg in args if isinstance(arg, dict)), {})
+def _before_call(read_call: CallReader) -> Any:
+    def before_call(network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
+        """Tells the run its step and where the tokens lie."""
         run: Run | None = options.get(RUN_KEY)
         if run is not None:
-            # One read from the device per model call; attention calls must not do it.
-            sigma = float(options["sigmas"].flatten()[0])
-            schedule = options.get("sample_sigmas")
-            step = 0 if schedule is None else int((schedule > sigma * (1 + 1e-4)).sum())
-            run.begin_model_call(sigma, step, *read_call(executor.class_obj, x, context, args, kwargs))
-        return executor(x, timestep, context, *args, **kwargs)
+            sigma = core.current_sigma(options)
+            run.begin_model_call(sigma, core.current_step(options, sigma), *read_call(network, x, context, conds))
 
-    return diffusion_model
+    return before_call

@@ -19,6 +19,8 @@ from .settings import PatchSettings
 
 log = logging.getLogger("ComfyUI-PSA")
 
+_ROUNDING = 1e-5
+
 
 @dataclasses.dataclass
 class Step:
@@ -53,7 +55,9 @@ def is_active(sigma: float, sigma_start: float, sigma_end: float) -> bool:
 
 
 class Run:
-    """State of one run. `active` says whether the current model call lies in PSA's part of the schedule."""
+    """State of one run. `active` says whether the current model call lies in PSA's part of the schedule; `failure` why
+    the rest of the run is dense; `parts` in how many groups of heads a call is computed, more than one where memory is
+    short."""
 
     def __init__(self, settings: PatchSettings, sigma_start: float, sigma_end: float, pictured_block: int) -> None:
         self.settings = settings
@@ -65,6 +69,7 @@ class Run:
         self.active = False
         self.block = -1
         self.failure: str | None = None
+        self.parts = 1
         self.backend: str | None = None
         self.level_map: LevelMap | None = None
         self.steps: list[Step] = []

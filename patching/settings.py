@@ -20,6 +20,7 @@ class PatchSettings:
     Attributes:
         config: the pyramid; preset: the name it came from.
         start_percent, end_percent: part of the schedule in which PSA is active, as ComfyUI counts percent.
+        dense_steps: how many steps stay dense where the schedule begins, in place of start_percent; None for percent.
         dense_blocks: indices of transformer blocks that stay dense.
         min_tokens: shorter sequences stay dense.
         backend: auto, triton or torch; verbose: log every step.
@@ -33,6 +34,7 @@ class PatchSettings:
     min_tokens: int = 12288
     backend: str = "auto"
     verbose: bool = False
+    dense_steps: int | None = None
 
 
 def make_settings(
@@ -92,6 +94,7 @@ def make_settings(
         min_tokens=min_tokens,
         backend=backend,
         verbose=verbose,
+        dense_steps=presets[preset].dense_steps,
     )
 
 

@@ -63,3 +63,12 @@ def comfyui():
     comfy.cli_args.args.cpu = True
     comfy.cli_args.args.use_pytorch_cross_attention = True
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_wan(comfyui):
+    """The module `tiny_wan.py` beside this file: tiny random Wan models of every variant."""
+    spec = importlib.util.spec_from_file_location("tiny_wan", Path(__file__).with_name("tiny_wan.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -204,6 +204,30 @@ def test_the_whole_call_is_that_of_the_torch_backend(triton_device, random_tenso
     assert first.density.item() == pytest.approx(second.density.item(), abs=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("batch", "order", "importance"),
+    [
+        (2, "raster", "pooled"),
+        (1, "curve", "pooled"),
+        (2, "curve", "pooled"),
+        (1, "semantic", "pooled"),
+        (2, "hybrid", "sampled"),
+    ],
+)
+def test_heads_go_in_parts(triton_device, random_tensor, batch, order, importance):
+    """With the levels given, so that no pair can fall to the other side of a cut."""
+    layout = TokenLayout((3, 8, 9), before=5)
+    dtype, tolerance = (torch.float32, 2e-5) if triton_device == "cpu" else (torch.float16, 4e-3)
+    q, k, v = (random_tensor(batch, 3, layout.length, 16, seed=s).to(triton_device, dtype) for s in (1, 2, 3))
+    config = PyramidConfig(sparsity=0.7, block_q=32, block_kv=32, order=order, importance=importance)
+    expected = pyramid_sparse_attention(q, k, v, config, layout=layout, backend="torch")
+    if importance == "sampled":  # the same representatives, through the index of each head
+        got = pyramid_sparse_attention(q, k, v, config, layout=layout, backend="triton")
+        assert (got.factors != expected.factors).float().mean() < 0.03
+    got = pyramid_sparse_attention(q, k, v, config, layout=layout, backend="triton", lists=expected.lists)
+    torch.testing.assert_close(got.output, expected.output, atol=tolerance, rtol=tolerance)
+
+
 def _curve(device):
     from comfyui_psa.kernels.order import curve_index
 

@@ -240,3 +240,27 @@ def test_a_backend_that_cannot_serve_says_why(random_tensor, monkeypatch):
         pyramid_sparse_attention(q, k, v, FULL, backend="triton")
     with pytest.raises(ValueError, match="backend"):
         pyramid_sparse_attention(q, k, v, FULL, backend="numpy")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_levels_of_another_call_can_be_used(oracle, random_tensor, batch):
+    """Attention over given levels, whatever the queries and keys now say."""
+    layout = LAYOUTS[1]
+    config = dataclasses.replace(BUDGET, order="curve")
+    lists = pyramid_sparse_attention(*qkv(random_tensor, layout.length, batch=batch), config, layout=layout).lists
+    q, k, v = (random_tensor(batch, 2, layout.length, 16, seed=seed) for seed in (7, 8, 9))
+    result = pyramid_sparse_attention(q, k, v, config, layout=layout, lists=lists)
+    assert result.lists is lists
+    video = layout.before + make_order("curve", GRID).index
+    expected = oracle.attend_all(
+        q[:, :, video], k[:, :, video], v[:, :, video], lists.factors(), 32, 32, 0.25, k[:, :, :11], v[:, :, :11]
+    )
+    torch.testing.assert_close(result.output[:, :, video].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_levels_of_other_shapes_are_refused(random_tensor):
+    lists = pyramid_sparse_attention(*qkv(random_tensor, 200), BUDGET).lists
+    with pytest.raises(ValueError, match=r"lists are for \[1, 2, 7, 7\] pairs"):
+        pyramid_sparse_attention(*qkv(random_tensor, 300), BUDGET, lists=lists)
+    with pytest.raises(ValueError, match=r"at \(1, 2, 4, 8, 32\), not"):
+        pyramid_sparse_attention(*qkv(random_tensor, 200), dataclasses.replace(BUDGET, tail=False), lists=lists)

@@ -18,7 +18,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65_536),
 }
-INTEGERS = {"heads", "length_q", "length_k", "length", "extra", "n_q", "n_k", "blocks", "coarse_rows"}
+INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "extra", "n_q", "n_k", "blocks", "coarse_rows"}
 
 
 def compile_for(gpu, kernel, pointers, constants, floats=("scale",), **options):

@@ -38,7 +38,15 @@ def test_published_numbers(name):
 
 
 def test_every_published_preset_has_one_of_ours():
-    assert set(load_presets()) == {*PUBLISHED, *(name + " (published)" for name in PUBLISHED)}
+    assert set(load_presets()) == {*PUBLISHED, *(name + " (published)" for name in PUBLISHED), "wan-4step-lora"}
+
+
+def test_the_4_step_preset_says_its_dense_share_in_steps_and_is_the_default_otherwise():
+    presets = load_presets()
+    assert {name: preset.dense_steps for name, preset in presets.items() if preset.dense_steps is not None} == {
+        "wan-4step-lora": 1
+    }
+    assert presets["wan-4step-lora"].config(0.85) == presets["module-default"].config(0.85)
 
 
 @pytest.mark.parametrize("name", list(PUBLISHED))

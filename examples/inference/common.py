@@ -1,0 +1,86 @@
+"""What the example scripts share: the pack, from its clone or installed, the command line, one run of a pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_pack(root: Path = ROOT) -> ModuleType:
+    """The package `comfyui_psa`: as installed with pip, or else from this clone. Its folder never goes on sys.path."""
+    if "comfyui_psa" in sys.modules:
+        return sys.modules["comfyui_psa"]
+    if importlib.util.find_spec("comfyui_psa") is None:
+        spec = importlib.util.spec_from_file_location(
+            "comfyui_psa", root / "__init__.py", submodule_search_locations=[str(root)]
+        )
+        sys.modules["comfyui_psa"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["comfyui_psa"])
+    return importlib.import_module("comfyui_psa")
+
+
+def make_parser(about: str, *, model: str, steps: int, guidance: float, size: tuple[int, int, int]) -> Any:
+    """The arguments of every example. size: width, height, frames."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", default=model, help="a name of this script, a repository of the hub, or a folder")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--negative_prompt", default="")
+    parser.add_argument("--use_psa", action="store_true", help="attend with PSA; without it the pipeline is diffusers'")
+    parser.add_argument("--sparsity", type=float, default=0.85, help="share of the attention work saved, 0 to 0.97")
+    parser.add_argument("--preset", default="auto", help="a preset of kernels/presets.json")
+    parser.add_argument("--warmup", type=float, default=0.3, help="share of the steps that stay dense")
+    parser.add_argument("--no_warmup", action="store_true", help="no step stays dense")
+    parser.add_argument("--min_tokens", type=int, default=12288, help="shorter sequences stay dense")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--guidance", type=float, default=guidance)
+    for name, value in zip(("width", "height", "frames"), size, strict=True):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, default=Path("video.mp4"))
+    return parser
+
+
+def run(pipe: Any, arguments: argparse.Namespace, fps: int) -> None:
+    """Patch where asked, make the video, write it and say what was done."""
+    import torch
+    from diffusers.utils import export_to_video
+
+    load_pack()
+    from comfyui_psa.for_diffusers import apply_psa
+
+    applied = None
+    if arguments.use_psa:
+        warm_up = 0 if arguments.no_warmup else arguments.warmup
+        applied = apply_psa(
+            pipe, arguments.sparsity, arguments.preset, warm_up=warm_up, min_tokens=arguments.min_tokens
+        )
+    began = time.perf_counter()
+    frames = pipe(
+        prompt=arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance,
+        width=arguments.width,
+        height=arguments.height,
+        num_frames=arguments.frames,
+        generator=torch.Generator().manual_seed(arguments.seed),
+    ).frames[0]
+    seconds = time.perf_counter() - began
+    export_to_video(frames, str(arguments.output), fps=fps)
+    print(f"{arguments.output}: {len(frames)} frames in {seconds:.1f} s")
+    if applied is not None:
+        sparsity = applied.mean_sparsity()
+        print(
+            f"PSA: {applied.sparse_calls} sparse attention calls, mean sparsity "
+            f"{'-' if sparsity is None else f'{sparsity:.3f}'}, {applied.dense_calls} dense"
+        )
+        for reason, calls in applied.fallbacks.items():
+            print(f"PSA: {calls} calls stayed dense: {reason}")

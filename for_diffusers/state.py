@@ -1,0 +1,114 @@
+"""The state of a patched transformer: step and grid of its current call, and what its attention calls came to."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+
+from ..kernels.attention import pyramid_sparse_attention
+from ..kernels.config import PyramidConfig
+from ..kernels.order import TokenLayout, TokenOrder, make_order
+
+log = logging.getLogger("ComfyUI-PSA")
+
+
+class CallState:
+    """Decides for every attention call of one transformer; counts what it decided."""
+
+    def __init__(
+        self,
+        config: PyramidConfig,
+        scheduler: Any,
+        warm_up: float | int,
+        dense_blocks: frozenset[int],
+        min_tokens: int,
+        backend: str,
+        off: bool,
+    ) -> None:
+        self.config, self.scheduler, self.warm_up = config, scheduler, warm_up
+        self.dense_blocks, self.min_tokens, self.backend, self.off = dense_blocks, min_tokens, backend, off
+        self.layout: TokenLayout | None = None
+        self.active = False
+        self.sparse_calls = 0
+        self.dense_calls = 0
+        self.fallbacks: Counter[str] = Counter()
+        self.densities: list[torch.Tensor] = []
+        self._orders: dict[tuple, TokenOrder] = {}
+
+    def begin_call(self, layout: TokenLayout, timestep: torch.Tensor | float) -> None:
+        """Before a forward of the transformer. One read from the device where there is a warm-up."""
+        self.layout = layout
+        self.active = not self.off and self._past_warm_up(timestep)
+
+    def _past_warm_up(self, timestep: torch.Tensor | float) -> bool:
+        if not self.warm_up:
+            return True
+        # A timestep of Wan2.2 5B is one per token, zero where an image is given.
+        now = float(torch.as_tensor(timestep).max())
+        listed = self.scheduler.timesteps.double().unique()
+        done = int((listed > now * (1 + 1e-6)).sum())
+        steps = self.warm_up if isinstance(self.warm_up, int) else self.warm_up * len(listed)
+        return done >= steps - 1e-6
+
+    def attend(
+        self,
+        block: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> torch.Tensor | None:
+        """PSA on query, key, value [B, H, L, D], with the arguments of scaled_dot_product_attention.
+
+        None where the call stays dense; that is counted and, once for each reason, logged.
+        """
+        if not self.active:
+            self.dense_calls += 1
+            return None
+        reason = self._decline_reason(block, query, key, attn_mask, dropout_p, is_causal)
+        if reason is None:
+            try:
+                order = self._order(query.device)
+                result = pyramid_sparse_attention(
+                    query, key, value, self.config, layout=self.layout, order=order, scale=scale, backend=self.backend
+                )
+            except Exception as error:  # dense is always better than a dead pipeline
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            else:
+                self.sparse_calls += 1
+                self.densities.append(result.density)
+                return result.output
+        if not self.fallbacks[reason]:
+            log.warning("PSA: staying dense: %s", reason)
+        self.fallbacks[reason] += 1
+        self.dense_calls += 1
+        return None
+
+    def _decline_reason(
+        self, block: int, q: torch.Tensor, k: torch.Tensor, mask: Any, dropout_p: float, is_causal: bool
+    ) -> str | None:
+        tokens = q.shape[2]
+        if mask is not None or is_causal or dropout_p:
+            return "the attention call carries a mask"
+        if q.shape != k.shape or tokens != self.layout.length:
+            return f"{tokens} and {k.shape[2]} tokens, but {self.layout.length} are expected of this model"
+        if tokens < self.min_tokens:
+            return f"{tokens} tokens are fewer than min_tokens {self.min_tokens}; dense is usually faster there"
+        if self.layout.video < 2 * self.config.block_q:
+            return f"{self.layout.video} video tokens are fewer than two query blocks of {self.config.block_q}"
+        if block in self.dense_blocks:
+            return f"block {block} is listed in dense_blocks"
+        return None
+
+    def _order(self, device: torch.device) -> TokenOrder:
+        key = (self.layout.grid, device)
+        if key not in self._orders:
+            self._orders[key] = make_order(self.config.order, self.layout.grid, self.config.tile, device)
+        return self._orders[key]

@@ -1,0 +1,144 @@
+"""What PSA assumes about ComfyUI's insides, all of it, one function per assumption; checked on 0.30.0.
+
+Each has a test of its own in tests/patching/test_core.py: when a newer core changes something, the name of the test
+that fails says what. What a model's forward receives is the one other assumption; it stands in `layout.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+
+Override = Callable[..., torch.Tensor]
+
+OVERRIDE_KEY = "optimized_attention_override"
+"""Key in transformer_options under which every attention function looks for a replacement: f(func, q, k, v, heads)."""
+
+_COMPILE_KEY = "torch.compile"
+"""Key of the wrapper that ComfyUI's compile nodes put around a model."""
+_APPLY_MODEL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
+
+
+def require_model(model: Any, node: str = "PSA Patch") -> None:
+    """Raise InputError where a node was given something else than a MODEL, which the API lets through."""
+    if not all(hasattr(model, name) for name in ("model", "model_options", "clone", "get_model_object")):
+        raise InputError("model", model, "the MODEL output of a loader", node)
+
+
+def unet_config(model: Any) -> Mapping[str, Any]:
+    """What ComfyUI found out about the checkpoint of a MODEL (ModelPatcher); empty where it has none."""
+    return getattr(getattr(model.model, "model_config", None), "unet_config", {})
+
+
+def is_causal_wan(model: Any) -> bool:
+    """Whether a MODEL is Wan's autoregressive variant; its config says t2v like the others."""
+    return type(model.model).__name__ == "WAN21_CausalAR"
+
+
+def network_of(model: Any) -> Any:
+    """The diffusion transformer of a MODEL, with whatever was patched onto it."""
+    return model.get_model_object("diffusion_model")
+
+
+def get_override(model: Any) -> Override | None:
+    """The attention override of a MODEL; a clone has a dictionary of its own."""
+    return model.model_options.get("transformer_options", {}).get(OVERRIDE_KEY)
+
+
+def set_override(model: Any, override: Override | None) -> None:
+    """Put an attention override on a MODEL, or take it off."""
+    options = model.model_options.setdefault("transformer_options", {})
+    if override is None:
+        options.pop(OVERRIDE_KEY, None)
+    else:
+        options[OVERRIDE_KEY] = override
+
+
+def add_wrappers(model: Any, key: str, *, sampling: Callable, before_call: Callable) -> None:
+    """Wrap a MODEL's whole sampling run, and have something done before every forward of its network.
+
+    The second wrapper stands outside the network, so that a compiled network knows nothing of it.
+
+    Args:
+        sampling: sampling(executor, *args, **kwargs) calls the executor and returns its result; `executor.class_obj` is
+            the guider.
+        before_call: before_call(network, x, context, options, conds): latent [B, C, T, H, W] and context [B, L, C] of
+            the forward, its transformer_options, and everything else that it gets, by name.
+    """
+    import comfy.patcher_extension
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        x, _, _, context, _, options = (*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :]))
+        before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
+        if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
+            # Compiled code drops every guard on transformer_options, so a graph that was made without PSA would be run
+            # with it as well. One more argument, which it does look at, keeps the two apart; models ignore what they
+            # do not know.
+            kwargs["psa_compiled"] = True
+        return executor(*args, **kwargs)
+
+    kinds = comfy.patcher_extension.WrappersMP
+    model.add_wrapper_with_key(kinds.OUTER_SAMPLE, key, sampling)
+    model.add_wrapper_with_key(kinds.APPLY_MODEL, key, apply_model)
+
+
+def remove_wrappers(model: Any, key: str) -> None:
+    """Take the wrappers of `key` off a MODEL."""
+    import comfy.patcher_extension
+
+    kinds = comfy.patcher_extension.WrappersMP
+    for kind in (kinds.OUTER_SAMPLE, kinds.APPLY_MODEL):
+        model.remove_wrappers_with_key(kind, key)
+
+
+def percent_to_sigma(guider: Any, percent: float) -> float:
+    """The noise level at `percent` of the schedule of the model that is sampled now; any later shift node counts."""
+    return float(guider.model_patcher.get_model_object("model_sampling").percent_to_sigma(percent))
+
+
+def run_sigmas(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
+    """The noise levels of a sampling run, from the arguments of the wrapper around it; the last is where it ends.
+
+    KSampler (Advanced) hands over only its own part of the schedule.
+    """
+    return (args[3] if len(args) > 3 else kwargs["sigmas"]).tolist()
+
+
+def run_options(guider: Any) -> dict[str, Any]:
+    """The transformer_options of one sampling run: a copy that ends with it and that all its model calls inherit."""
+    return guider.model_options["transformer_options"]
+
+
+def current_sigma(options: Mapping[str, Any]) -> float:
+    """The noise level of a forward. Reads from the device: once per forward, never per attention call."""
+    return float(options["sigmas"].flatten()[0])
+
+
+def current_step(options: Mapping[str, Any], sigma: float) -> int:
+    """Index of the sampler's step that a forward at `sigma` belongs to: the last noise level of the run that is not
+    below it. Samplers may evaluate between two levels, so levels are compared, not looked up."""
+    schedule = options.get("sample_sigmas")
+    return 0 if schedule is None else max(0, int((schedule >= sigma * (1 - 1e-4)).sum()) - 1)
+
+
+def block_index(options: Mapping[str, Any]) -> int | None:
+    """The transformer block of an attention call, where the model says it."""
+    return options.get("block_index")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the device's memory was full."""
+    import comfy.model_management
+
+    return bool(comfy.model_management.is_oom(error))
+
+
+def free_cached_memory() -> None:
+    """Give memory that nothing uses back to the device."""
+    import comfy.model_management
+
+    comfy.model_management.soft_empty_cache()

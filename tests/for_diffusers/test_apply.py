@@ -1,0 +1,217 @@
+"""PSA in diffusers' own pipelines: parity with dense and with PSA in ComfyUI, warm-up, removal, wrong input."""
+
+import pytest
+import torch
+
+from comfyui_psa.for_diffusers import apply_psa, remove_psa
+
+SETTINGS = {"min_tokens": 0, "warm_up": 0}
+FULL = SETTINGS | {"sparsity": 0.01, "mode": "topk", "shares": {1: 1.0}}
+SIZE = (1, 16, 3, 32, 32)
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def wan(layers=2, seed=0):
+    """A tiny WanTransformer3DModel with random weights."""
+    from diffusers import WanTransformer3DModel
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = WanTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=128, num_layers=layers, ffn_dim=256, text_dim=4096,
+        ).eval()  # fmt: skip
+        for parameter in model.parameters():
+            parameter.data = 0.1 * torch.randn_like(parameter) * min(1.0, (256 / max(1, parameter[0].numel())) ** 0.5)
+    return model
+
+
+def velocity(model, timestep=1000.0, text=13, size=SIZE):
+    with torch.no_grad():
+        return model(normal(*size, seed=1), torch.tensor([timestep]), normal(1, text, 4096, seed=2), return_dict=False)[
+            0
+        ]
+
+
+def pipeline(*transformers, steps=None):
+    """What apply_psa needs of a Wan pipeline."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    names = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": scheduler}
+    second = {"transformer_2": transformers[1], "boundary_ratio": 0.5} if len(transformers) > 1 else {}
+    pipe = WanPipeline(transformer=transformers[0], **names, **second)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe, steps=4):
+    with torch.no_grad():
+        return pipe(
+            prompt_embeds=normal(1, 13, 4096, seed=2), num_inference_steps=steps, guidance_scale=1.0, height=256,
+            width=256, num_frames=9, latents=normal(*SIZE, seed=1), output_type="latent",
+        ).frames  # fmt: skip
+
+
+def wan_names(state):
+    """diffusers' weights of Wan by ComfyUI's names."""
+    pairs = [
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."), (".to_q.", ".q."), (".to_k.", ".k."),
+        (".to_v.", ".v."), (".to_out.0.", ".o."), (".norm2.", ".norm3."), (".ffn.net.0.proj.", ".ffn.0."),
+        (".ffn.net.2.", ".ffn.2."), ("proj_out.", "head.head."),
+    ]  # fmt: skip
+    renamed = {}
+    for key, value in state.items():
+        name = key
+        for ours, theirs in pairs:
+            name = name.replace(ours, theirs)
+        name = "head.modulation" if name == "scale_shift_table" else name.replace("scale_shift_table", "modulation")
+        renamed[name] = value.clone()
+    return renamed
+
+
+def close(one, other, tolerance):
+    return float((one - other).norm() / other.norm()) < tolerance
+
+
+def test_wan_in_full_is_dense_and_removal_is_exact():
+    model = wan()
+    stock = velocity(model)
+    applied = apply_psa(model, **FULL)
+    assert close(velocity(model), stock, 1e-4)
+    assert (applied.sparse_calls, applied.dense_calls) == (2, 0)
+    assert remove_psa(model)
+    assert not remove_psa(model)
+    assert torch.equal(velocity(model), stock)
+    assert not any(block.attn1._forward_pre_hooks or block.attn1._forward_hooks for block in model.blocks)
+
+
+@pytest.mark.parametrize("settings", [{"mode": "topk"}, {"mode": "budget", "order": "raster", "tail": True}])
+def test_wan_is_what_comfyui_computes(tiny_wan, settings):
+    import comfy.sd
+
+    from comfyui_psa.patching.patch import patch_model
+
+    model = wan()
+    apply_psa(model, 0.6, **SETTINGS, **settings)
+    ours = normal(*SIZE, seed=1) - velocity(model)  # one Euler step from sigma 1 to 0
+    inputs = settings | ({"tail": "on"} if "tail" in settings else {})
+    native = patch_model(
+        comfy.sd.load_diffusion_model_state_dict(wan_names(model.state_dict())), sparsity=0.6, preset="auto",
+        start_percent=0.0, end_percent=1.0, min_tokens=0, **inputs,
+    )  # fmt: skip
+    conditioning = [[normal(1, 13, 4096, seed=2), {}]]
+    out = tiny_wan.sample(native, noise=normal(*SIZE, seed=1), positive=conditioning, negative=conditioning)
+    assert close(native.model.process_latent_in(out), ours, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["5b", "1.5"])
+def test_cogvideox_pipeline_is_what_comfyui_computes(tiny, model_folders, kind):
+    import comfy.sample
+
+    from comfyui_psa.cogvideox.sampler import make_sampler
+    from comfyui_psa.cogvideox.schedule import trailing_sigmas
+    from comfyui_psa.loading.checkpoint import load_checkpoint
+    from comfyui_psa.patching.patch import patch_model
+
+    size = (1, 16, 6, 24, 32)
+    model = tiny.write_folder(model_folders / "diffusers" / f"apply {kind}", kind)
+    latents = normal(*size, seed=3)
+    dense = tiny.run_pipeline(model, kind, "dpm", latents, 4)
+    applied = apply_psa(model, 0.6, block_kv=32, **SETTINGS)
+    ours = tiny.run_pipeline(model, kind, "dpm", latents, 4)
+    assert (applied.sparse_calls, applied.fallbacks) == (8, {})
+    assert applied.mean_sparsity() == pytest.approx(0.6, abs=0.05)
+    assert not close(ours, dense, 1e-4)
+    native = patch_model(
+        load_checkpoint(f"apply {kind}"), sparsity=0.6, preset="auto", start_percent=0.0, end_percent=1.0, min_tokens=0,
+        block_kv="32",
+    )  # fmt: skip
+    conds = [[tiny.text(), {}]], [[tiny.text(6), {}]]
+    out = comfy.sample.sample_custom(
+        native, latents, 1.0, make_sampler("dpm"), trailing_sigmas(native, 4, 1.0), *conds, torch.zeros(size), seed=7,
+        disable_pbar=True,
+    )  # fmt: skip
+    assert close(native.model.process_latent_in(out), ours, 1e-4)
+
+
+@pytest.mark.parametrize(("warm_up", "dense"), [(0, 0), (1, 1), (3, 3), (9, 4), (0.25, 1), (0.3, 2), (1.0, 4)])
+def test_warm_up_in_steps_and_as_a_share(warm_up, dense):
+    pipe = pipeline(wan())
+    applied = apply_psa(pipe, 0.6, min_tokens=0, warm_up=warm_up)
+    run(pipe)
+    assert (applied.dense_calls, applied.sparse_calls) == (2 * dense, 2 * (4 - dense))
+    assert not applied.fallbacks
+
+
+def test_the_4_step_preset_and_both_experts_of_wan_22():
+    pipe = pipeline(wan(), wan(seed=1))
+    stock = run(pipe)
+    applied = apply_psa(pipe, 0.6, "wan-4step-lora", min_tokens=0)
+    out = run(pipe)
+    assert (applied.dense_calls, applied.sparse_calls) == (2, 6)
+    assert all(state.sparse_calls for state in applied.states), "both experts were sparse"
+    assert not close(out, stock, 1e-6)
+    apply_psa(pipe, 0.9, min_tokens=0)  # replaces
+    applied.remove()
+    assert remove_psa(pipe)
+    assert torch.equal(run(pipe), stock)
+
+
+def test_what_it_cannot_serve_stays_dense_with_a_reason(caplog):
+    model = wan()
+    stock = velocity(model)
+    for changes, reason in (
+        ({"min_tokens": 12288}, "fewer than min_tokens"),
+        ({"dense_blocks": (0, 1)}, "listed in dense_blocks"),
+        ({"backend": "triton"}, "needs a GPU"),
+    ):
+        applied = apply_psa(model, 0.6, **SETTINGS | changes)
+        assert torch.equal(velocity(model), stock)
+        assert all(reason in text for text in applied.fallbacks)
+        assert reason in caplog.text
+    assert apply_psa(model, 0.0, **SETTINGS).sparse_calls == 0
+    assert torch.equal(velocity(model), stock)
+
+
+def test_an_error_inside_the_transformer_leaves_no_interception_behind():
+    model = wan()
+    apply_psa(model, 0.6, **SETTINGS)
+    hook = model.blocks[0].attn1.to_out[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        velocity(model)
+    hook.remove()
+    assert torch.overrides._len_torch_function_stack() == 0
+    velocity(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.0}, "sparsity: 1.0 was given; allowed: 0 to 0.97"),
+        ({"preset": "none such"}, "preset: 'none such' was given; allowed: auto, "),
+        ({"warm_up": -1}, "warm_up: -1 was given"),
+        ({"warm_up": 0.5}, "a bare transformer knows no steps"),
+        ({"backend": "cuda"}, "backend: 'cuda' was given"),
+        ({"block_q": 100}, "block_q: 100 was given"),
+        ({"no_such_field": 1}, "no_such_field"),
+    ],
+)
+def test_wrong_input_says_what_is_allowed_and_changes_nothing(arguments, message):
+    model = wan()
+    with pytest.raises(ValueError, match="apply_psa, ") as caught:
+        apply_psa(model, **{"warm_up": 0} | arguments)
+    assert message in str(caught.value)
+    assert not remove_psa(model)
+
+
+def test_other_models_are_named():
+    with pytest.raises(TypeError, match="Linear was given; allowed: a pipeline with WanTransformer3DModel"):
+        apply_psa(torch.nn.Linear(2, 2))

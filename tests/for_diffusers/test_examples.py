@@ -1,0 +1,121 @@
+"""The example scripts with the command lines that they promise, on diffusers' pipelines with tiny random transformers.
+
+Stood in for: weights and text encoder, which cannot be had here, and the ffmpeg that diffusers writes videos with.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "examples" / "inference"
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location("example", SCRIPTS / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The videos that were written: (frames, path, fps)."""
+    import diffusers.utils
+
+    videos = []
+    monkeypatch.setattr(
+        diffusers.utils, "export_to_video", lambda frames, path, fps: videos.append((len(frames), path, fps))
+    )
+    return videos
+
+
+@pytest.mark.parametrize("path", ["wan21/wan21_1.3b.py", "cogvideo/cogvideo_5b.py"])
+def test_help_needs_nothing(path):
+    out = subprocess.run([sys.executable, SCRIPTS / path, "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--use_psa" in out
+
+
+def test_the_wan_command_line_runs(monkeypatch, tmp_path, capsys, written):
+    import diffusers
+
+    transformer = diffusers.WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=128, num_layers=1, ffn_dim=64, text_dim=4096
+    ).eval()
+    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    scheduler = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    pipe = diffusers.WanPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    sources = []
+    monkeypatch.setattr(
+        diffusers.AutoencoderKLWan,
+        "from_pretrained",
+        classmethod(lambda _, source, **__: sources.append(source) or vae),
+    )
+    monkeypatch.setattr(
+        diffusers.WanPipeline, "from_pretrained", classmethod(lambda _, source, **__: sources.append(source) or pipe)
+    )
+    monkeypatch.setattr(pipe, "encode_prompt", lambda **_: (normal(1, 13, 4096), normal(1, 13, 4096, seed=1)))
+    output = tmp_path / "wan.mp4"
+    words = ["--prompt", "your prompt here", "--use_psa", "--no_warmup", "--steps=2", "--width=256", "--height=256"]
+    script("wan21/wan21_1.3b.py").main([*words, "--frames=9", "--min_tokens=0", "--device=cpu", f"--output={output}"])
+    assert sources == ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"] * 2
+    assert pipe.scheduler.config.flow_shift == 5.0
+    said = capsys.readouterr().out
+    assert "9 frames" in said
+    assert "PSA: 4 sparse attention calls, mean sparsity 0.8" in said  # 2 steps, with guidance, one layer
+    assert "0 dense" in said
+    assert written == [(9, str(output), 16)]
+
+
+def test_the_cogvideo_command_line_runs(monkeypatch, tmp_path, capsys, tiny, written):
+    import diffusers
+
+    pipe = diffusers.CogVideoXPipeline(
+        tokenizer=None, text_encoder=None, vae=None, transformer=tiny.transformer("1.5"),
+        scheduler=tiny.scheduler("1.5", "dpm"),
+    )  # fmt: skip
+    pipe.vae = SimpleNamespace(enable_tiling=lambda: None)
+    asked = []
+    monkeypatch.setattr(
+        diffusers.CogVideoXPipeline,
+        "from_pretrained",
+        classmethod(lambda _, source, **__: asked.append(source) or pipe),
+    )
+    monkeypatch.setattr(pipe, "encode_prompt", lambda *_, **__: (tiny.text(), tiny.text(6)))
+    monkeypatch.setattr(pipe, "decode_latents", lambda latents: latents[:, :, :3])
+    monkeypatch.setattr(
+        pipe.video_processor, "postprocess_video", lambda video, **_: torch.rand(1, 9, 192, 256, 3).numpy()
+    )
+    words = ["--model", "cogvideo1.5_5b", "--prompt", "your prompt here", "--use_psa", "--steps=10", "--frames=21"]
+    words += ["--width=256", "--height=192", "--min_tokens=0", "--device=cpu", f"--output={tmp_path / 'cog.mp4'}"]
+    script("cogvideo/cogvideo_5b.py").main(words)
+    assert asked == ["zai-org/CogVideoX1.5-5B"]
+    said = capsys.readouterr().out
+    assert "PSA: 14 sparse attention calls" in said  # 10 steps of which 3 are dense, two layers, guidance in one batch
+    assert "6 dense" in said
+    assert [fps for *_, fps in written] == [16]
+
+
+def test_the_pack_installs_under_its_own_name(tmp_path):
+    """`pip install .` puts `comfyui_psa` in place, and it does not stand in the way of diffusers."""
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--quiet"]
+    if importlib.util.find_spec("setuptools") is None or importlib.util.find_spec("wheel") is None:
+        pytest.skip("building needs the packages setuptools and wheel, or a network to bring them")
+    subprocess.run([*command, f"--target={tmp_path}", ROOT], check=True, capture_output=True)
+    code = "import diffusers, comfyui_psa.for_diffusers as f; print(f.__file__, diffusers.__version__)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env={"PYTHONPATH": "."}
+    )
+    assert str(tmp_path) in ran.stdout
+    assert (tmp_path / "comfyui_psa" / "kernels" / "presets.json").is_file()

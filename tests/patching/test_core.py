@@ -1,0 +1,154 @@
+"""What `patching/core.py` assumes about ComfyUI, one test each: when a newer core breaks one, its name says which."""
+
+import inspect
+
+import pytest
+import torch
+
+from comfyui_psa.patching import core
+
+
+@pytest.fixture(scope="module")
+def model(tiny_wan):
+    return tiny_wan.load("t2v")
+
+
+@pytest.fixture
+def watched(model, tiny_wan):
+    """watched(...) samples as `tiny.sample` does and returns what the two wrappers saw."""
+
+    def run(model=model, **arguments):
+        seen = {"guider": [], "calls": [], "model": model.clone()}
+
+        def sampling(executor, *args, **kwargs):
+            options = core.run_options(executor.class_obj)
+            options["psa_test"] = "inherited"
+            seen["guider"].append((executor.class_obj, core.percent_to_sigma(executor.class_obj, 0.25)))
+            return executor(*args, **kwargs)
+
+        def before_call(network, x, context, options, conds):
+            seen["calls"].append((network, x, context, options))
+
+        core.add_wrappers(seen["model"], "psa_test", sampling=sampling, before_call=before_call)
+        tiny_wan.sample(seen["model"], **arguments)
+        return seen
+
+    return run
+
+
+def test_a_model_says_its_family_and_variant(model, tiny_wan):
+    config = core.unet_config(model)
+    assert (config["image_model"], config["model_type"], config["dim"]) == ("wan2.1", "t2v", 256)
+
+
+def test_the_autoregressive_variant_has_a_class_of_its_own(comfyui):
+    import comfy.model_base
+
+    assert issubclass(comfy.model_base.WAN21_CausalAR, comfy.model_base.WAN21)
+
+
+def test_the_network_has_blocks_and_a_patch_size(model):
+    network = core.network_of(model)
+    assert len(network.blocks) == 2
+    assert tuple(network.patch_size) == (1, 2, 2)
+
+
+def test_an_override_on_a_clone_leaves_the_model_alone(model):
+    clone = model.clone()
+    core.set_override(clone, print)
+    assert core.get_override(clone) is print
+    assert core.get_override(model) is None
+    core.set_override(clone, None)
+    assert core.OVERRIDE_KEY not in clone.model_options["transformer_options"]
+
+
+def test_every_attention_asks_the_override_and_func_is_the_dense_backend(model, tiny_wan):
+    shapes = []
+
+    def override(func, q, k, v, heads, *args, **kwargs):
+        shapes.append((q.shape[1], k.shape[1], heads, core.block_index(kwargs["transformer_options"])))
+        out = func(q, k, v, heads, *args, **kwargs)
+        assert out.shape == q.shape
+        return out
+
+    overridden = model.clone()
+    core.set_override(overridden, override)
+    assert torch.equal(tiny_wan.sample(overridden), tiny_wan.sample(model))
+    assert shapes == [(768, 768, 2, 0), (768, 13, 2, 0), (768, 768, 2, 1), (768, 13, 2, 1)]
+
+
+def test_attention_functions_take_the_arguments_that_psa_reads(comfyui):
+    from comfy.ldm.modules.attention import attention_pytorch
+
+    names = list(inspect.signature(attention_pytorch).parameters)
+    assert names[:5] == ["q", "k", "v", "heads", "mask"]
+    assert {"skip_reshape", "skip_output_reshape"} <= set(names)
+
+
+def test_the_wrappers_get_guider_network_and_latent(model, watched):
+    seen = watched(steps=2)
+    assert [guider.model_patcher for guider, _ in seen["guider"]] == [seen["model"]]
+    assert {network for network, *_ in seen["calls"]} == {core.network_of(model)}
+    assert [tuple(x.shape) for _, x, _, _ in seen["calls"]] == [(1, 16, 3, 32, 32)] * 2
+    assert [tuple(context.shape) for _, _, context, _ in seen["calls"]] == [(1, 13, 4096)] * 2
+
+
+def test_removed_wrappers_are_gone(model, tiny_wan):
+    clone = model.clone()
+    core.add_wrappers(clone, "psa_test", sampling=None, before_call=print)
+    core.remove_wrappers(clone, "psa_test")
+    tiny_wan.sample(clone)
+
+
+def test_options_of_a_run_reach_every_call_and_end_with_it(watched):
+    seen = watched(steps=2, cfg=5.0)
+    assert [options["psa_test"] for *_, options in seen["calls"]] == ["inherited"] * len(seen["calls"])
+    assert len({id(options) for *_, options in seen["calls"]}) == len(seen["calls"]), "each forward has its own"
+    assert "psa_test" not in seen["model"].model_options["transformer_options"]
+
+
+def test_percent_is_read_from_the_schedule_that_is_sampled(model, watched):
+    import comfy_extras.nodes_model_advanced
+
+    shifted = comfy_extras.nodes_model_advanced.ModelSamplingSD3().patch(model, shift=3.0)[0]
+    ((_, sigma),) = watched(shifted)["guider"]
+    assert sigma == pytest.approx(3.0 * 0.75 / (1 + 2.0 * 0.75))
+    ((_, sigma),) = watched()["guider"]
+    assert sigma == pytest.approx(8.0 * 0.75 / (1 + 7.0 * 0.75)), "Wan's own shift is 8"
+
+
+def test_sigma_and_step_of_a_call(watched):
+    calls = watched(steps=4, sampler="euler")["calls"]
+    sigmas = [core.current_sigma(options) for *_, options in calls]
+    assert sigmas[0] == pytest.approx(1.0)
+    assert sigmas == sorted(sigmas, reverse=True)
+    steps = [core.current_step(options, sigma) for (*_, options), sigma in zip(calls, sigmas, strict=True)]
+    assert steps == [0, 1, 2, 3]
+    # A call between two levels belongs to the step that starts at the upper one.
+    assert core.current_step(calls[0][3], (sigmas[1] + sigmas[2]) / 2) == 1
+
+
+def test_sampling_is_told_its_noise_levels(model, tiny_wan):
+    clone, seen = model.clone(), []
+
+    def sampling(executor, *args, **kwargs):
+        seen.append(core.run_sigmas(args, kwargs))
+        return executor(*args, **kwargs)
+
+    core.add_wrappers(clone, "psa_test", sampling=sampling, before_call=lambda *_: None)
+    tiny_wan.sample(clone, steps=4)
+    (sigmas,) = seen
+    assert len(sigmas) == 5
+    assert (sigmas[0], sigmas[-1]) == (1.0, 0.0)
+
+
+def test_out_of_memory_is_recognised(comfyui):
+    assert core.is_out_of_memory(torch.OutOfMemoryError("full"))
+    assert not core.is_out_of_memory(RuntimeError("something else"))
+    core.free_cached_memory()
+
+
+def test_an_interrupt_is_no_exception_that_a_fallback_could_catch(comfyui):
+    import comfy.model_management
+
+    assert not issubclass(comfy.model_management.InterruptProcessingException, Exception)

@@ -1,0 +1,163 @@
+"""What goes wrong while sampling ends in dense attention or in the user's own error; the next run is right again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from comfyui_psa.kernels import load_presets
+from comfyui_psa.kernels.attention import pyramid_sparse_attention
+from comfyui_psa.patching import core, override
+from comfyui_psa.patching.override import RUN_KEY
+from comfyui_psa.patching.patch import KEY, patch_model
+
+PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_wan):
+    return tiny_wan.load("t2v")
+
+
+@pytest.fixture
+def sample(tiny_wan):
+    return tiny_wan.sample
+
+
+def report(model):
+    return model.get_attachment(KEY).report
+
+
+def failing(monkeypatch, error, when=lambda call, q: True):
+    """Make the kernels raise `error` where `when(number of the call, q)` says so."""
+    calls = []
+
+    def attention(q, *args, **kwargs):
+        calls.append(tuple(q.shape))
+        if when(len(calls) - 1, q):
+            raise error
+        return pyramid_sparse_attention(q, *args, **kwargs)
+
+    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    return calls
+
+
+def test_out_of_memory_is_tried_again_with_fewer_heads(model, sample, monkeypatch, caplog):
+    psa = patch_model(model, **PATCH)
+    expected = sample(psa, steps=4)
+    calls = failing(monkeypatch, torch.OutOfMemoryError("full"), lambda _, q: q.shape[1] > 1)
+    out = sample(psa, steps=4)
+    assert (out - expected).norm() / expected.norm() < 1e-5  # topk: the heads do not know of each other
+    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [0, 2, 2, 2]
+    assert [shape[1] for shape in calls] == [2, *[1] * 12], "once found, the size stays for the run"
+    assert caplog.text.count("out of memory") == 1
+    assert report(psa)["fallbacks"] == []
+
+
+def test_out_of_memory_without_end_is_dense_and_said_once(model, sample, monkeypatch, caplog):
+    psa, stock = patch_model(model, **PATCH), sample(model, steps=4)
+    with monkeypatch.context() as patch:
+        calls = failing(patch, torch.OutOfMemoryError("full"))
+        assert torch.equal(sample(psa, steps=4), stock)
+    assert len(calls) == 2
+    assert caplog.text.count("staying dense: PSA ran out of memory, even with one head at a time") == 1
+    sample(psa, steps=4)
+    assert report(psa)["fallbacks"] == [], "the next run tries again"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered\nmore lines"),
+        RuntimeError("ptxas failed with error code 255"),
+        ImportError("DLL load failed"),
+        AssertionError(),
+        OSError("no space left on device"),
+    ],
+)
+def test_whatever_the_kernels_raise_is_dense_with_one_line(model, sample, monkeypatch, caplog, error):
+    psa, stock = patch_model(model, **PATCH), sample(model, steps=4)
+    expected = sample(psa, steps=4)
+    with monkeypatch.context() as patch:
+        failing(patch, error)
+        assert torch.equal(sample(psa, steps=4), stock)
+    (line,) = [record.message for record in caplog.records if "staying dense" in record.message]
+    assert type(error).__name__ in line
+    assert "\n" not in line
+    assert torch.equal(sample(psa, steps=4), expected)
+
+
+def test_a_failure_in_the_middle_of_a_step_leaves_the_rest_dense(model, sample, monkeypatch):
+    psa = patch_model(model, **PATCH)
+    failing(monkeypatch, RuntimeError("gone"), lambda call, _: call == 3)
+    out = sample(psa, steps=4)
+    assert torch.isfinite(out).all()
+    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [0, 2, 1, 0]
+
+
+class Stopped(BaseException):
+    """As ComfyUI's interrupt: no Exception."""
+
+
+STAGES = ["wrapper", "kernel", "dense", "callback"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_interrupt_at_any_stage_leaves_nothing_behind(model, sample, monkeypatch, stage):
+    stock, psa = sample(model, steps=4), patch_model(model, **PATCH)
+    expected = sample(psa, steps=4)
+    stopping = psa.clone()
+
+    def stop(*args, **kwargs):
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        arguments = {}
+        if stage == "wrapper":
+            core.add_wrappers(stopping, "psa_test", sampling=lambda run, *a, **k: run(*a, **k), before_call=stop)
+        elif stage == "kernel":
+            failing(patch, Stopped(), lambda call, _: call == 1)
+        elif stage == "dense":
+            stopping = model.clone()
+            core.set_override(stopping, stop)
+            stopping = patch_model(stopping, **PATCH)
+        else:
+            arguments["callback"] = lambda step, *_: stop() if step == 2 else None
+        with pytest.raises(Stopped):
+            sample(stopping, steps=4, **arguments)
+    assert RUN_KEY not in stopping.model_options["transformer_options"]
+    assert stopping.get_attachment(KEY).report is not None, "what was done until then is reported"
+    assert torch.equal(sample(psa, steps=4), expected)
+    assert torch.equal(sample(model, steps=4), stock)
+
+
+def test_an_error_of_the_user_s_own_attention_is_the_user_s(model, sample):
+    def broken(func, *args, **kwargs):
+        raise ValueError("not ours")
+
+    clone = model.clone()
+    core.set_override(clone, broken)
+    with pytest.raises(ValueError, match="not ours"):
+        sample(patch_model(clone, **PATCH))
+
+
+@pytest.mark.parametrize("preset", ["module-default", "wan2.1-14b", "wan2.1-14b (published)"])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_nan_goes_no_further_than_in_dense_attention(preset, where, bad):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(2, 2, 1024, 64, generator=generator) for name in "qkv"}
+    tensors[where][0, 1, 333] = bad
+    config = load_presets()[preset].config(0.8)
+    output = pyramid_sparse_attention(*tensors.values(), config).output
+    dense = F.scaled_dot_product_attention(*tensors.values())
+    assert not (~output.isfinite() & dense.isfinite()).any()
+    assert (~dense.isfinite()).any()
+
+
+def test_a_nan_in_the_latent_does_not_outlive_its_run(model, sample, tiny_wan):
+    psa = patch_model(model, **PATCH)
+    expected = sample(psa, steps=4)
+    noise = tiny_wan.normal(*tiny_wan.SIZE, seed=1)
+    noise[0, 0, 1, 3, 3] = float("nan")
+    sample(psa, steps=4, noise=noise)
+    assert torch.equal(sample(psa, steps=4), expected)

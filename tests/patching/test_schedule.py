@@ -1,0 +1,126 @@
+"""In which model calls PSA is active: by the noise level of each, whatever sampler, sampler pair or shift made it."""
+
+import pytest
+import torch
+
+from comfyui_psa.patching import core
+from comfyui_psa.patching.override import RUN_KEY
+from comfyui_psa.patching.patch import KEY, patch_model
+
+PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_wan):
+    return tiny_wan.load("t2v")
+
+
+@pytest.fixture(scope="module")
+def calls(tiny_wan):
+    """calls(model, ...) samples as `tiny.sample` does: (percent of the schedule, active) of every forward."""
+
+    def run(model, shift=8.0, sample=tiny_wan.sample, **arguments):
+        seen, watched = [], model.clone()
+
+        def before_call(network, x, context, options, conds):
+            sigma = core.current_sigma(options)
+            seen.append((1 - sigma / (shift - (shift - 1) * sigma), options[RUN_KEY].active))
+
+        core.add_wrappers(watched, "psa_test", sampling=lambda run, *a, **k: run(*a, **k), before_call=before_call)
+        sample(watched, **arguments)
+        return seen
+
+    return run
+
+
+def active(seen):
+    return [is_active for _, is_active in seen]
+
+
+def shifted(model, shift):
+    import comfy_extras.nodes_model_advanced
+
+    return comfy_extras.nodes_model_advanced.ModelSamplingSD3().patch(model, shift=shift)[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "expected"),
+    [
+        (0.0, 1.0, [True] * 8),
+        (0.25, 1.0, [False] * 2 + [True] * 6),
+        (0.5, 0.75, [False] * 4 + [True] * 2 + [False] * 2),
+        (0.3, 1.0, [False] * 3 + [True] * 5),
+        (0.0, 0.1, [True] + [False] * 7),
+    ],
+)
+@pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
+def test_percent_of_a_plain_sampler(model, calls, start, end, expected, shift):
+    psa = patch_model(shifted(model, shift), **PATCH | {"start_percent": start, "end_percent": end})
+    assert active(calls(psa, shift, steps=8, scheduler="simple")) == expected
+
+
+@pytest.mark.parametrize(
+    "sampler", ["dpm_2", "heun", "dpmpp_2s_ancestral", "dpm_fast", "uni_pc", "res_multistep", "lcm"]
+)
+def test_samplers_that_evaluate_between_steps(model, calls, sampler):
+    seen = calls(patch_model(model, **PATCH | {"start_percent": 0.4, "end_percent": 0.8}), steps=5, sampler=sampler)
+    assert len(seen) >= 5
+    for percent, is_active in seen:
+        if min(abs(percent - 0.4), abs(percent - 0.8)) > 1e-4:
+            assert is_active == (0.4 < percent < 0.8)
+    assert {True, False} == set(active(seen))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_shift_before_and_after_the_patch(model, calls, late):
+    # Percent counts in the schedule that is sampled, so 3 of 10 steps lie before 0.3 whatever the shift is.
+    psa = patch_model(model if late else shifted(model, 3.0), **PATCH | {"start_percent": 0.3})
+    psa = shifted(psa, 3.0) if late else psa
+    assert active(calls(psa, 3.0, steps=10)) == [False] * 3 + [True] * 7
+
+
+def test_a_pair_of_samplers_is_one_schedule(model, calls, tiny_wan):
+    psa = patch_model(model, **PATCH | {"start_percent": 0.5})
+    first = calls(psa, steps=8, last_step=3, force_full_denoise=False)
+    second = calls(psa, steps=8, start_step=3, disable_noise=True)
+    assert active(first) == [False] * 3
+    assert active(second) == [False] + [True] * 4
+    assert len(psa.get_attachment(KEY).report["steps"]) == 5
+
+
+def test_custom_sigmas(model, calls, tiny_wan):
+    import comfy.sample
+    import comfy.samplers
+
+    def sample(watched, sigmas):
+        noise, conds = tiny_wan.normal(*tiny_wan.SIZE, seed=1), tiny_wan.conditioning()
+        comfy.sample.sample_custom(
+            watched, noise, 1.0, comfy.samplers.sampler_object("euler"), torch.tensor(sigmas), conds, conds,
+            torch.zeros(tiny_wan.SIZE), seed=1, disable_pbar=True,
+        )  # fmt: skip
+
+    psa = patch_model(model, **PATCH | {"start_percent": 0.5})  # at shift 8: sigma 0.8889
+    assert active(calls(psa, sample=sample, sigmas=[1.0, 0.95, 0.89, 0.88, 0.3, 0.0])) == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("scheduler", ["simple", "beta", "sgm_uniform", "normal"])
+@pytest.mark.parametrize("shift", [5.0, 8.0])
+def test_the_4_step_preset_keeps_one_step_dense(model, calls, scheduler, shift):
+    psa = patch_model(shifted(model, shift), **PATCH | {"preset": "wan-4step-lora", "start_percent": 0.9})
+    assert active(calls(psa, shift, steps=4, sampler="lcm", scheduler=scheduler)) == [False] + [True] * 3
+    assert active(calls(psa, shift, steps=6, scheduler=scheduler)) == [False] + [True] * 5
+
+
+def test_the_4_step_preset_counts_the_steps_of_a_pair_once(model, calls, caplog):
+    # Wan 2.2: two experts share the schedule, each with a patch of its own; only the first begins it.
+    with caplog.at_level("INFO"):
+        psa = patch_model(model, **PATCH | {"preset": "wan-4step-lora"})
+    assert "dense steps: 1; start_percent does not act" in caplog.text
+    assert active(calls(psa, steps=4, last_step=2, force_full_denoise=False)) == [False, True]
+    assert active(calls(psa, steps=4, start_step=2, disable_noise=True)) == [True, True]
+    assert active(calls(psa, steps=1)) == [False]
+
+
+def test_no_dense_steps_where_a_video_is_only_reworked(model, calls):
+    psa = patch_model(model, **PATCH | {"preset": "wan-4step-lora"})
+    assert active(calls(psa, steps=4, denoise=0.5)) == [True] * 4
