@@ -24,11 +24,11 @@ from .velocity import STEPS, measure_velocity
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (42, 7, 1234, 99)
 DEFAULTS = {
-    # steps, scenes, seeds
-    "full": (20, 4, 2),
-    "quick": (10, 2, 1),
-    "smoke": (8, 1, 1),
-    "velocity": (STEPS, 3, 1),
+    # steps, scenes, seeds, frames
+    "full": (20, 4, 2, 33),
+    "quick": (10, 2, 1, 17),
+    "smoke": (8, 1, 1, 17),
+    "velocity": (STEPS, 3, 1, 33),
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -47,16 +47,14 @@ def main(description: str | None = None) -> int:
 
         return run_workflow(arguments.workflow, arguments.settings, arguments.seeds or 1, arguments.out, arguments.url)
     kind = next((kind for kind in ("smoke", "quick", "velocity") if getattr(arguments, kind)), "full")
-    steps, scenes, seeds = (
-        given or default
-        for given, default in zip((arguments.steps, arguments.scenes, arguments.seeds), DEFAULTS[kind], strict=True)
-    )
+    asked = (arguments.steps, arguments.scenes, arguments.seeds, arguments.frames)
+    steps, scenes, seeds, frames = (given or usual for given, usual in zip(asked, DEFAULTS[kind], strict=True))
     settings = [s for s in settings_of(kind) if fnmatch.fnmatch(s.name, arguments.only or "*")]
     device = torch.device(arguments.device)
     precision = arguments.dtype or ("bf16" if device.type == "cuda" else "float32")
     # Where the model runs in float32 the Triton kernels do not serve on a GPU; on a CPU torch is the backend anyway.
     backend = arguments.backend or ("triton" if device.type == "cuda" and precision == "bf16" else "torch")
-    video = Video(arguments.frames, arguments.side, arguments.side)
+    video = Video(frames, arguments.side, arguments.side)
     clips = [
         Clip(scene, seed, f"scene {number}, seed {seed}")
         for number, scene in enumerate(SHEET_SCENES[:scenes], start=1)
@@ -129,7 +127,7 @@ def _parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="sampling steps")
     parser.add_argument("--scenes", type=int, help=f"1 to {len(SHEET_SCENES)}")
     parser.add_argument("--seeds", type=int, help=f"1 to {len(SEEDS)}, for every scene")
-    parser.add_argument("--frames", type=int, default=33, help="1 + 4n")
+    parser.add_argument("--frames", type=int, help="1 + 4n")
     parser.add_argument("--side", type=int, default=512, help="height and width in pixels")
     parser.add_argument("--minutes", type=float, default=60.0, help="no setting begins later than this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
