@@ -101,7 +101,7 @@ def measure_workflow(
                 flicker=metrics.flicker(dense, frames) if dense.shape[1] > 1 else None,
                 **_seconds(report, seconds),
                 settings=json.dumps(inputs),
-                steps=len(seconds),
+                steps=len(report.get("steps", seconds)),
                 clips=1,
                 **facts,
             )
@@ -169,8 +169,9 @@ def _run(client: Client, prompt: Prompt, inputs: dict[str, Any], shift: int) -> 
         changed[node] = {**entry, "inputs": values}
     result = client.run(changed)
     report = json.loads(result.outputs[REPORT]["text"][0])
-    sampler = str(prompt[REPORT]["inputs"]["samples"][0])
-    return _frames(client, result.outputs[FRAMES]["images"]), report, result.step_seconds(sampler)
+    samplers = dict.fromkeys(message.node for message in result.progress if "Sampler" in message.class_type)
+    seconds = [second for node in samplers for second in result.step_seconds(node)]
+    return _frames(client, result.outputs[FRAMES]["images"]), report, seconds
 
 
 def _frames(client: Client, images: Sequence[dict]) -> torch.Tensor:

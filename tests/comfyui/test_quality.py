@@ -36,6 +36,7 @@ def test_a_workflow_is_measured(client, tmp_path):
     assert rows["half"].compute == pytest.approx(0.25 + 0.75 * 0.5, abs=0.06)
     assert rows["lean"].compute == pytest.approx(0.25 + 0.75 * 0.1, abs=0.1)
     assert rows["lean"].steps == 4
+    assert rows["lean"].run_s > 0
     assert rows["lean"].warm_up == 0.25
 
 
