@@ -88,7 +88,7 @@ def _measure(name: str, shape: tuple, runs: int, full: bool, short: bool) -> tup
     chosen = list(methods.methods(dim, cuda, full))
     if short:
         chosen = [
-            m for m in chosen if m.setting == "topk 10/5/0/20 at 0.85, curve, pooled, no tail" and m.precision != "int8"
+            m for m in chosen if m.setting == "topk 10/5/0/20 at 0.85, curve, pooled by mean, no tail" and m.precision != "int8"
         ]
     for method in chosen:
         try:
