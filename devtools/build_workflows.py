@@ -71,12 +71,17 @@ The small Wan model and its VAE lie in `weights/demo/`; **PSA Demo Scene** (ther
     sampling |= dict(positive=scene, negative=scene, latent_image=latent)
     with canvas.group("Dense: stock attention", "blue"):
         dense = canvas.add("KSampler", "KSampler: dense", model=model, **sampling)
-        _save_webp(canvas, canvas.add("VAEDecode", samples=dense, vae=vae), "psa_demo/dense")
+        dense_frames = canvas.add("VAEDecode", samples=dense, vae=vae)
+        _save_webp(canvas, dense_frames, "psa_demo/dense")
     with canvas.group("Sparse: PSA", "green"):
         patched = canvas.add("PSAPatch", model=model, sparsity=0.85, min_tokens=4096)
         sparse = canvas.add("KSampler", "KSampler: PSA", model=patched, **sampling)
-        report = canvas.add("PSAReport", model=patched, samples=sparse)
-        _save_webp(canvas, canvas.add("VAEDecode", samples=report, vae=vae), "psa_demo/psa")
+        frames = canvas.add("VAEDecode", samples=sparse, vae=vae)
+        _save_webp(canvas, frames, "psa_demo/psa")
+    with canvas.group("What PSA did", "violet", width=560):
+        canvas.add("PSAReport", model=patched, samples=sparse, images=frames, filename_prefix="psa_demo/report")
+        compared = canvas.add("PSACompare", images_a=dense_frames, images_b=frames)
+        _save_webp(canvas, compared.output("side_by_side"), "psa_demo/side_by_side")
 
 
 def _wan21_t2v(canvas: Canvas) -> None:
@@ -234,5 +239,5 @@ def _sample_and_save(
     save_video(canvas, samples, vae, fps, name)
 
 
-def _save_webp(canvas: Canvas, frames: Node, prefix: str) -> None:
+def _save_webp(canvas: Canvas, frames: Node | Output, prefix: str) -> None:
     canvas.add("SaveAnimatedWEBP", images=frames, filename_prefix=prefix, fps=12.0, lossless=True, method="fastest")

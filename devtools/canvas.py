@@ -17,6 +17,8 @@ from .workflow import default_value, inputs_of
 GAP, PADDING, GROUP_TITLE = 40, 20, 60
 TITLE, ROW = 30, 24
 TEXT_HEIGHT = 130
+# What web/psa.js adds to a node; a preview needs room as well.
+PICTURE_HEIGHTS = {"PSAPatch": 230, "PSAPyramid": 150, "PSAReport": 360, "SaveAnimatedWEBP": 360}
 COLOURS = {"blue": "#3f789e", "green": "#3f9e6b", "violet": "#7a5fa8", "grey": "#6b7280"}
 
 
@@ -95,8 +97,9 @@ class Canvas:
             {"name": name, "type": kind, "slot_index": slot, "links": []}
             for slot, (name, kind) in enumerate(zip(names, definition["output"], strict=True))
         ]
-        shown = sum(not spec.options.get("advanced") for spec in specs if spec.is_widget)
-        height = TITLE + ROW * (max(len(inputs), len(outputs)) + max(shown, len(values) // 2)) + text + 10
+        # The classic renderer shows the advanced inputs too.
+        height = TITLE + ROW * (max(len(inputs), len(outputs)) + len(values)) + text + 10
+        height += PICTURE_HEIGHTS.get(class_type, 0)
         node = self._place(class_type, title, values, inputs, outputs, height)
         if models:
             node["properties"]["models"] = [models]

@@ -11,7 +11,7 @@ import platform
 import urllib.parse
 from pathlib import Path
 
-from . import figures, pictures, report
+from . import figures, pictures, report, thumbnails
 from .client import Client, Progress, Prompt, PromptResult
 from .paths import DEMO_WEIGHTS, OUTPUT, WORKFLOWS
 from .serve import running_server
@@ -161,6 +161,10 @@ def write_results(
     caption = f"{title}: PSNR {measured.psnr:.1f} dB, SSIM {measured.ssim:.3f} against dense"
     strip = pictures.contact_strip(dense, psa, caption)
     (folder / "report.png").write_bytes(pictures.png(strip))
+    # The picture beside the template, workflows/psa_demo.jpg, is a copy of it.
+    thumbnails.split_frame(dense, psa, "PSA" if target is None else f"PSA {target:.2f}").save(
+        folder / "thumbnail.jpg", quality=85
+    )
     frames, height, width = dense.shape[:3]
     subtitle = (
         f"Demo model of this repository, {frames} frames of {width} by {height}, {len(measured.dense_seconds)} steps, "

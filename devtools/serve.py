@@ -13,9 +13,11 @@ from pathlib import Path
 
 from .build_workflows import build_all
 from .client import Client
-from .paths import HOME, SERVER_LOG, WORKFLOWS
+from .locales import write_english
+from .paths import HOME, LOCALES, SERVER_LOG, WORKFLOWS
 from .server import ComfyServer
 from .terminal import Phase, is_interactive
+from .thumbnails import write_cards
 
 
 @contextmanager
@@ -44,8 +46,8 @@ def serve(comfyui: Path, port: int, open_browser: bool) -> None:
 
 
 def rebuild_workflows(comfyui: Path) -> None:
-    """Write `workflows/*.json` from the node definitions of a running server."""
+    """Write `workflows/*.json` and the English names and tooltips from the node definitions of a running server."""
     with running_server(comfyui) as server:
         definitions = Client(server.url).get("/object_info")
-    for path in build_all(definitions, WORKFLOWS):
+    for path in [*build_all(definitions, WORKFLOWS), write_english(definitions, LOCALES), *write_cards(WORKFLOWS)]:
         print(path)

@@ -65,6 +65,10 @@ class TokenOrder:
             return self
         return TokenOrder(self.index[part], self.inverse[part])
 
+    def of_head(self, batch: int, head: int) -> TokenOrder:
+        """The order of one head, with an index of one dimension."""
+        return self[batch, head]
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Put x [B, H, L, D] from raster order into this order."""
         return x if self.index is None else _rows(x, self.index)

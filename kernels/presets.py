@@ -30,11 +30,15 @@ class Preset:
         about: a sentence; settings: fields of `PyramidConfig`, without `sparsity`.
         dense_steps: how many of a run's first steps it leaves dense; None where a share of the schedule says it.
         evidence: page of this repository that measures it against others; empty where nothing does.
+        sparsity: the target that it was made for, a suggestion to the user, or None.
+        as_written: True takes the shares as they are; a target sparsity then does not act.
     """
 
     name: str
     about: str
     settings: dict[str, object]
+    sparsity: float | None = None
+    as_written: bool = False
     dense_steps: int | None = None
     evidence: str = ""
 
@@ -45,9 +49,14 @@ class Preset:
             ConfigError: the combination is impossible.
         """
         settings = {**self.settings, **changes}
-        if settings["mode"] == "threshold":
+        if settings["mode"] == "threshold" or self.as_written:
             sparsity = None
         return PyramidConfig(sparsity=sparsity, **settings)
+
+    def check(self) -> None:
+        """Raise ConfigError where the shape is impossible, whatever sparsity is asked of it."""
+        mode = "threshold" if self.settings["mode"] == "budget" else self.settings["mode"]
+        PyramidConfig(sparsity=None, **{**self.settings, "mode": mode})
 
 
 def load_presets(path: Path | None = None) -> dict[str, Preset]:
@@ -65,7 +74,8 @@ def load_presets(path: Path | None = None) -> dict[str, Preset]:
         ours |= RANKING | entry.get("ours", {})
         steps = ours.pop("dense_steps", None)
         about = f"{entry['about']}: its pyramid, met to the slider's sparsity"
-        presets[name] = Preset(name, about, ours, steps, entry.get("evidence", ""))
+        evidence = entry.get("evidence", "")
+        presets[name] = Preset(name, about, ours, dense_steps=steps, evidence=evidence)
         if not entry.get("published", True):
             continue
         published = settings | {"tail": False, "importance": "sampled"}

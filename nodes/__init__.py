@@ -7,6 +7,7 @@ import os
 from comfy_api.latest import ComfyExtension, io
 
 from ..loading.lora_folders import register_own_folder
+from .calibrate import PSACalibrate
 from .cogvideox import (
     PSACogVideoXFix,
     PSACogVideoXImageToVideo,
@@ -14,8 +15,10 @@ from .cogvideox import (
     PSACogVideoXSampler,
     PSACogVideoXSigmas,
 )
+from .compare import PSACompare
 from .lora import PSALoraDownload, PSALoraLoader
 from .patch import PSAPatch
+from .pyramid import PSAPyramid
 from .report import PSAReport
 
 
@@ -28,7 +31,10 @@ class PSAExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         nodes: list[type[io.ComfyNode]] = [
             PSAPatch,
+            PSAPyramid,
             PSAReport,
+            PSACompare,
+            PSACalibrate,
             PSACogVideoXLoader,
             PSACogVideoXFix,
             PSACogVideoXSigmas,

@@ -1,16 +1,14 @@
-"""PSA Report: what the last sampling run of a patched model did, as JSON. Schema only."""
+"""PSA Report: what the last sampling run of a patched model did, as a picture and as JSON. Schema only."""
 
 from __future__ import annotations
 
-import json
+from comfy_api.latest import io, ui
 
-from comfy_api.latest import io
-
-from ..patching.patch import KEY, PatchHandle
+from ..patching.show import show_report
 
 
 class PSAReport(io.ComfyNode):
-    """Figures of the last run: sparsity and seconds per step, sparsity per layer, fallbacks, one map of levels."""
+    """Figures of the last run: sparsity and seconds per step, sparsity per layer, fallbacks, where the model looked."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -19,24 +17,59 @@ class PSAReport(io.ComfyNode):
             display_name="PSA Report",
             category="model/patch",
             description=(
-                "Figures of the last sampling run of a model from PSA Patch: sparsity and seconds per step, sparsity "
-                "per layer, calls that stayed dense and why. Wire the sampler's latent through it, so that it runs "
-                "after the sampler."
+                "A picture and the figures of the last sampling run of a model from PSA Patch: sparsity of every step "
+                "and layer, seconds, where the model looked at which resolution, calls that stayed dense and why. Give "
+                "it the sampler's latent, so that it runs after the sampler."
             ),
-            search_aliases=["PSA statistics", "sparsity report"],
+            search_aliases=["PSA statistics", "sparsity report", "PSA picture", "attention map", "sparsity heat map"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from PSA Patch, the one that the sampler used."),
                 io.Latent.Input("samples", tooltip="The sampler's output; handed on unchanged."),
+                io.Int.Input(
+                    "layer",
+                    default=-1,
+                    min=-1,
+                    max=999,
+                    tooltip="Transformer block whose map is drawn, counted from 0; -1 takes the one in the middle.",
+                ),
+                io.Int.Input(
+                    "head",
+                    default=0,
+                    min=0,
+                    max=999,
+                    tooltip="Attention head whose map is drawn, counted from 0; Wan 1.3B has 12, Wan 14B has 40.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="psa/report",
+                    advanced=True,
+                    tooltip="Where the PNG is saved in ComfyUI's output folder; empty shows it without saving.",
+                ),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="The decoded video, to draw the map on; without it the latent's own preview is taken.",
+                ),
             ],
-            outputs=[io.Latent.Output(display_name="samples"), io.String.Output(display_name="report")],
-            has_intermediate_output=True,
+            outputs=[
+                io.Latent.Output(display_name="samples", tooltip="The latent that came in."),
+                io.String.Output(display_name="report", tooltip="All figures as JSON."),
+                io.Image.Output(display_name="picture", tooltip="The picture, 1200 pixels wide."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
             not_idempotent=True,
         )
 
     @classmethod
-    def execute(cls, model, samples) -> io.NodeOutput:
-        handle: PatchHandle | None = model.get_attachment(KEY)
-        if handle is None:
-            raise ValueError("PSA Report, input model: it did not come from PSA Patch; wire PSA Patch's output here")
-        report = json.dumps(handle.report or {"note": handle.note})
-        return io.NodeOutput(samples, report, ui={"text": [report]})
+    def execute(cls, model, samples, layer, head, filename_prefix, images=None) -> io.NodeOutput:
+        report, picture = show_report(model, samples, layer, head, images)
+        saved = save_picture(picture, filename_prefix, cls)
+        return io.NodeOutput(samples, report, picture, ui={**saved, "text": [report]})
+
+
+def save_picture(picture, prefix: str, node: type[io.ComfyNode]) -> dict:
+    """What the page shows of IMAGE `picture`: saved to the output folder, or without a prefix to the temporary one."""
+    if not prefix.strip():
+        return ui.PreviewImage(picture, cls=node).as_dict()
+    return ui.ImageSaveHelper.get_save_images_ui(picture, filename_prefix=prefix, cls=node).as_dict()

@@ -58,8 +58,8 @@ def set_override(model: Any, override: Override | None) -> None:
         options[OVERRIDE_KEY] = override
 
 
-def add_wrappers(model: Any, key: str, *, sampling: Callable, before_call: Callable) -> None:
-    """Wrap a MODEL's whole sampling run, and have something done before every forward of its network.
+def add_wrappers(model: Any, key: str, *, before_call: Callable, sampling: Callable | None = None) -> None:
+    """Have something done before every forward of a MODEL's network, and wrap its whole sampling run.
 
     The second wrapper stands outside the network, so that a compiled network knows nothing of it.
 
@@ -82,8 +82,23 @@ def add_wrappers(model: Any, key: str, *, sampling: Callable, before_call: Calla
         return executor(*args, **kwargs)
 
     kinds = comfy.patcher_extension.WrappersMP
-    model.add_wrapper_with_key(kinds.OUTER_SAMPLE, key, sampling)
+    if sampling is not None:
+        model.add_wrapper_with_key(kinds.OUTER_SAMPLE, key, sampling)
     model.add_wrapper_with_key(kinds.APPLY_MODEL, key, apply_model)
+
+
+def wrap_network(model: Any, key: str, wrapper: Callable) -> None:
+    """Wrap every forward of a MODEL's network: wrapper(executor, x, timestep, context, *args, **kwargs) calls the
+    executor, any number of times, and returns its result."""
+    import comfy.patcher_extension
+
+    model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, key, wrapper)
+
+
+def options_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The transformer_options among the arguments of a network's forward; some models pass them by place."""
+    options = kwargs.get("transformer_options")
+    return next((arg for arg in args if isinstance(arg, dict)), {}) if options is None else options
 
 
 def remove_wrappers(model: Any, key: str) -> None:

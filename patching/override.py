@@ -6,7 +6,8 @@ that was there before, or to the user's dense backend, with every argument as it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def _sparse(
         q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     result = None
     while result is None and run.failure is None:
-        result = _try(run, q, k, v, kwargs.get("scale"))
+        result = _try(run, q, k, v, kwargs)
     if result is None:
         return None
     run.sparse_call(run.block, result)
@@ -107,24 +108,34 @@ def _sparse(
     return result.output.transpose(1, 2).flatten(2)
 
 
-def _try(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> AttentionResult | None:
+def _try(
+    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Mapping[str, Any]
+) -> AttentionResult | None:
     """PSA on q, k, v [B, H, L, D] in `run.parts` groups of heads.
 
     None when that failed: either there are more parts now, because memory was full, or `run.failure` says why. It
     returns before anything is tried again, because an error that is being handled keeps what it was computing alive.
     """
     try:
-        results = [
-            pyramid_sparse_attention(
+        results = []
+        conds = tuple((call.get("transformer_options") or {}).get("cond_or_uncond", ()))
+        for number, part in enumerate(zip(*(x.chunk(run.parts, 1) for x in (q, k, v)), strict=True)):
+            place = run.block, conds, run.layout, number, *part[0].shape[:2]
+            kept = run.kept_lists(place)
+            result = pyramid_sparse_attention(
                 *part,
                 run.settings.config,
                 layout=run.layout,
                 order=run.order(q.device),
-                scale=scale,
+                scale=call.get("scale"),
                 backend=run.settings.backend,
+                lists=kept,
+                centroids=run.centroids.get(place),
             )
-            for part in zip(*(x.chunk(run.parts, 1) for x in (q, k, v)), strict=True)
-        ]
+            run.centroids[place] = result.centroids
+            if kept is None:
+                run.keep_lists(place, result.lists)
+            results.append(result)
         return results[0] if len(results) == 1 else _together(results)
     except BackendError as error:
         run.failure = str(error)
@@ -143,7 +154,7 @@ def _try(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: flo
 
 
 def _together(results: list[AttentionResult]) -> AttentionResult:
-    """Results of groups of heads as one; the lists are those of the first group."""
+    """Results of groups of heads as one; lists and orders are those of the first group."""
     output = torch.cat([result.output for result in results], 1)
     density = torch.stack([result.density for result in results]).mean()
-    return AttentionResult(output, results[0].lists, density, results[0].backend)
+    return dataclasses.replace(results[0], output=output, density=density)

@@ -7,17 +7,22 @@ the step and the grid. What is assumed about ComfyUI's insides stands in `core.p
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
+from ..errors import InputError
 from . import core
 from .family import Family, find_family
 from .layout import CallReader
+from .maps import RunMaps
 from .override import RUN_KEY, PSAOverride
 from .report import make_report
 from .run import Run, log
 from .settings import PatchSettings, make_settings
 
 KEY = "psa"
+AUTO = "auto"
+ANY_SPARSITY = 0.95  # one that every pyramid reaches, to judge the other inputs where the slider is 0
 
 _SCHEDULE_BEGINS = 0.005
 """Percent before which a run counts as begun at the schedule's beginning."""
@@ -30,13 +35,22 @@ class PatchHandle:
     note: str
     settings: PatchSettings | None = None
     report: dict[str, Any] | None = None
+    maps: RunMaps | None = None
 
 
-def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> Any:
+def patch_model(
+    model: Any,
+    *,
+    sparsity: float,
+    preset: str,
+    on_step: Callable[[dict[str, Any]], None] | None = None,
+    **inputs: Any,
+) -> Any:
     """A clone of a ComfyUI MODEL that attends with PSA; unpatched, with one log line, where PSA cannot serve it.
 
     Args:
         model: ComfyUI's ModelPatcher; sparsity 0 returns the stock model. preset: a name or `auto`.
+        on_step: gets the figures of every step of every run, for a display.
         inputs: the other inputs of `settings.make_settings`.
 
     Raises:
@@ -45,25 +59,29 @@ def patch_model(model: Any, *, sparsity: float, preset: str, **inputs: Any) -> A
     core.require_model(model)
     family = find_family(model)
     if isinstance(family, str):
-        make_settings(sparsity=sparsity or 0.5, preset="wan2.1-14b" if preset == "auto" else preset, **inputs)
+        make_settings(sparsity=sparsity or ANY_SPARSITY, preset="wan2.1-14b" if preset == AUTO else preset, **inputs)
         log.warning("PSA: the model stays dense: %s", family)
         return _unpatched(model, family)
-    preset = family.preset if preset == "auto" else preset
+    if inputs.get("psa_pyramid") is not None and preset != AUTO:
+        raise InputError("preset", preset, f"{AUTO} while PSA Pyramid is connected, which takes the preset's place")
+    preset = family.preset if preset == AUTO else preset
     if sparsity == 0:
-        make_settings(sparsity=0.5, preset=preset, blocks=family.blocks, **inputs)
+        make_settings(sparsity=ANY_SPARSITY, preset=preset, blocks=family.blocks, **inputs)
         return _unpatched(model, "sparsity is 0: the model is the stock one")
     settings = make_settings(sparsity=sparsity, preset=preset, blocks=family.blocks, **inputs)
     if settings.config.sparsity is None:
-        log.info("PSA: threshold mode: sparsity follows the data, the slider (%.2f) does not act", sparsity)
+        log.info("PSA: the levels are taken as they are written, the slider (%.2f) does not act", sparsity)
     log.info("PSA: %s, preset %s, %s", family.name, preset, settings.config)
     if settings.dense_steps is not None:
         log.info("PSA: preset %s: dense steps: %d; start_percent does not act", preset, settings.dense_steps)
     if family.advice is not None:
         log.warning("PSA: %s", family.advice)
-    return apply_patch(model, settings, family)
+    return apply_patch(model, settings, family, on_step)
 
 
-def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
+def apply_patch(
+    model: Any, settings: PatchSettings, family: Family, on_step: Callable[[dict[str, Any]], None] | None = None
+) -> Any:
     """A clone of `model` with override and wrappers in place; an earlier PSA patch on it is replaced."""
     patched = remove_patch(model)
     handle = PatchHandle("patched", settings)
@@ -79,6 +97,7 @@ def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
             _sigma_start(settings, guider, core.run_sigmas(args, kwargs)),
             core.percent_to_sigma(guider, settings.end_percent),
             pictured_block=family.blocks // 2,
+            on_step=on_step,
         )
         options = core.run_options(guider)
         options[RUN_KEY] = run
@@ -90,6 +109,7 @@ def apply_patch(model: Any, settings: PatchSettings, family: Family) -> Any:
             options.pop(RUN_KEY, None)
             run.end()
             handle.report = make_report(run)
+            handle.maps = None if run.maps is None else run.maps.to_host()
 
     core.add_wrappers(patched, KEY, sampling=outer_sample, before_call=_before_call(family.read_call))
     patched.set_attachments(KEY, handle)
@@ -143,6 +163,8 @@ def _before_call(read_call: CallReader) -> Any:
         """Tells the run its step and where the tokens lie."""
         run: Run | None = options.get(RUN_KEY)
         if run is not None:
+            if not run.steps:
+                run.plan(options.get("sample_sigmas"), x.device)
             sigma = core.current_sigma(options)
             run.begin_model_call(sigma, core.current_step(options, sigma), *read_call(network, x, context, conds))
 

@@ -1,12 +1,16 @@
 """The report of a sampling run: plain numbers, ready for JSON. Nothing is measured here.
 
 Fields: backend, preset, target_sparsity, mean_sparsity, grid, steps (index, sigma, seconds, sparsity or null for a
-dense step, sparse_calls, dense_calls), layers (block index -> mean sparsity), fallbacks (reason, calls), level_map
-(pooling factors of one block's first head and the share of its resolution at which each token was seen).
+dense step, sparse_calls, dense_calls, attention_seconds of its sparse calls, layers: one sparsity a block), layers
+(block index -> mean sparsity), shares (pooling factor -> mean share of the block pairs), coverage, time (seconds of
+dense and of sparse steps, and of PSA's attention in them), fallbacks (reason, calls), level_map (pooling factors of one
+block's first head, every stride-th row and column, and the share of its resolution at which each token was seen).
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -14,7 +18,9 @@ import torch
 
 from ..kernels.density import pair_cost
 from ..kernels.order import TokenLayout
-from .run import LevelMap, Run
+from .run import LevelMap, Run, Step
+
+MOST_PAIRS = 65536
 
 
 def make_report(run: Run) -> dict[str, Any]:
@@ -24,11 +30,16 @@ def make_report(run: Run) -> dict[str, Any]:
     values = (1 - torch.stack([density for _, _, density in calls]).cpu()).tolist() if calls else []
     by_step: dict[int, list[float]] = defaultdict(list)
     by_layer: dict[int, list[float]] = defaultdict(list)
+    by_both: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (step, block, _), value in zip(calls, values, strict=True):
         by_step[id(step)].append(value)
         by_layer[block].append(value)
+        by_both[id(step)][block].append(value)
+    shares = level_shares(run)
     level_map = None
     if run.level_map is not None:
+        # At 720p there are half a million pairs; the page and the log of a prompt need not carry them all.
+        stride = max(1, math.ceil((run.level_map.factors.numel() / MOST_PAIRS) ** 0.5))
         level_map = {
             "step": run.level_map.step,
             "block": run.level_map.block,
@@ -36,7 +47,8 @@ def make_report(run: Run) -> dict[str, Any]:
             "block_q": config.block_q,
             "block_kv": config.block_kv,
             "order": config.order,
-            "factors": run.level_map.factors.cpu().tolist(),
+            "stride": stride,
+            "factors": run.level_map.factors[::stride, ::stride].cpu().tolist(),
             "token_levels": _token_levels(run.level_map, run.layout, config.block_kv),
         }
     return {
@@ -45,6 +57,9 @@ def make_report(run: Run) -> dict[str, Any]:
         "mode": config.mode,
         "target_sparsity": config.sparsity,
         "mean_sparsity": _mean(values),
+        "shares": shares,
+        "coverage": None if shares is None else sum(shares.values()),
+        "time": _time(run.steps),
         "grid": list(run.layout.grid) if run.layout else None,
         "steps": [
             {
@@ -54,6 +69,8 @@ def make_report(run: Run) -> dict[str, Any]:
                 "sparsity": _mean(by_step[id(step)]),
                 "sparse_calls": len(step.densities),
                 "dense_calls": step.dense_calls,
+                "attention_seconds": None if step.attention is None else round(step.attention, 4),
+                "layers": {str(block): _mean(found) for block, found in sorted(by_both[id(step)].items())},
             }
             for step in run.steps
         ],
@@ -63,12 +80,32 @@ def make_report(run: Run) -> dict[str, Any]:
     }
 
 
+def level_shares(run: Run) -> dict[str, float] | None:
+    """Pooling factor -> share of the block pairs at it, mean over all sparse calls; None without any."""
+    ends = [ends for step in run.steps for ends in step.level_ends]
+    if not ends:
+        return None
+    mean = torch.stack(ends).mean(0).tolist()
+    return {str(f): end - start for f, (start, end) in zip(run.levels, itertools.pairwise([0.0, *mean]), strict=True)}
+
+
+def _time(steps: list[Step]) -> dict[str, float | None]:
+    """Seconds; attention is that of the sparse calls, None where the device has no clock for them."""
+    sparse = [step for step in steps if step.densities]
+    clocked = [step.attention for step in sparse if step.attention is not None]
+    return {
+        "dense_steps": round(sum(step.seconds for step in steps if not step.densities), 4),
+        "sparse_steps": round(sum(step.seconds for step in sparse), 4),
+        "sparse_attention": round(sum(clocked), 4) if clocked else None,
+    }
+
+
 def _token_levels(level_map: LevelMap, layout: TokenLayout, block_kv: int) -> list[float]:
     """Share of its resolution (0..1) at which each video token was seen, mean over query blocks: raster order."""
     per_block = pair_cost(level_map.factors).mean(0)
     per_token = per_block.repeat_interleave(block_kv)[: layout.video]
     inverse = level_map.order.inverse
-    return (per_token if inverse is None else per_token[inverse]).cpu().tolist()
+    return [round(level, 4) for level in (per_token if inverse is None else per_token[inverse]).tolist()]
 
 
 def _mean(values: list[float]) -> float | None:

@@ -8,9 +8,12 @@ import re
 from ..errors import InputError
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError, PyramidConfig
-from ..kernels.presets import load_presets
+from ..kernels.presets import Preset
+from ..kernels.semantic import SEMANTIC_ORDERS
+from .user_presets import find_preset
 
 FROM_PRESET = "preset"
+MOST_REUSE_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,7 @@ class PatchSettings:
         dense_blocks: indices of transformer blocks that stay dense.
         min_tokens: shorter sequences stay dense.
         backend: auto, triton or torch; verbose: log every step.
+        reuse_steps: levels are chosen in every such step and kept in between; 1 chooses them in every step.
     """
 
     config: PyramidConfig
@@ -35,6 +39,7 @@ class PatchSettings:
     backend: str = "auto"
     verbose: bool = False
     dense_steps: int | None = None
+    reuse_steps: int = 1
 
 
 def make_settings(
@@ -55,9 +60,15 @@ def make_settings(
     backend: str = "auto",
     verbose: bool = False,
     precision: str = "auto",
+    reuse_steps: int = 1,
+    psa_pyramid: Preset | None = None,
     blocks: int | None = None,
 ) -> PatchSettings:
-    """Settings from the inputs of the node; `preset` is a name of `load_presets`, `blocks` the model's block count.
+    """Settings from the inputs of the node.
+
+    Args:
+        preset: a name of `user_presets.preset_names`; psa_pyramid: the pyramid to take in its place, from the node
+            PSA Pyramid. blocks: the model's block count, where it is known.
 
     Raises:
         InputError: an input is wrong or the combination is impossible.
@@ -66,10 +77,10 @@ def make_settings(
         raise InputError("start_percent", start_percent, f"less than end_percent, which is {end_percent}")
     if backend not in BACKENDS:
         raise InputError("backend", backend, ", ".join(BACKENDS))
-    presets = load_presets()
-    if preset not in presets:
-        raise InputError("preset", preset, ", ".join(presets))
-    changes: dict[str, object] = {"precision": precision}
+    if not 1 <= reuse_steps <= MOST_REUSE_STEPS:
+        raise InputError("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}")
+    shape = find_preset(preset) if psa_pyramid is None else psa_pyramid
+    changes: dict[str, object] = {} if precision == "auto" else {"precision": precision}
     for field, value in (("mode", mode), ("order", order), ("importance", importance)):
         if value != FROM_PRESET:
             changes[field] = value
@@ -80,21 +91,28 @@ def make_settings(
         changes["tail"] = tail == "on"
     if pyramid.strip():
         changes["shares"] = parse_pyramid(pyramid)
+    if psa_pyramid is not None:
+        for field, value in changes.items():
+            field = {"shares": "pyramid"}.get(field, field)
+            raise InputError(field, value, f"nothing here while PSA Pyramid is connected: set {field} there")
     try:
-        config = presets[preset].config(sparsity, **changes)
+        config = shape.config(sparsity, **changes)
     except ConfigError as error:
         field = {"shares": "pyramid"}.get(error.field, error.field)
         raise InputError(field, error.given, error.allowed) from error
+    if reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
+        raise InputError("reuse_steps", reuse_steps, f"1 with the order {config.order}, whose blocks change every step")
     return PatchSettings(
         config=config,
-        preset=preset,
+        preset=shape.name,
         start_percent=start_percent,
         end_percent=end_percent,
         dense_blocks=parse_blocks(dense_blocks, blocks),
         min_tokens=min_tokens,
         backend=backend,
         verbose=verbose,
-        dense_steps=presets[preset].dense_steps,
+        dense_steps=shape.dense_steps,
+        reuse_steps=reuse_steps,
     )
 
 

@@ -72,3 +72,30 @@ def tiny_wan(comfyui):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """A real ComfyUI with an empty base directory of its own, as a user starts it; one for all tests of a run."""
+    from comfyui_psa.devtools.server import ComfyServer
+
+    comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")
+    if not (comfyui / "main.py").is_file():
+        pytest.skip(f"no ComfyUI in {comfyui}; `python dev.py setup` brings one")
+    folder = tmp_path_factory.mktemp("comfyui")
+    with ComfyServer(comfyui, home=folder / "home", log=folder / "server.log") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    """A client of the server."""
+    from comfyui_psa.devtools.client import Client
+
+    return Client(server.url)
+
+
+@pytest.fixture(scope="session")
+def definitions(client):
+    """The node definitions that the frontend sees."""
+    return client.get("/object_info")

@@ -13,7 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 NODES = {
     "PSAPatch": "PSA Patch",
+    "PSAPyramid": "PSA Pyramid",
     "PSAReport": "PSA Report",
+    "PSACompare": "PSA Compare",
+    "PSACalibrate": "PSA Calibrate",
     "PSACogVideoXLoader": "PSA CogVideoX Loader",
     "PSACogVideoXFix": "PSA CogVideoX Fix",
     "PSACogVideoXSigmas": "PSA CogVideoX Sigmas",
@@ -56,7 +59,10 @@ def test_the_sparsity_slider_has_its_range(definitions):
 
 @pytest.mark.parametrize("node", NODES)
 def test_every_node_but_the_demos_has_a_help_page(node):
-    assert node == "PSADemoScene" or (ROOT / "web" / "docs" / f"{node}.md").is_file()
+    if node != "PSADemoScene":
+        page = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+        assert f"(pictures/{node}.png)" in page
+        assert (ROOT / "web" / "docs" / "pictures" / f"{node}.png").stat().st_size < 120_000
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -67,9 +73,10 @@ def test_every_input_is_explained(definitions, node):
 
 def test_the_everyday_inputs_come_first_and_the_rest_is_folded_away(definitions):
     specs = list(inputs_of(definitions["PSAPatch"]))
-    everyday = [spec.name for spec in specs if not spec.options.get("advanced")]
+    everyday = [spec.name for spec in specs if not spec.options.get("advanced") and spec.required]
     assert everyday == ["model", "sparsity", "preset", "start_percent", "end_percent"]
     assert [spec.name for spec in specs[: len(everyday)]] == everyday
+    assert [spec.name for spec in specs if not spec.required] == ["psa_pyramid"]
 
 
 def test_the_server_has_no_complaint_about_the_pack(server, definitions):

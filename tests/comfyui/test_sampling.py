@@ -40,7 +40,10 @@ def workflow():
 def to_latents(prompt):
     """Store the samplers' latents and leave the decoding out."""
     prompt = {node: entry for node, entry in prompt.items() if entry["class_type"] not in ("VAEDecode", "VAELoader")}
-    prompt = {node: entry for node, entry in prompt.items() if entry["class_type"] != "SaveAnimatedWEBP"}
+    prompt = {n: entry for n, entry in prompt.items() if entry["class_type"] not in ("SaveAnimatedWEBP", "PSACompare")}
+    for entry in prompt.values():
+        if entry["class_type"] == "PSAReport":
+            entry["inputs"].pop("images", None)
     for name, node in samplers(prompt).items():
         inputs = {"samples": [node, 0], "filename_prefix": f"test/{name}"}
         prompt[f"save {name}"] = {"class_type": "SaveLatent", "inputs": inputs}

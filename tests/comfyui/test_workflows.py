@@ -1,6 +1,7 @@
 """The committed workflows fit the node definitions of a real server and are what `dev.py workflows` writes."""
 
 import pytest
+from PIL import Image
 
 from comfyui_psa.devtools.build_workflows import build_all
 from comfyui_psa.devtools.paths import WORKFLOWS
@@ -21,6 +22,12 @@ NAMES = [
 
 def test_every_workflow_is_checked_here():
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_template_has_a_picture(name):
+    with Image.open(WORKFLOWS / f"{name}.jpg") as picture:
+        assert picture.size == (512, 384)
 
 
 @pytest.mark.parametrize("name", NAMES)

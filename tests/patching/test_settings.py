@@ -35,6 +35,8 @@ def test_published_preset_is_unchanged_and_ignores_the_slider():
         ({"dense_blocks": "5-3"}, "dense_blocks"),
         ({"dense_blocks": "30", "blocks": 30}, "dense_blocks"),
         ({"backend": "cuda"}, "backend"),
+        ({"reuse_steps": 0}, "reuse_steps"),
+        ({"reuse_steps": 2, "order": "semantic"}, "reuse_steps"),
         ({"sparsity": 0.97, "block_kv": "32", "tail": "on"}, "sparsity"),
     ],
 )

@@ -1,0 +1,66 @@
+"""The pictures that ComfyUI shows beside the templates: `workflows/NAME.jpg`.
+
+The demo's is half dense, half PSA, from a run of it. The other models' videos cannot be made without their weights:
+they get a card with their title and the pyramid of the default setting, nothing that was not computed here.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .pictures import INK, PAPER, QUIET, font
+
+SIZE = (512, 384)
+# The default pyramid at sparsity 0.85, with the colours of the node's picture: share of the pairs, colour.
+BAR = ((0.10, (253, 231, 37)), (0.05, (94, 201, 98)), (0.20, (59, 124, 196)), (0.65, (74, 76, 83)))
+
+
+def split_frame(dense: np.ndarray, psa: np.ndarray, title: str) -> Image.Image:
+    """The middle frame of two videos uint8 [F, H, W, 3]: left half dense, right half PSA."""
+    middle = len(dense) // 2
+    width = dense.shape[2]
+    joined = np.concatenate([dense[middle, :, : width // 2], psa[middle, :, width // 2 :]], axis=1)
+    picture = Image.fromarray(joined).resize((SIZE[0], round(SIZE[0] * joined.shape[0] / width)))
+    top = max(0, (picture.height - SIZE[1]) // 2)
+    picture = picture.crop((0, top, SIZE[0], top + SIZE[1]))
+    draw = ImageDraw.Draw(picture)
+    draw.line((SIZE[0] // 2, 0, SIZE[0] // 2, SIZE[1]), PAPER, 2)
+    for place, text in ((SIZE[0] // 4, "dense"), (3 * SIZE[0] // 4, title)):
+        draw.rectangle((place - 90, 12, place + 90, 44), fill=INK)
+        draw.text((place, 28), text, PAPER, font(18), anchor="mm")
+    return picture
+
+
+def card(title: str) -> Image.Image:
+    """A card for a template whose model is not in this repository."""
+    picture = Image.new("RGB", SIZE, INK)
+    draw = ImageDraw.Draw(picture)
+    draw.text((32, 60), "Pyramid Sparse Attention", QUIET, font(20))
+    y = 100
+    for line in title.split(", "):
+        draw.text((32, y), line, PAPER, font(34))
+        y += 46
+    left, right, y = 32, SIZE[0] - 32, 270
+    for share, colour in BAR:
+        end = left + (SIZE[0] - 64) * share
+        draw.rectangle((left, y, min(end, right), y + 34), fill=colour)
+        left = end
+    draw.text((32, y + 50), "85 % of the attention work saved in the sparse steps", PAPER, font(18))
+    return picture
+
+
+def write_cards(folder: Path) -> list[Path]:
+    """A card for every workflow in `folder` that has no picture, but the demo's; returns what was written."""
+    written = []
+    for path in sorted(folder.glob("*.json")):
+        target = path.with_suffix(".jpg")
+        if not target.exists() and path.stem != "psa_demo":
+            notes = [n for n in json.loads(path.read_text(encoding="utf-8"))["nodes"] if n["type"] == "MarkdownNote"]
+            title = notes[0]["widgets_values"][0].splitlines()[0].lstrip("# ")
+            card(title.split(" (")[0]).save(target, quality=85)
+            written.append(target)
+    return written

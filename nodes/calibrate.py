@@ -1,0 +1,127 @@
+"""PSA Calibrate: proposes a sparsity from one short run. Schema and tooltips only."""
+
+from __future__ import annotations
+
+import json
+
+from comfy_api.latest import io
+
+from ..patching.calibrate import GOALS, calibrate, sampler
+from ..patching.patch import AUTO
+from ..patching.show import to_image
+from ..patching.user_presets import preset_names
+from ..pictures.curve import draw_calibration
+from .pyramid import Pyramid
+from .report import save_picture
+
+
+class PSACalibrate(io.ComfyNode):
+    """The sparsity that meets a target error or a target speed-up on this machine, with this model and size."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="PSACalibrate",
+            display_name="PSA Calibrate",
+            category="model/patch",
+            description=(
+                "Runs a short dense sampling, asks the model again with PSA at seven sparsities from 0.50 to 0.95 in "
+                "three of its steps, and proposes the sparsity that meets the target. Use your own model, prompt and "
+                "size; it takes about as long as 30 dense steps."
+            ),
+            search_aliases=["PSA tune", "find sparsity", "sparsity benchmark", "PSA preset"],
+            inputs=[
+                io.Model.Input("model", tooltip="A loaded Wan2.1, Wan2.2 or CogVideoX model, without PSA Patch."),
+                io.Conditioning.Input("positive", tooltip="A prompt as you use it."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; with cfg 1 it does not matter."),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the size that you will sample."),
+                io.Combo.Input(
+                    "goal",
+                    options=list(GOALS),
+                    default="error",
+                    tooltip=(
+                        "error: the most sparsity whose output differs from the dense one by no more than the target. "
+                        "speed-up: the least sparsity at which a model call is that many times as fast."
+                    ),
+                ),
+                io.Float.Input(
+                    "target",
+                    default=0.15,
+                    min=0.001,
+                    max=20.0,
+                    step=0.01,
+                    tooltip=(
+                        "For error a relative distance: 0.15 gave 28.7 dB on the demo model, 0.09 is close to dense. "
+                        "For speed-up a factor: 2.0 halves the time of a step; Wan 1.3B at 720p reached 3.7 at "
+                        "sparsity 0.85 on an H100."
+                    ),
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=[AUTO, *preset_names()],
+                    default=AUTO,
+                    tooltip="Shape of the pyramid, as in PSA Patch; threshold presets have no sparsity to calibrate.",
+                ),
+                io.Int.Input("seed", default=42, min=0, max=2**63 - 1, tooltip="Seed of the noise of the short run."),
+                io.Int.Input(
+                    "steps",
+                    default=8,
+                    min=3,
+                    max=100,
+                    tooltip="Steps of the short run: 8 are enough.",
+                ),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=30.0, step=0.1, tooltip="Guidance, as in your sampler."
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.25,
+                    min=0.0,
+                    max=0.95,
+                    step=0.01,
+                    advanced=True,
+                    tooltip="As in PSA Patch: what lies before it stays dense, unmeasured; 0.25 is its default.",
+                ),
+                io.Int.Input(
+                    "min_tokens",
+                    default=12288,
+                    min=0,
+                    max=1_000_000,
+                    advanced=True,
+                    tooltip="As in PSA Patch: shorter sequences stay dense, and there is nothing to calibrate.",
+                ),
+                io.String.Input(
+                    "save_as",
+                    default="",
+                    tooltip=(
+                        "A name, up to 64 letters: the proposal is written to user/psa_presets/NAME.json, and PSA "
+                        "Patch lists it as user/NAME after a reload (key R). Empty writes nothing."
+                    ),
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="",
+                    advanced=True,
+                    tooltip="Where the picture is saved in ComfyUI's output folder; empty shows it without saving.",
+                ),
+                Pyramid.Input("psa_pyramid", optional=True, tooltip="A pyramid of your own, in place of the preset."),
+            ],
+            outputs=[
+                io.Float.Output(display_name="sparsity", tooltip="The proposal, 0.50 to 0.95, for PSA Patch."),
+                io.String.Output(display_name="figures", tooltip="Error and seconds of every sparsity, as JSON."),
+                io.Image.Output(display_name="picture", tooltip="Error and speed over sparsity, 1000 pixels wide."),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, seed, steps, cfg, filename_prefix, **inputs
+    ) -> io.NodeOutput:
+        sample = sampler(latent_image, positive, negative, seed=seed, steps=steps, cfg=cfg)
+        found = calibrate(model, sample, **inputs)
+        picture = to_image(draw_calibration(found.as_dict()))
+        figures = json.dumps(found.as_dict())
+        saved = save_picture(picture, filename_prefix, cls)
+        return io.NodeOutput(found.sparsity, figures, picture, ui={**saved, "text": [figures]})

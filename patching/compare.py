@@ -1,0 +1,45 @@
+"""Two IMAGE batches for the node PSA Compare: checked, compared, and put side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import torch
+
+from ..errors import InputError
+from ..pictures.compare import compare, side_by_side
+
+NODE = "PSA Compare"
+
+
+def compare_images(
+    images_a: torch.Tensor, images_b: torch.Tensor, name_a: str, name_b: str, difference_gain: float, lpips: bool
+) -> tuple[torch.Tensor, float, float, str]:
+    """Side by side [F, H+28, 3W, 3], PSNR, SSIM and all figures as JSON (infinite PSNR as null).
+
+    Raises:
+        InputError: the videos differ in shape, or LPIPS cannot be had.
+    """
+    given, allowed = tuple(images_b.shape[:3]), tuple(images_a.shape[:3])
+    if given != allowed:
+        raise InputError("images_b", _shape(given), f"{_shape(allowed)}, the shape of images_a", NODE)
+    try:
+        found = compare(images_a, images_b, lpips)
+    except ImportError as error:
+        raise InputError("lpips", True, f"off, or on with its package: {error}", NODE) from error
+    picture = side_by_side(images_a, images_b, (name_a, name_b), difference_gain, found)
+    figures = dataclasses.asdict(found) | {
+        "psnr": _finite(found.psnr),
+        "frames": [{"psnr": _finite(psnr), "ssim": ssim} for psnr, ssim in found.frames],
+    }
+    return picture, found.psnr, found.ssim, json.dumps(figures)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return f"{shape[0]} frames of {shape[2]}x{shape[1]}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,25 @@
+"""Frames to draw on when no decoded video is at hand: the latent itself, as ComfyUI's previews colour it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def video_frames(images: torch.Tensor | None, model: Any, samples: dict[str, Any]) -> np.ndarray | None:
+    """Frames uint8 [F, H, W, 3]: `images` [F, H, W, 3] 0..1 where given, else the latent; None where neither fits."""
+    if images is not None:
+        return (images[..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+    latent = samples.get("samples")
+    if not isinstance(latent, torch.Tensor) or latent.ndim != 5:
+        return None
+    latent = latent[0].detach().float().cpu()  # [C, T, H, W]
+    factors = getattr(getattr(model.model, "latent_format", None), "latent_rgb_factors", None)
+    if factors is not None and len(factors) == len(latent):
+        picture = torch.einsum("cthw,cr->thwr", latent, torch.tensor(factors))
+    else:
+        picture = latent.mean(0)[..., None].expand(-1, -1, -1, 3)
+    low, high = torch.quantile(picture.flatten()[:1_000_000], torch.tensor([0.01, 0.99]))
+    return ((picture - low) / (high - low).clamp_min(1e-6) * 255).clamp(0, 255).byte().numpy()

@@ -1,0 +1,96 @@
+"""Where the video was seen at which resolution, per block and head: what PSA Report draws over the frames.
+
+Taken in one step of a run, its last sparse one, so that it costs next to nothing; kept as one number a key block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..kernels.density import pair_cost
+from ..kernels.levels import BlockLists
+from ..kernels.order import TokenOrder
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockMap:
+    """Figures of one transformer block's call, first batch entry.
+
+    Attributes:
+        seen: share of its resolution (0..1) at which each key block is seen, mean over the query blocks: [H, n_k].
+        spot: pooling factor at which the query block of one spot sees each key block, 0 for not at all: [H, n_k].
+        inverse: place of every token in the order of each head's keys, int32 [H, L], where heads differ in it.
+    """
+
+    seen: torch.Tensor
+    spot: torch.Tensor
+    inverse: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class RunMaps:
+    """The maps of one step: `blocks` by index of the transformer block, `spot` the token (time, height, width)."""
+
+    step: int
+    grid: tuple[int, int, int]
+    block_kv: int
+    spot: tuple[int, int, int]
+    inverse: torch.Tensor | None
+    blocks: dict[int, BlockMap] = dataclasses.field(default_factory=dict)
+
+    def to_host(self) -> RunMaps:
+        """A copy whose tensors lie on the host."""
+        blocks = {
+            index: BlockMap(item.seen.cpu(), item.spot.cpu(), _to_host(item.inverse))
+            for index, item in self.blocks.items()
+        }
+        return dataclasses.replace(self, inverse=_to_host(self.inverse), blocks=blocks)
+
+    def over_video(self, per_block: torch.Tensor, inverse: torch.Tensor | None = None) -> torch.Tensor:
+        """Values of the key blocks [n_k] over the video: [T, H, W]. inverse: that of the head, where heads differ."""
+        tokens = self.grid[0] * self.grid[1] * self.grid[2]
+        values = per_block.repeat_interleave(self.block_kv)[:tokens]
+        inverse = self.inverse if inverse is None else inverse
+        return (values if inverse is None else values[inverse.long()]).view(self.grid)
+
+    def head(self, block: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`BlockMap.seen` and `BlockMap.spot` of a head over the video, [T, H, W] each."""
+        found = self.blocks[block]
+        inverse = None if found.inverse is None else found.inverse[head]
+        return self.over_video(found.seen[head], inverse), self.over_video(found.spot[head], inverse)
+
+
+def centre(grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The token in the middle of the video."""
+    return tuple(size // 2 for size in grid)
+
+
+def block_map(
+    lists: BlockLists,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    spot: tuple[int, int, int],
+    grid: tuple[int, int, int],
+    block_q: int,
+) -> BlockMap:
+    """The map of one call; head by head, so that it needs little memory."""
+    token = (spot[0] * grid[1] + spot[1]) * grid[2] + spot[2]
+    seen, at_spot = [], []
+    for head in range(lists.blocks.shape[1]):
+        factors = lists.of_head(0, head).factors()
+        seen.append(pair_cost(factors).mean(0))
+        inverse = query_order.of_head(0, head).inverse
+        if inverse is None:
+            row = torch.tensor([token // block_q], device=factors.device)
+        else:
+            row = inverse[token : token + 1] // block_q  # stays on the device: nothing waits for it
+        at_spot.append(factors.index_select(0, row)[0])
+    differ = key_order.inverse is not None and key_order.inverse.ndim > 1
+    inverse = key_order.inverse[0, : len(seen)].to(torch.int32) if differ else None
+    return BlockMap(torch.stack(seen), torch.stack(at_spot), inverse)
+
+
+def _to_host(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.cpu()

@@ -1,0 +1,88 @@
+"""What the PSA Pyramid node was told, as a preset of its own: the value of the type PSA_PYRAMID.
+
+Impossible mixes raise an error that names the node, the input, what was given and what is allowed; nothing is clamped.
+"""
+
+from __future__ import annotations
+
+from ..errors import InputError
+from ..kernels.config import ConfigError
+from ..kernels.presets import Preset
+from .run import log
+from .user_presets import PresetError, write_preset
+
+NODE = "PSA Pyramid"
+LEVELS = {"full": 1, "half": 2, "quarter": 4, "eighth": 8}
+"""Slider -> pooling factor."""
+CAPS = {"similarity_half": 2, "similarity_quarter": 4, "similarity_eighth": 8}
+
+
+def make_pyramid(
+    *,
+    mode: str,
+    as_written: bool,
+    tail: bool,
+    order: str,
+    importance: str,
+    block_q: int,
+    block_kv: int,
+    precision: str,
+    save_as: str = "",
+    **sliders: float,
+) -> Preset:
+    """A pyramid from the inputs of the node: `sliders` are those of `LEVELS` and `CAPS`; written as `save_as` if given.
+
+    Raises:
+        InputError: an input is wrong or the combination is impossible.
+    """
+    shares = {factor: sliders[name] for name, factor in LEVELS.items() if sliders[name] > 0}
+    if not shares:
+        raise _error("full, half, quarter, eighth", 0, "at least one level above 0: the video must be seen somehow")
+    total = sum(shares.values())
+    if total > 1 + 1e-6:
+        raise _error("full, half, quarter, eighth", f"{total:.2f} in sum", "levels that add up to at most 1")
+    if mode == "budget" and as_written:
+        raise _error(
+            "as_written", True, "off in budget mode, which always meets the sparsity slider; or mode threshold"
+        )
+    caps = _caps(shares, sliders)
+    settings = {
+        "mode": mode,
+        "shares": shares,
+        "tail": tail,
+        "order": order,
+        "importance": importance,
+        "block_q": int(block_q),
+        "block_kv": int(block_kv),
+        "similarity_cap": caps,
+        "precision": precision,
+    }
+    pyramid = Preset(NODE, "from the node PSA Pyramid", settings, as_written=as_written or mode == "threshold")
+    try:
+        pyramid.check()  # the shape alone; whether it meets the slider is for PSA Patch to say
+    except ConfigError as error:
+        raise _error(error.field, error.given, error.allowed) from error
+    if save_as.strip():
+        try:
+            path = write_preset(save_as, pyramid, about="A pyramid of the user's", made="saved by PSA Pyramid")
+        except PresetError as error:
+            raise _error("save_as", save_as, str(error)) from error
+        log.info("PSA: the pyramid is saved as %s", path)
+    return pyramid
+
+
+def _caps(shares: dict[int, float], sliders: dict[str, float]) -> dict[int, float]:
+    """Similarity caps by pooling factor; empty without any. A slider at 0 sets no limit to its level."""
+    given = {factor: sliders[name] for name, factor in CAPS.items()}
+    if not any(given.values()):
+        return {}
+    for name, factor in CAPS.items():
+        if given[factor] and factor > max(shares):
+            level = next(level for level, pooled in LEVELS.items() if pooled == factor)
+            raise _error(name, given[factor], f"0 while no level is pooled that far ({level} and coarser are 0)")
+    # -1 is passed by every block; a level left out would be closed to all of them.
+    return {factor: cap or -1.0 for factor, cap in given.items() if factor <= max(shares)}
+
+
+def _error(field: str, given: object, allowed: str) -> InputError:
+    return InputError(field, given, allowed, NODE)

@@ -1,0 +1,72 @@
+"""The report of a run for the node PSA Report: the JSON and the picture of the layer and head that were asked for."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import InputError
+from ..pictures.report import draw_report
+from .frames import video_frames
+from .maps import RunMaps
+from .patch import KEY, PatchHandle
+
+NODE = "PSA Report"
+UNPATCHED = "the model did not come from PSA Patch, or PSA Patch is bypassed: it is the stock one"
+
+
+def show_report(
+    model: Any, samples: dict[str, Any], layer: int, head: int, images: torch.Tensor | None
+) -> tuple[str, torch.Tensor]:
+    """JSON and picture (IMAGE [1, H, W, 3]) of the last run of a model from PSA Patch.
+
+    Args:
+        layer: index of a transformer block, -1 for the middle one; head: index of a head.
+
+    Raises:
+        InputError: it has no such layer or head.
+    """
+    # Without a handle PSA Patch is bypassed or was never there; that must not stop a workflow.
+    handle: PatchHandle = model.get_attachment(KEY) or PatchHandle(UNPATCHED)
+    report = handle.report or {"note": handle.note if handle.settings is None else "the model has not sampled yet"}
+    maps = {} if handle.maps is None else _maps(handle.maps, layer, head)
+    picture = draw_report(report, frames=video_frames(images, model, samples) if maps else None, **maps)
+    return json.dumps(report), to_image(picture)
+
+
+def to_image(picture: Any) -> torch.Tensor:
+    """A Pillow picture as ComfyUI's IMAGE [1, H, W, 3]."""
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).astype(np.float32) / 255)[None]
+
+
+def _maps(maps: RunMaps, layer: int, head: int) -> dict[str, Any]:
+    """What `draw_report` draws over the video."""
+    recorded = sorted(maps.blocks)
+    if layer == -1:
+        layer = recorded[len(recorded) // 2]
+    if layer not in maps.blocks:
+        raise InputError("layer", layer, f"-1 or a sparse layer: {_ranges(recorded)}", NODE)
+    found = maps.blocks[layer]
+    if head >= len(found.seen):
+        raise InputError("head", head, f"0 to {len(found.seen) - 1}", NODE)
+    seen, spot = maps.head(layer, head)
+    return {
+        "seen": seen.numpy(),
+        "spot": spot.numpy(),
+        "spot_at": maps.spot,
+        "where": f"layer {layer}, head {head}, step {maps.step + 1}",
+    }
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -1,0 +1,29 @@
+"""What the page needs to draw a setting before it runs: the shape of every preset, as plain data."""
+
+from __future__ import annotations
+
+from .patch import AUTO
+from .user_presets import usable_presets
+
+# The pyramid that `auto` is drawn with until the node has run with a model and told which preset it was (live.py).
+AUTO_PRESET = "module-default"
+_DRAWN = ("mode", "shares", "tail", "block_kv", "importance", "similarity_cap")
+
+
+def preset_shapes() -> dict[str, dict]:
+    """Preset name -> what `web/expectation.js` reads of it; `auto` is the one that most models get."""
+    presets = usable_presets()
+    shapes = {
+        name: {
+            **{field: preset.settings[field] for field in _DRAWN if field in preset.settings},
+            "as_written": preset.as_written or preset.settings["mode"] == "threshold",
+            "sparsity": preset.sparsity,
+            "about": preset.about,
+        }
+        for name, preset in presets.items()
+    }
+    for shape in shapes.values():
+        shape["shares"] = {str(factor): share for factor, share in shape["shares"].items()}
+        shape["capped"] = bool(shape.pop("similarity_cap", None))
+        shape.setdefault("block_kv", 64)
+    return {AUTO: shapes[AUTO_PRESET], **shapes}

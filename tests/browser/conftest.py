@@ -1,0 +1,266 @@
+"""A real Chromium on the real frontend of the real server. Nothing is reached that is not on this machine."""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking")
+RENDERERS = ("classic", "nodes2")
+READY = "!!window.app?.canvas?.graph && !!window.LiteGraph?.registered_node_types?.PSAPatch"
+# Settings of a user who has seen the first-run dialogs.
+SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Minimap.Visible": False}
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A browser. Without one on this machine the tests are skipped, except where CI must run them."""
+    path = os.environ.get("PSA_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    if path is None:
+        reason = f"no browser: none of {', '.join(CHROMIUMS)} is installed (on Debian: apt-get install chromium)"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=list(OPTIONS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def demo_workflow():
+    """The module `demo_workflow.py` beside this file."""
+    spec = importlib.util.spec_from_file_location("demo_workflow", Path(__file__).with_name("demo_workflow.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def pages(chromium, server, client):
+    """Opens the frontend in a renderer and language: `pages(renderer, locale)` gives a `Frontend`."""
+    opened = {}
+
+    def open_page(renderer="classic", locale="en"):
+        if (renderer, locale) not in opened:
+            for name, value in SETTINGS.items():
+                client.post(f"/settings/{name}", value)
+            client.post("/settings/Comfy.VueNodes.Enabled", renderer == "nodes2")
+            client.post("/settings/Comfy.Locale", locale)
+            opened[renderer, locale] = Frontend(chromium, server.url, renderer)
+        frontend = opened[renderer, locale]
+        frontend.clear()
+        return frontend
+
+    yield open_page
+    for frontend in opened.values():
+        frontend.page.context.close()
+
+
+@pytest.fixture(params=RENDERERS)
+def frontend(request, pages):
+    """The page in one renderer, with an empty graph; at the end no error of ours may have been printed."""
+    frontend = pages(request.param)
+    yield frontend
+    assert frontend.errors == []
+
+
+class Frontend:
+    """The page: what a user does with it, and what they see."""
+
+    def __init__(self, browser, url, renderer):
+        self.renderer = renderer
+        self.errors = []
+        context = browser.new_context(viewport={"width": 1500, "height": 1000})
+        self.page = page = context.new_page()
+        page.set_default_timeout(60_000)
+        page.route("**/*", lambda route: route.continue_() if self._local(route.request.url, url) else route.abort())
+        page.on("pageerror", lambda error: self.errors.append(f"page error: {error}"))
+        page.on("console", self._console)
+        page.goto(url)
+        page.wait_for_function(READY)
+        page.wait_for_function("app.canvas.graph.nodes.length > 0")  # the workflow that a new user is shown
+        self.settle()
+        page.evaluate("() => app.extensionManager.setting.set('Comfy.Graph.CanvasInfo', false)")
+
+    @staticmethod
+    def _local(address, url):
+        return address.startswith((url, "data:", "blob:"))
+
+    def _console(self, message):
+        ours = "ComfyUI-PSA" in message.text or "ComfyUI-PSA" in (message.location or {}).get("url", "")
+        if message.type in ("error", "warning") and ours:
+            self.errors.append(message.text)
+
+    def clear(self):
+        """An empty graph at full scale."""
+        self.page.keyboard.press("Escape")
+        self.page.evaluate(
+            """async () => {
+                await app.loadGraphData({nodes: [], links: [], version: 0.4});
+                app.canvas.ds.scale = 1; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true);
+            }"""
+        )
+        self.errors.clear()
+
+    def add(self, kind, x=120, y=120):
+        """Add a node as the search box does and return its id."""
+        node = self.page.evaluate(
+            """([kind, x, y]) => {
+                const node = LiteGraph.createNode(kind);
+                node.pos = [x, y];
+                app.canvas.graph.add(node);
+                return node.id;
+            }""",
+            [kind, x, y],
+        )
+        self.settle()
+        return node
+
+    def settle(self):
+        """Two frames: what was changed is drawn."""
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.page.wait_for_timeout(100)
+
+    def load(self, workflow):
+        """Open a workflow."""
+        self.page.evaluate("async (workflow) => { await app.loadGraphData(workflow); }", workflow)
+        self.settle()
+
+    def connect(self, source, slot, target, name):
+        """A wire from output `slot` to the input `name`."""
+        self.page.evaluate(
+            """([source, slot, target, name]) => {
+                const graph = app.canvas.graph;
+                graph.getNodeById(source).connect(slot, graph.getNodeById(target), name);
+            }""",
+            [source, slot, target, name],
+        )
+        self.settle()
+
+    def serialized(self):
+        """The workflow as it would be saved."""
+        return self.page.evaluate("() => JSON.parse(JSON.stringify(app.rootGraph.serialize()))")
+
+    def value(self, node, name):
+        """Value of a widget."""
+        return self.page.evaluate(
+            "([node, name]) => app.canvas.graph.getNodeById(node).widgets.find((w) => w.name === name).value",
+            [node, name],
+        )
+
+    def choose(self, node, name, value):
+        """Set a widget as its own control does: value, then callback."""
+        self.page.evaluate(
+            """([id, name, value]) => {
+                const node = app.canvas.graph.getNodeById(id);
+                const widget = node.widgets.find((w) => w.name === name);
+                widget.value = value;
+                widget.callback?.(value, app.canvas, node);
+            }""",
+            [node, name, value],
+        )
+        self.settle()
+
+    def drag(self, node, name, share):
+        """Drag a slider with the mouse to `share` of its range."""
+        if self.renderer == "nodes2":
+            row = self.page.locator(f'[data-node-id="{node}"] [data-testid="node-widget"]').filter(
+                has=self.page.get_by_text(name, exact=True)
+            )
+            track = row.locator('[data-slot="slider"], [role="slider"]').first.bounding_box()
+            thumb = row.locator('[role="slider"]').bounding_box()
+            left, width, y = track["x"], track["width"], thumb["y"] + thumb["height"] / 2
+            start = thumb["x"] + thumb["width"] / 2
+        else:
+            left, width, y, start = self.page.evaluate(
+                """([id, name]) => {
+                    const node = app.canvas.graph.getNodeById(id);
+                    const widget = node.widgets.find((w) => w.name === name);
+                    const { ds, canvas } = app.canvas;
+                    const place = canvas.getBoundingClientRect();
+                    const x = (value) => place.left + (value + ds.offset[0]) * ds.scale;
+                    const share = (widget.value - widget.options.min) / (widget.options.max - widget.options.min);
+                    const [left, width] = [node.pos[0] + 15, node.size[0] - 30];
+                    const y = place.top + (node.pos[1] + widget.y + 10 + ds.offset[1]) * ds.scale;
+                    return [x(left), width * ds.scale, y, x(left + width * share)];
+                }""",
+                [node, name],
+            )
+        mouse = self.page.mouse
+        mouse.move(start, y)
+        mouse.down()
+        for part in range(1, 6):
+            mouse.move(start + (left + width * share - start) * part / 5, y)
+        self.settle()
+        seen = self.picture(node)
+        mouse.up()
+        self.settle()
+        return seen
+
+    def shot(self, node):
+        """A picture of one node, PNG, with a little of the canvas around it."""
+        self.page.evaluate(
+            """(id) => {
+                const node = app.canvas.graph.getNodeById(id);
+                app.canvas.ds.scale = 1;
+                app.canvas.ds.offset = [300 - node.pos[0], 150 - node.pos[1]];
+                app.canvas.deselectAll?.();
+                app.canvas.setDirty(true, true);
+            }""",
+            node,
+        )
+        self.page.mouse.move(1490, 500)
+        self.settle()
+        box = self.page.locator(f'[data-node-id="{node}"]').bounding_box()
+        edge = 10
+        clip = {"x": box["x"] - edge, "y": box["y"] - edge, "width": box["width"] + 2 * edge}
+        return self.page.screenshot(clip={**clip, "height": box["height"] + 2 * edge})
+
+    def picture(self, node):
+        """What a picture shows: words, bar (factor -> share), sparsity. `node`: an id, or a class in a subgraph."""
+        return self.page.evaluate(
+            """(id) => {
+                const all = (graph) => graph.nodes.flatMap((n) => [n, ...(n.subgraph ? all(n.subgraph) : [])]);
+                const node = app.canvas.graph.getNodeById(id) ?? all(app.rootGraph).find((n) => n.comfyClass === id);
+                const element = node.widgets.find((w) => w.name === "psa_picture").element;
+                const bar = [...element.querySelectorAll(".psa-seen div")];
+                return {
+                    headline: element.querySelector(".psa-headline").textContent,
+                    problem: element.querySelector(".psa-headline").classList.contains("psa-problem"),
+                    text: element.textContent,
+                    sentence: element.querySelector(".psa-sentence")?.textContent ?? "",
+                    bar: Object.fromEntries(bar.map((d) => [d.dataset.factor, parseFloat(d.style.width) / 100])),
+                    sparsity: Number(element.dataset.sparsity),
+                    steps: Number(element.dataset.steps ?? 0),
+                    points: element.querySelector(".psa-sparsity")?.getAttribute("points")?.split(" ").length ?? 0,
+                    shown: element.isConnected && element.getBoundingClientRect().height > 50,
+                };
+            }""",
+            node,
+        )
+
+    def run(self, timeout=120):
+        """Press Ctrl+Enter and wait until the queue is empty; returns what the server said: "success" or the error."""
+        self.page.evaluate(
+            """() => {
+                const names = ["execution_success", "execution_error", "execution_interrupted"];
+                window.psaOutcome = new Promise((done) => {
+                    for (const name of names) {
+                        app.api.addEventListener(name, ({ detail }) => done([name, detail]), { once: true });
+                    }
+                });
+            }"""
+        )
+        self.page.keyboard.press("Control+Enter")
+        kind, detail = self.page.evaluate(
+            """(seconds) => Promise.race([
+                window.psaOutcome,
+                new Promise((done) => setTimeout(() => done(["timeout", null]), seconds * 1000)),
+            ])""",
+            timeout,
+        )
+        self.settle()
+        return kind, detail

@@ -1,0 +1,43 @@
+"""The PSA half of the demo workflow at a size of seconds, for the tests of this folder."""
+
+import itertools
+
+from comfyui_psa.devtools.paths import WORKFLOWS
+from comfyui_psa.devtools.workflow import load_workflow
+
+STEPS = 4
+_seeds = itertools.count(11)
+
+
+def small_demo(size=256, length=9, steps=STEPS):
+    """The workflow; every one has a seed of its own, so that nothing comes from the server's cache."""
+    found = load_workflow(WORKFLOWS / "psa_demo.json")
+    for node in found["nodes"]:
+        values = node["widgets_values"]
+        if node["type"] == "EmptyHunyuanLatentVideo":
+            values[:3] = [size, size, length]
+        if node["type"] == "KSampler":
+            values[0], values[2] = next(_seeds), steps
+        if node["type"] == "PSAPatch":
+            values[values.index(4096)] = 0
+    dense = [n["id"] for n in found["nodes"] if n.get("title") == "KSampler: dense" or n["type"] == "PSACompare"]
+    return _without(found, dense)
+
+
+def _without(workflow, nodes):
+    """Drop nodes and everything that they feed."""
+    gone = set(nodes)
+    while True:
+        fed = {link[3] for link in workflow["links"] if link[1] in gone} - gone
+        if not fed:
+            break
+        gone |= fed
+    workflow["nodes"] = [node for node in workflow["nodes"] if node["id"] not in gone]
+    workflow["links"] = [link for link in workflow["links"] if link[1] not in gone and link[3] not in gone]
+    ids = {link[0] for link in workflow["links"]}
+    for node in workflow["nodes"]:
+        for slot in node["inputs"]:
+            slot["link"] = slot["link"] if slot["link"] in ids else None
+        for slot in node["outputs"]:
+            slot["links"] = [link for link in slot["links"] if link in ids]
+    return workflow

@@ -1,0 +1,267 @@
+"""What a user does with the nodes in the page, in both renderers: the picture follows, and nothing is lost."""
+
+import pytest
+
+from comfyui_psa.devtools.workflow import MODE_BYPASSED
+
+STEPS = 4
+EVERYDAY = ["model", "sparsity", "preset", "start_percent", "end_percent", "psa_pyramid"]
+
+
+@pytest.fixture
+def demo(demo_workflow):
+    """The PSA half of the demo workflow at a size of seconds."""
+    return demo_workflow.small_demo()
+
+
+def find(workflow, kind):
+    """The one node of a class."""
+    (node,) = (node for node in workflow["nodes"] if node["type"] == kind)
+    return node
+
+
+def test_dragging_the_sparsity_slider_moves_the_bar(frontend):
+    node = frontend.add("PSAPatch")
+    before = frontend.picture(node)
+    assert before["shown"]
+    assert before["headline"] == "85 % of the attention work saved"
+    assert before["bar"] == pytest.approx({"1": 0.1, "2": 0.05, "8": 0.2, "0": 0.65}, abs=0.01)
+
+    while_dragging = frontend.drag(node, "sparsity", 0.5)
+    sparsity = frontend.value(node, "sparsity")
+    assert 0.4 < sparsity < 0.6
+    assert while_dragging["sparsity"] == pytest.approx(sparsity, abs=0.02), "it follows before the button is released"
+    after = frontend.picture(node)
+    assert after["sparsity"] == pytest.approx(sparsity, abs=1e-3)
+    assert after["bar"]["1"] > 2 * before["bar"]["1"]
+    assert "not at all" not in after["text"] or after["bar"]["0"] < before["bar"]["0"]
+
+
+def test_the_picture_says_for_three_settings_what_is_saved_and_what_is_left_out(frontend):
+    node = frontend.add("PSAPatch")
+    for sparsity, saved, unseen in ((0.7, "70 %", 0.3), (0.85, "85 %", 0.65), (0.95, "95 %", 0.88)):
+        frontend.choose(node, "sparsity", sparsity)
+        seen = frontend.picture(node)
+        assert seen["headline"] == f"{saved} of the attention work saved"
+        assert seen["bar"]["0"] == pytest.approx(unseen, abs=0.01)
+        assert "times faster (H100)" in seen["text"]
+        for words in ("seen in full", "at 1/2", "at 1/8", "not at all"):
+            assert words in seen["text"]
+    frontend.choose(node, "sparsity", 0.0)
+    assert frontend.picture(node)["headline"] == "Stock model: nothing is saved"
+
+
+def test_a_pyramid_shapes_the_picture_of_the_patch_it_feeds(frontend):
+    pyramid, patch = frontend.add("PSAPyramid", 60), frontend.add("PSAPatch", 500)
+    frontend.choose(pyramid, "full", 0.3)
+    alone = frontend.picture(pyramid)
+    assert alone["sparsity"] == pytest.approx(1 - (0.3 + 0.05 / 2 + 0.2 / 8), abs=1e-3)
+    assert "as they are written" in alone["text"]
+
+    frontend.connect(pyramid, 0, patch, "psa_pyramid")
+    assert frontend.picture(patch)["bar"] == pytest.approx(frontend.picture(pyramid)["bar"])
+    assert frontend.picture(pyramid)["sparsity"] == pytest.approx(0.85, abs=1e-3)
+    frontend.choose(patch, "sparsity", 0.7)
+    assert frontend.picture(pyramid)["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    frontend.choose(pyramid, "as_written", True)
+    assert frontend.picture(patch)["sparsity"] == pytest.approx(alone["sparsity"], abs=1e-3)
+
+    frontend.choose(pyramid, "half", 0.9)
+    for node in (pyramid, patch):
+        assert frontend.picture(node)["problem"]
+        assert frontend.picture(node)["headline"] == "The levels add up to 1.40; at most 1.00."
+
+
+def test_saving_and_loading_loses_nothing(frontend):
+    pyramid, patch = frontend.add("PSAPyramid", 60), frontend.add("PSAPatch", 500)
+    frontend.connect(pyramid, 0, patch, "psa_pyramid")
+    for node, name, value in ((pyramid, "eighth", 0.33), (pyramid, "mode", "budget"), (patch, "sparsity", 0.6)):
+        frontend.choose(node, name, value)
+    saved = frontend.serialized()
+    seen = frontend.picture(patch)
+    by_type = {node["type"]: node for node in saved["nodes"]}
+    assert len(by_type["PSAPatch"]["widgets_values"]) == 16, "the picture is not saved"
+    assert len(by_type["PSAPyramid"]["widgets_values"]) == 16
+
+    frontend.clear()
+    frontend.load(saved)
+    again = {node["type"]: node for node in frontend.serialized()["nodes"]}
+    for kind, node in by_type.items():
+        assert again[kind]["widgets_values"] == node["widgets_values"]
+        assert [slot["link"] for slot in again[kind]["inputs"]] == [slot["link"] for slot in node["inputs"]]
+        if frontend.renderer == "classic":  # Nodes 2.0 makes room for the folded inputs of any node that it loads
+            assert again[kind]["size"] == pytest.approx(node["size"], abs=2)
+    assert frontend.picture(patch) == seen
+
+
+def test_undo_brings_value_and_picture_back(frontend):
+    node = frontend.add("PSAPatch")
+    frontend.page.mouse.click(1200, 800)
+    frontend.drag(node, "sparsity", 0.3)
+    frontend.page.wait_for_timeout(300)
+    moved = frontend.value(node, "sparsity")
+    assert moved < 0.5
+    frontend.page.mouse.click(1200, 800)
+    frontend.page.keyboard.press("Control+z")
+    frontend.page.wait_for_function(
+        "([id, old]) => app.canvas.graph.getNodeById(id)?.widgets.find((w) => w.name === 'sparsity').value !== old",
+        arg=[node, moved],
+    )
+    frontend.settle()
+    assert frontend.value(node, "sparsity") == pytest.approx(0.85)
+    assert frontend.picture(node)["sparsity"] == pytest.approx(0.85, abs=1e-3)
+
+
+def test_the_everyday_inputs_alone_are_shown_by_the_new_renderer(pages):
+    frontend = pages("nodes2")
+    node = frontend.add("PSAPatch")
+    rows = frontend.page.locator(f'[data-node-id="{node}"] [data-testid="node-widget"]')
+    shown = [text.split("\n")[0] for text in rows.all_inner_texts()]
+    assert shown[:4] == EVERYDAY[1:5]
+    assert len(shown) == 5, "the fifth is the picture"
+
+
+def test_in_chinese_names_and_picture_are_chinese(pages):
+    frontend = pages("classic", "zh")
+    node = frontend.add("PSAPatch")
+    assert frontend.picture(node)["headline"] == "节省 85 % 的注意力计算"
+    title, label = frontend.page.evaluate(
+        """(id) => {
+            const node = app.canvas.graph.getNodeById(id);
+            return [node.title, node.widgets.find((w) => w.name === "sparsity").label];
+        }""",
+        node,
+    )
+    assert (title, label) == ("PSA 补丁", "稀疏度")
+    assert frontend.errors == []
+
+
+def test_choosing_a_preset_of_the_user_moves_the_slider(pages, server):
+    folder = server.home / "user" / "psa_presets"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "look.json").write_text('{"shares": {"1": 0.2, "4": 0.4}, "sparsity": 0.6}', encoding="utf-8")
+    (folder / "broken.json").write_text("{", encoding="utf-8")
+    try:
+        frontend = pages("classic")
+        node = frontend.add("PSAPatch")
+        frontend.page.evaluate("() => app.refreshComboInNodes()")
+        frontend.page.wait_for_function(
+            "(id) => app.canvas.graph.getNodeById(id).widgets[1].options.values.includes('user/look')", arg=node
+        )
+        frontend.choose(node, "preset", "user/look")
+        assert frontend.value(node, "sparsity") == 0.6
+        seen = frontend.picture(node)
+        assert seen["sparsity"] == pytest.approx(0.6, abs=1e-3)
+        assert set(seen["bar"]) == {"1", "4", "0"}
+        frontend.choose(node, "preset", "user/broken")
+        assert frontend.picture(node)["headline"] == "This preset cannot be used; running says why."
+        assert frontend.errors == []
+    finally:
+        for name in ("look", "broken"):
+            (folder / f"{name}.json").unlink()
+
+
+@pytest.mark.slow
+def test_the_demo_runs_from_the_page_and_the_line_moves(frontend, demo):
+    frontend.load(demo)
+    node = find(demo, "PSAPatch")["id"]
+    assert "No run yet" in frontend.picture(node)["sentence"]
+    frontend.page.evaluate(
+        """() => {
+            window.psaSteps = [];
+            app.api.addEventListener("psa.step", ({ detail }) => window.psaSteps.push(detail));
+        }"""
+    )
+    kind, detail = frontend.run()
+    assert kind == "execution_success", detail
+    told = frontend.page.evaluate("() => window.psaSteps")
+    assert [figures["step"] for figures in told] == list(range(STEPS)), "once a step"
+    assert {figures["node"] for figures in told} == {str(node)}
+    seen = frontend.picture(node)
+    assert (seen["steps"], seen["points"]) == (STEPS, STEPS)
+    assert f"step {STEPS} of {STEPS}: measured sparsity {told[-1]['sparsity']:.3f}" in seen["text"]
+    assert seen["sentence"] == ""
+    # The report's picture is in its node.
+    report = find(demo, "PSAReport")["id"]
+    size = frontend.page.evaluate(
+        """async (id) => {
+            const node = app.rootGraph.getNodeById(id);
+            const found = app.nodeOutputs?.[id]?.images?.[0] ?? node.images?.[0];
+            const image = new Image();
+            image.src = app.api.apiURL(`/view?${new URLSearchParams(found)}`);
+            await image.decode();
+            return image.naturalWidth;
+        }""",
+        report,
+    )
+    assert size == 1200
+
+
+@pytest.mark.slow
+def test_what_stays_dense_is_said_in_the_node(pages, demo):
+    frontend = pages("classic")
+    for node in demo["nodes"]:
+        if node["type"] == "PSAPatch":
+            node["widgets_values"][node["widgets_values"].index(0)] = 100000
+    frontend.load(demo)
+    node = find(demo, "PSAPatch")["id"]
+    frontend.choose(node, "sparsity", 0.8)
+    kind, detail = frontend.run()
+    assert kind == "execution_success", detail
+    assert "calls stayed dense: 768 tokens are fewer than min_tokens 100000" in frontend.picture(node)["sentence"]
+    frontend.choose(node, "sparsity", 0.0)
+    assert frontend.run()[0] == "execution_success"
+    assert frontend.picture(node)["sentence"] == "Stays dense: sparsity is 0: the model is the stock one."
+    assert frontend.errors == []
+
+
+@pytest.mark.slow
+def test_in_a_subgraph_the_line_reaches_its_node(pages, demo):
+    frontend = pages("classic")
+    frontend.load(demo)
+    inner = find(demo, "PSAPatch")["id"]
+    outer = frontend.page.evaluate(
+        """(id) => {
+            const graph = app.rootGraph;
+            return graph.convertToSubgraph(new Set([graph.getNodeById(id)])).node.id;
+        }""",
+        inner,
+    )
+    frontend.settle()
+    kind, detail = frontend.run()
+    assert kind == "execution_success", detail
+    assert frontend.page.evaluate("(id) => !!app.rootGraph.getNodeById(id).subgraph", outer)
+    assert frontend.picture("PSAPatch")["points"] == STEPS
+    assert frontend.errors == []
+
+
+@pytest.mark.slow
+def test_a_bypassed_patch_is_left_out_of_the_prompt(pages, demo):
+    frontend = pages("classic")
+    find(demo, "PSAPatch")["mode"] = MODE_BYPASSED
+    find(demo, "PSAReport")["mode"] = MODE_BYPASSED
+    frontend.load(demo)
+    prompt = frontend.page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert "PSAPatch" not in [entry["class_type"] for entry in prompt.values()]
+    kind, detail = frontend.run()
+    assert kind == "execution_success", detail
+    assert frontend.picture(find(demo, "PSAPatch")["id"])["steps"] == 0
+    assert frontend.errors == []
+
+
+@pytest.mark.slow
+def test_an_error_shows_on_the_node_that_made_it(frontend, demo):
+    frontend.load(demo)
+    patch = find(demo, "PSAPatch")["id"]
+    pyramid = frontend.add("PSAPyramid", -400, 200)
+    frontend.choose(pyramid, "full", 0.9)
+    frontend.choose(pyramid, "half", 0.3)
+    frontend.connect(pyramid, 0, patch, "psa_pyramid")
+    assert frontend.picture(pyramid)["problem"]
+    kind, detail = frontend.run()
+    assert kind == "execution_error"
+    assert str(detail["node_id"]) == str(pyramid)
+    assert "PSA Pyramid, input full, half, quarter, eighth: '1.40 in sum' was given" in detail["exception_message"]
+    marked = frontend.page.evaluate("() => app.lastExecutionError?.node_id")
+    assert str(marked) == str(pyramid)
+    frontend.page.keyboard.press("Escape")

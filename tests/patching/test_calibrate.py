@@ -1,0 +1,124 @@
+"""Calibration: errors are those of the outputs that the model gave, the run stays dense, the target is met."""
+
+import json
+
+import pytest
+import torch
+
+from comfyui_psa.errors import InputError
+from comfyui_psa.patching.calibrate import SPARSITIES, Point, propose
+
+POINTS = tuple(Point(s, e, t) for s, e, t in ((0.5, 0.02, 0.8), (0.7, 0.05, 0.5), (0.9, 0.15, 0.25), (0.95, 0.3, 0.2)))
+INPUTS = {"goal": "error", "target": 0.2, "preset": "auto", "start_percent": 0.25, "min_tokens": 0}
+LATENT = (1, 16, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("goal", "target", "sparsity", "reached"),
+    [
+        ("error", 0.05, 0.70, True),
+        ("error", 0.10, 0.80, True),
+        ("error", 0.01, 0.50, False),
+        ("error", 0.90, 0.95, True),
+        ("speed-up", 2.0, 0.70, True),
+        ("speed-up", 3.0, 0.80, True),
+        ("speed-up", 1.0, 0.50, True),
+        ("speed-up", 9.0, 0.95, False),
+    ],
+)
+def test_the_proposal_lies_between_the_points(goal, target, sparsity, reached):
+    found = propose(POINTS, 1.0, goal, target)
+    assert (found.sparsity, found.reached) == (pytest.approx(sparsity), reached)
+    assert ("out of reach" in found.note) != reached
+
+
+def test_a_proposal_is_rounded_to_its_safe_side():
+    assert propose(POINTS, 1.0, "error", 0.0999).sparsity == 0.79
+    assert propose(POINTS, 1.0, "speed-up", 3.01).sparsity == 0.81
+
+
+@pytest.fixture(scope="module")
+def model(comfyui):
+    """Wan T2V, two layers, two heads of 128, random weights."""
+    import comfy.ldm.wan.model
+    import comfy.ops
+    import comfy.sd
+
+    blank = comfy.ldm.wan.model.WanModel(
+        dim=256, ffn_dim=128, num_heads=2, num_layers=2, operations=comfy.ops.disable_weight_init, dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(0)
+    state = {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in blank.state_dict().items()}
+    return comfy.sd.load_diffusion_model_state_dict(state)
+
+
+def sampler(model_latents, steps=3):
+    from comfyui_psa.patching.calibrate import sampler as make
+
+    conditioning = [[torch.randn(1, 13, 4096, generator=torch.Generator().manual_seed(2)), {}]]
+    sample = make({"samples": torch.zeros(LATENT)}, conditioning, conditioning, seed=1, steps=steps, cfg=1.0)
+    return lambda model: model_latents.append(sample(model))
+
+
+def test_errors_are_those_of_the_outputs_and_the_run_stays_dense(model, monkeypatch, tmp_path):
+    from comfyui_psa.patching import user_presets
+    from comfyui_psa.patching.calibrate import calibrate
+    from comfyui_psa.patching.user_presets import find_preset
+
+    monkeypatch.setattr(user_presets, "folder", lambda: tmp_path)
+    latents, outputs = [], []
+    sampler(latents)(model)
+
+    network = model.model.diffusion_model
+    genuine = network._forward
+
+    def recording(*args, **kwargs):
+        outputs.append(genuine(*args, **kwargs))
+        return outputs[-1]
+
+    monkeypatch.setattr(network, "_forward", recording)
+    found = calibrate(model, sampler(latents), **INPUTS, save_as="mine")
+    assert torch.equal(latents[0], latents[1]), "what is handed on is the dense output"
+
+    # Steps 1 and 2 of three are active. The first of them calls everything once more, to compile.
+    assert len(outputs) == 1 + 2 * (1 + len(SPARSITIES)) + 1 + len(SPARSITIES)
+    first = outputs[1 : 1 + 2 * (1 + len(SPARSITIES))][1::2]
+    second = outputs[1 + 2 * (1 + len(SPARSITIES)) :]
+    expected = []
+    for i in range(len(SPARSITIES)):
+        ratios = [(step[i + 1] - step[0]).norm() / step[0].norm() for step in (first, second)]
+        expected.append(float(sum(ratios) / 2))
+    assert [point.error for point in found.points] == pytest.approx(expected, rel=1e-5)
+    assert [point.sparsity for point in found.points] == list(SPARSITIES)
+    assert all(point.seconds > 0 for point in found.points)
+    json.dumps(found.as_dict())
+
+    stored = json.loads((tmp_path / "mine.json").read_text(encoding="utf-8"))
+    assert stored["sparsity"] == found.sparsity
+    assert find_preset("user/mine").config(found.sparsity).sparsity == found.sparsity
+    assert "optimized_attention_override" not in model.model_options["transformer_options"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"min_tokens": 5000}, "latent_image: .* fewer than min_tokens 5000"),
+        ({"preset": "wan2.1-14b (published)"}, "preset: .* not threshold"),
+        ({"preset": "none"}, "preset: 'none'"),
+        ({"save_as": "a/b"}, "save_as"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_said(model, changes, words):
+    from comfyui_psa.patching.calibrate import calibrate
+
+    with pytest.raises(InputError, match=f"^PSA Calibrate, input {words}"):
+        calibrate(model, sampler([]), **INPUTS | changes)
+
+
+def test_the_picture_marks_the_proposal():
+    from comfyui_psa.pictures.curve import draw_calibration
+
+    for goal, target in (("error", 0.1), ("speed-up", 9.0)):
+        picture = draw_calibration(propose(POINTS, 1.0, goal, target).as_dict())
+        assert picture.width == 1000
+        assert (253, 231, 37) in {colour for _, colour in picture.getcolors(1 << 20)}

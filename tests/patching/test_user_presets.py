@@ -1,0 +1,110 @@
+"""Preset files of the user: what is right is read, what is wrong is a sentence, and nothing ever breaks the pack."""
+
+import contextlib
+import json
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comfyui_psa.errors import InputError
+from comfyui_psa.kernels.presets import load_presets
+from comfyui_psa.patching.user_presets import (
+    PresetError,
+    find_preset,
+    parse_preset,
+    preset_names,
+    read_preset,
+    usable_presets,
+)
+
+GOOD = {"about": "Mine", "mode": "topk", "shares": {"1": 0.05, "4": 0.3}, "sparsity": 0.9, "block_kv": 32, "tail": True}
+
+
+def put(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return path
+
+
+def test_a_good_file_is_listed_and_used(tmp_path):
+    put(tmp_path, "mine.json", GOOD)
+    assert preset_names(tmp_path) == [*load_presets(), "user/mine"]
+    preset = find_preset("user/mine", tmp_path)
+    config = preset.config(0.8)
+    assert (config.shares, config.block_kv, config.tail, config.sparsity) == ({1: 0.05, 4: 0.3}, 32, True, 0.8)
+    assert (config.order, config.importance) == ("curve", "pooled")
+    assert preset.sparsity == 0.9
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe{}", "not JSON"),
+        (b"[" * 5000, "not JSON"),
+        (b'{"shares": {"1": ' + b"9" * 4000 + b"}}", "shares"),
+        (b'{"shares": {"1": NaN}}', "shares: .* was given"),
+        (b" " * 70000, "larger than 64 kB"),
+        ([1, 2], "holds a list, not an object"),
+        ({}, "shares is missing"),
+        ({"shares": {}}, "at least one pooling factor"),
+        ({"shares": {"one": 1}}, "shares: .* allowed: pooling factors"),
+        ({"shares": {"1": True}}, "shares"),
+        ({"shares": {"1": 0.8, "2": 0.8}}, "add up to at most 1"),
+        ({"shares": {"3": 0.5}}, "pooling factors"),
+        ({"shares": {"1": 0.5}, "mode": ["topk"]}, "mode: .* allowed: budget, topk, threshold"),
+        ({"shares": {"1": 0.5}, "block_kv": 48}, "block_kv: 48 was given"),
+        ({"shares": {"1": 0.5}, "block_kv": "64"}, "block_kv: '64' was given; allowed: a whole number"),
+        ({"shares": {"1": 0.5}, "tail": "on"}, "tail: 'on' was given; allowed: true or false"),
+        ({"shares": {"1": 0.5}, "sparsity": 1}, "sparsity: 1 was given"),
+        ({"shares": {"8": 0.5}, "sparsity": 0.5}, "sparsity: 0.5 was given; allowed: 0.875"),
+        ({"shares": {"1": 0.5}, "command": "rm"}, "'command' is no field of a preset"),
+        ({"shares": {"1": 0.5}, "mode": "budget", "as_written": True}, "as_written"),
+        ({"shares": {"1": 0.5}, "about": "x" * 2000}, "about"),
+    ],
+)
+def test_what_is_wrong_is_said_when_the_file_is_chosen(tmp_path, content, words):
+    put(tmp_path, "bad.json", content)
+    put(tmp_path, "good.json", GOOD)
+    with pytest.raises(InputError, match=rf"(?s)PSA Patch, input preset: 'user/bad'.*bad\.json: .*{words}"):
+        find_preset("user/bad", tmp_path)
+    # The others are still there, and so is the bad one, so that choosing it can say why.
+    assert preset_names(tmp_path)[-2:] == ["user/bad", "user/good"]
+    assert "user/good" in usable_presets(tmp_path)
+    assert "user/bad" not in usable_presets(tmp_path)
+
+
+def test_strange_names_and_folders_are_left_out(tmp_path):
+    for name in ("..json", "<img src=x>.json", "a\nb.json", "x" * 80 + ".json", "notes.txt"):
+        put(tmp_path, name, GOOD)
+    (tmp_path / "folder.json").mkdir()
+    assert preset_names(tmp_path) == [*load_presets(), "user/folder"]
+    with pytest.raises(InputError, match="cannot be read"):
+        find_preset("user/folder", tmp_path)
+    with pytest.raises(InputError, match=r"preset: 'user/\.\./x'"):
+        find_preset("user/../x", tmp_path)
+    assert preset_names(tmp_path / "missing") == [*load_presets()]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="named pipes are files on Unix only")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(PresetError):
+        read_preset(tmp_path / "pipe.json")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+fields = st.sampled_from(["about", "mode", "shares", "tail", "block_q", "similarity_cap", "sparsity", "as_written"])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(fields, json_values | st.dictionaries(st.sampled_from("1248"), st.floats(0, 1)), max_size=5))
+def test_any_content_is_a_preset_or_a_sentence(entry):
+    with contextlib.suppress(PresetError):
+        assert parse_preset("x", entry).settings["shares"]

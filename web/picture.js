@@ -1,0 +1,201 @@
+/* Draws one node's picture: a bar of what is seen, a bar of the work that is left, figures, and the line of a run.
+ * Plain DOM; it knows nothing of ComfyUI. Text goes in as text, never as markup.
+ */
+
+import { levelsOf } from "./expectation.js";
+import { say } from "./words.js";
+
+// From yellow to dark blue: light means more detail, also where colours cannot be told apart. 0 is not seen at all.
+const COLOURS = { 1: "#fde725", 2: "#5ec962", 4: "#21918c", 8: "#3b7cc4", 16: "#5a55b0", 32: "#6d4aa0" };
+const COARSE = "#7d4a96";
+// Work of which is not known which level it goes to.
+const WHOLE = "all";
+const [SPARSITY, SECONDS] = ["#fde725", "#7fb2ff"];
+const UNSEEN = "repeating-linear-gradient(45deg, #55585f 0 4px, #43464c 4px 8px)";
+const STYLE = `
+.psa-picture { box-sizing: border-box; width: 100%; padding: 4px 6px; font: 12px/1.35 system-ui, sans-serif;
+    color: var(--input-text, #ddd); pointer-events: none; overflow: hidden; }
+.psa-picture .psa-headline { font-size: 14px; font-weight: 600; }
+.psa-picture .psa-row { display: flex; align-items: center; gap: 6px; }
+.psa-picture .psa-row span { flex: 0 0 auto; min-width: 34px; }
+.psa-picture .psa-quiet { opacity: 0.75; }
+.psa-picture .psa-bar { flex: 1; display: flex; height: 14px; margin: 2px 0; border-radius: 3px; overflow: hidden;
+    background: #2a2c31; }
+.psa-picture .psa-bar div { height: 100%; min-width: 0; }
+.psa-picture .psa-work { height: 8px; }
+.psa-picture .psa-legend { display: flex; flex-wrap: wrap; gap: 0 10px; }
+.psa-picture .psa-key { display: inline-block; width: 8px; height: 8px; margin-right: 4px; border-radius: 2px; }
+.psa-picture .psa-problem { color: #ff9d76; font-weight: 600; }
+.psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; border-radius: 3px;
+    background: #2a2c31; }
+`;
+
+/** A block of figures that follow a slider, and, with `live`, the line of a run. */
+export class Picture {
+    constructor(live) {
+        this.element = part("div", "psa-picture");
+        this.headline = this.element.appendChild(part("div", "psa-headline"));
+        this.speed = this.element.appendChild(part("div", "psa-quiet psa-speed"));
+        this.bar = this.row("psa-bar psa-seen");
+        this.work = this.row("psa-bar psa-work");
+        this.legend = this.element.appendChild(part("div", "psa-legend"));
+        this.note = this.element.appendChild(part("div", "psa-quiet psa-note"));
+        if (live) {
+            this.line = this.element.appendChild(svg("svg", { viewBox: "0 0 300 34", preserveAspectRatio: "none" }));
+            this.caption = this.element.appendChild(part("div", "psa-caption"));
+            this.sentence = this.element.appendChild(part("div", "psa-sentence"));
+        }
+        if (!document.getElementById("psa-picture-style")) {
+            const style = document.head.appendChild(part("style"));
+            style.id = "psa-picture-style";
+            style.textContent = STYLE;
+        }
+    }
+
+    row(classes) {
+        const row = this.element.appendChild(part("div", "psa-row"));
+        row.append(part("span", "psa-quiet"), part("div", classes), part("span", "psa-quiet"));
+        return row.children[1];
+    }
+
+    /** Show a setting: its shape and figures of `expect`, a problem ({key, ...}) or neither. */
+    show({ language, shape, figures, problem, stock, notes }) {
+        const text = (key, values) => say(language, key, values);
+        this.headline.classList.toggle("psa-problem", Boolean(problem));
+        this.bar.replaceChildren();
+        this.work.replaceChildren();
+        this.legend.replaceChildren();
+        this.note.textContent = notes.join(" ");
+        this.speed.textContent = "";
+        for (const bar of [this.bar, this.work]) bar.parentElement.style.display = "none";
+        if (problem || stock || !figures) {
+            this.headline.textContent = problem ? text(problem.key, readable(problem)) : stock ? text("stock") : "";
+            return;
+        }
+        const { sparsity, coverage, speedup } = figures;
+        this.headline.textContent = sparsity === null ? text("follows") : text("saved", { saved: percent(sparsity) });
+        if (speedup) {
+            const [least, most] = speedup.map((times) => times.toFixed(1));
+            this.speed.textContent = most < 1.05 ? text("noFaster") : text("faster", { least, most });
+        }
+        label(this.bar, figures.shares ? text("seen") : text("mass"), coverage === null ? "" : percent(coverage));
+        // Without the data only the shares of the attention mass are known, not those of the blocks.
+        const shares = figures.shares ?? massShares(shape);
+        const pairs = Object.entries(shares)
+            .map(([factor, share]) => [Number(factor), share])
+            .filter(([, share]) => share > 0)
+            .sort(([a], [b]) => (a || Infinity) - (b || Infinity));
+        for (const [factor, share] of pairs) {
+            this.bar.append(segment(factor, share));
+            if (factor && figures.shares) this.work.append(segment(factor, share / factor));
+            const key = factor === 0 ? "none" : factor === 1 ? "full" : factor === shape.block_kv ? "tail" : "pooled";
+            const entry = this.legend.appendChild(part("span"));
+            const colour = entry.appendChild(part("span", "psa-key"));
+            colour.style.background = colourOf(factor);
+            entry.append(`${percent(share)} ${text(key, { factor })}`);
+        }
+        if (sparsity !== null) label(this.work, text("work"), percent(1 - sparsity));
+        if (!figures.shares && sparsity !== null) this.work.append(segment(WHOLE, 1 - sparsity));
+        if (!figures.shares) this.note.textContent = [text("massNote"), ...notes].join(" ");
+        else if (shape.capped) this.note.textContent = [...notes, text("capped")].join(" ");
+        this.element.dataset.sparsity = sparsity === null ? "" : sparsity.toFixed(4);
+        this.element.dataset.coverage = coverage === null ? "" : coverage.toFixed(4);
+    }
+
+    /** Show the steps of a run, oldest first, and what stayed dense: {dense: sentence} or the steps' reasons. */
+    follow({ language, steps, dense }) {
+        const text = (key, values) => say(language, key, values);
+        this.line.replaceChildren();
+        this.caption.textContent = "";
+        this.element.dataset.steps = String(steps.length);
+        if (dense) {
+            this.sentence.textContent = text("dense", { reason: dense });
+            return;
+        }
+        if (!steps.length) {
+            this.sentence.textContent = text("noRun");
+            return;
+        }
+        const last = steps[steps.length - 1];
+        const total = Math.max(last.steps ?? 0, last.step + 1);
+        const place = (step) => (total > 1 ? 4 + (292 * step) / (total - 1) : 150);
+        // The first step may hold the loading of the model: it must not flatten the others.
+        const most = Math.max(...steps.slice(steps.length > 2 ? 1 : 0).map((step) => step.seconds), 1e-6);
+        this.draw(SECONDS, "psa-seconds", steps.map((s) => [place(s.step), 31 - 28 * Math.min(1, s.seconds / most)]));
+        this.draw(SPARSITY, "psa-sparsity", steps.map((s) => [place(s.step), 31 - 28 * (s.sparsity ?? 0)]));
+        const measured = last.sparsity?.toFixed(3);
+        const sparsity = measured === undefined ? text("denseStep") : text("measured", { sparsity: measured });
+        this.caption.append(`${text("live", { step: last.step + 1, steps: total })} `);
+        const seconds = text("seconds", { seconds: last.seconds.toFixed(2) });
+        for (const [colour, words] of [[SPARSITY, sparsity], [SECONDS, seconds]]) {
+            const mark = this.caption.appendChild(part("span"));
+            mark.style.color = colour;
+            mark.textContent = words;
+            this.caption.append(" ");
+        }
+        const reasons = Object.entries(last.reasons ?? {});
+        const waiting = !steps.some((step) => step.sparsity !== null);
+        this.sentence.textContent = reasons.length
+            ? reasons.map(([reason, calls]) => text("denseCalls", { calls, reason })).join(" ")
+            : waiting ? text("before") : "";
+    }
+
+    draw(colour, name, points) {
+        const places = points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
+        const style = { fill: "none", stroke: colour, "stroke-width": 1.5, "vector-effect": "non-scaling-stroke" };
+        this.line.append(svg("polyline", { class: name, points: places, ...style }));
+        const [x, y] = points[points.length - 1];
+        this.line.append(svg("circle", { cx: x, cy: y, r: 2, fill: colour }));
+    }
+}
+
+/** Words before a bar and a figure behind it; a bar without them is hidden. */
+function label(bar, before, after) {
+    bar.previousSibling.textContent = before;
+    bar.nextSibling.textContent = after;
+    bar.parentElement.style.display = "";
+}
+
+function massShares(shape) {
+    const levels = levelsOf(shape);
+    const rest = 1 - levels.reduce((sum, [, share]) => sum + share, 0);
+    return { ...Object.fromEntries(levels), [shape.tail ? shape.block_kv : 0]: Math.max(0, rest) };
+}
+
+function readable(problem) {
+    const entries = Object.entries(problem);
+    return Object.fromEntries(entries.map(([name, value]) => [name, typeof value === "number" ? round(value) : value]));
+}
+
+function round(value) {
+    return Number.isInteger(value) && value > 1 ? String(value) : value.toFixed(2);
+}
+
+function percent(share) {
+    const value = 100 * share;
+    return `${value >= 9.95 || value === 0 ? value.toFixed(0) : value.toFixed(1)} %`;
+}
+
+function segment(factor, share) {
+    const element = part("div");
+    element.dataset.factor = String(factor);
+    element.style.cssText = `width: ${(100 * share).toFixed(3)}%; background: ${colourOf(factor)}`;
+    return element;
+}
+
+function colourOf(factor) {
+    if (factor === WHOLE) return "#9aa0ab";
+    return factor ? (COLOURS[factor] ?? COARSE) : UNSEEN;
+}
+
+function part(name, classes = "") {
+    const element = document.createElement(name);
+    if (classes) element.className = classes;
+    return element;
+}
+
+function svg(name, attributes) {
+    const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+    return element;
+}

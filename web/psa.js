@@ -1,0 +1,243 @@
+/* Puts the picture into PSA Patch and PSA Pyramid, and keeps it in step with sliders, wires and runs.
+ * Works with both renderers: it only reads widgets' values, and adds one DOM widget that is never saved.
+ */
+
+import { api } from "../../scripts/api.js";
+import { app } from "../../scripts/app.js";
+import { expect, problemOf, takenAsWritten } from "./expectation.js";
+import { Picture } from "./picture.js";
+import { say as sayIn } from "./words.js";
+
+const PATCH = "PSAPatch";
+const PYRAMID = "PSAPyramid";
+const HEIGHT = { [PATCH]: 216, [PYRAMID]: 128 };
+const WIDTH = 340;
+const SLIDERS = { full: 1, half: 2, quarter: 4, eighth: 8 };
+const CAPS = ["similarity_half", "similarity_quarter", "similarity_eighth"];
+const FROM_PRESET = "preset";
+
+/** Preset name -> shape, from the node's definition. */
+let presets = {};
+/** Node -> {picture, run, steps, dense, auto: the preset that `auto` was at the last run}. */
+const states = new WeakMap();
+
+app.registerExtension({
+    name: "psa.picture",
+
+    beforeRegisterNodeDef(_, definition) {
+        if (definition.name === PATCH) readPresets(definition);
+    },
+
+    refreshComboInNodes(definitions) {
+        if (definitions?.[PATCH]) readPresets(definitions[PATCH]);
+        everyNode((node) => refresh(node));
+    },
+
+    nodeCreated(node) {
+        if (node.comfyClass !== PATCH && node.comfyClass !== PYRAMID) return;
+        const picture = new Picture(node.comfyClass === PATCH);
+        const height = HEIGHT[node.comfyClass];
+        picture.element.style.minHeight = `${height}px`;
+        states.set(node, { picture, run: null, steps: [], dense: "" });
+        const widget = node.addDOMWidget("psa_picture", "psa_picture", picture.element, {
+            serialize: false,
+            hideOnZoom: false,
+            getMinHeight: () => height,
+            getMaxHeight: () => height,
+        });
+        widget.serialize = false;
+        // Nodes 2.0 folds the advanced inputs away and grows a node to what it holds; the classic renderer shows all.
+        const [width, least] = node.computeSize();
+        node.setSize([Math.max(WIDTH, width), LiteGraph.vueNodesMode ? 0 : least]);
+
+        for (const other of node.widgets) {
+            if (other === widget) continue;
+            chain(other, "callback", (value) => {
+                if (other.name === "preset") suggestSparsity(node, value);
+                refreshWithNeighbours(node);
+            });
+        }
+        chain(node, "onConfigure", () => refreshWithNeighbours(node));
+        chain(node, "onConnectionsChange", () => queueMicrotask(() => refreshWithNeighbours(node)));
+        chain(node, "onExecuted", (output) => {
+            const state = states.get(node);
+            if (!output?.psa) return;
+            [state.dense = "", state.auto = ""] = output.psa;
+            follow(node);
+            refresh(node);
+        });
+        refresh(node);
+        follow(node);
+        // The classic renderer places a DOM widget when it draws for the second time.
+        requestAnimationFrame(() => requestAnimationFrame(() => app.canvas?.setDirty(true, true)));
+    },
+
+    afterConfigureGraph() {
+        everyNode((node) => refresh(node));
+    },
+});
+
+api.addEventListener("psa.step", ({ detail }) => {
+    const node = findNode(detail.node);
+    const state = node && states.get(node);
+    if (!state) return;
+    if (state.run !== detail.run) Object.assign(state, { run: detail.run, steps: [], dense: "" });
+    state.steps.push(detail);
+    follow(node);
+});
+
+function follow(node) {
+    const { picture, steps, dense } = states.get(node);
+    if (picture.line) picture.follow({ language: language(), steps, dense });
+}
+
+/** Draw what the node's inputs mean now. */
+function refresh(node) {
+    const state = states.get(node);
+    if (!state) return;
+    state.picture.show({ language: language(), ...(node.comfyClass === PATCH ? ofPatch(node) : ofPyramid(node)) });
+}
+
+/** The node and those at the other end of its PSA_PYRAMID wire. */
+function refreshWithNeighbours(node) {
+    refresh(node);
+    if (node.comfyClass === PYRAMID) targets(node).forEach(refresh);
+    else if (source(node)) refresh(source(node));
+}
+
+function ofPyramid(node) {
+    const shape = pyramidShape(node);
+    const patch = targets(node).find((target) => target.comfyClass === PATCH);
+    const sparsity = patch && !takenAsWritten(shape) ? patchSparsity(patch) : null;
+    const scaled = sparsity !== null && sparsity > 0;
+    const notes = [];
+    if (scaled) notes.push(say("scaled", { sparsity: sparsity.toFixed(2) }));
+    else if (shape.mode !== "budget") notes.push(say("asWritten"));
+    const problem = problemOf(shape, scaled ? sparsity : null);
+    return { shape, problem, figures: problem ? null : expect(shape, scaled ? sparsity : null), notes };
+}
+
+function ofPatch(node) {
+    const notes = [];
+    const sparsity = patchSparsity(node);
+    const linked = input(node, "sparsity")?.link != null;
+    if (linked) notes.push(say("wired", { sparsity: sparsity.toFixed(2) }));
+    if (sparsity === 0 && !linked) return { stock: true, notes };
+    let shape;
+    if (input(node, "psa_pyramid")?.link != null) {
+        const pyramid = source(node);
+        if (pyramid?.comfyClass !== PYRAMID) return { notes: [...notes, say("unknown")] };
+        shape = pyramidShape(pyramid);
+    } else {
+        const name = value(node, "preset");
+        const preset = (name === "auto" && presets[states.get(node).auto]) || presets[name];
+        if (!preset) return { problem: { key: "badPreset" }, notes };
+        shape = { ...preset };
+        for (const name of ["mode", "importance"]) if (given(node, name)) shape[name] = value(node, name);
+        if (given(node, "tail")) shape.tail = value(node, "tail") === "on";
+        if (given(node, "block_kv")) shape.block_kv = Number(value(node, "block_kv"));
+        const text = value(node, "pyramid") ?? "";
+        if (text.trim()) shape.shares = parseLevels(text);
+        if (!shape.shares) return { problem: { key: "badText" }, notes };
+    }
+    const problem = problemOf(shape, sparsity);
+    return { shape, problem, figures: problem ? null : expect(shape, sparsity), notes };
+}
+
+function pyramidShape(node) {
+    const shares = Object.fromEntries(Object.entries(SLIDERS).map(([name, factor]) => [factor, value(node, name)]));
+    return {
+        shares,
+        mode: value(node, "mode"),
+        tail: Boolean(value(node, "tail")),
+        as_written: Boolean(value(node, "as_written")),
+        importance: value(node, "importance"),
+        block_kv: Number(value(node, "block_kv")),
+        capped: CAPS.some((name) => value(node, name) > 0),
+    };
+}
+
+/** "1: 0.10, 8: 0.20" -> {1: 0.1, 8: 0.2}; null where it cannot be read. As patching/settings.py parses it. */
+function parseLevels(text) {
+    const shares = {};
+    for (const piece of text.split(",")) {
+        const match = /^\s*(\d{1,3})\s*:\s*(\d*\.?\d+)\s*$/.exec(piece);
+        if (!match || Number(match[1]) in shares) return null;
+        shares[Number(match[1])] = Number(match[2]);
+    }
+    return shares;
+}
+
+/** A preset may say which sparsity it was made for: choosing it moves the slider there. */
+function suggestSparsity(node, name) {
+    const sparsity = presets[name]?.sparsity;
+    const slider = node.widgets.find((widget) => widget.name === "sparsity");
+    if (sparsity != null && slider) slider.value = Math.min(sparsity, slider.options.max ?? 1);
+}
+
+function readPresets(definition) {
+    const [, options] = definition.input?.required?.preset ?? [];
+    presets = options?.psa_shapes ?? {};
+}
+
+function patchSparsity(node) {
+    return Number(value(node, "sparsity") ?? 0);
+}
+
+function value(node, name) {
+    return node.widgets?.find((widget) => widget.name === name)?.value;
+}
+
+function given(node, name) {
+    return (value(node, name) ?? FROM_PRESET) !== FROM_PRESET;
+}
+
+function input(node, name) {
+    return node.inputs?.find((slot) => slot.name === name);
+}
+
+/** The node whose pyramid a PSA Patch takes, or undefined. */
+function source(node) {
+    const slot = node.inputs?.findIndex((found) => found.name === "psa_pyramid") ?? -1;
+    return slot < 0 ? undefined : (node.getInputNode?.(slot) ?? undefined);
+}
+
+/** The nodes that a PSA Pyramid feeds. */
+function targets(node) {
+    return node.getOutputNodes?.(0) ?? [];
+}
+
+/** The node with an id as the server knows it, "12" or, in subgraphs, "12:5". */
+function findNode(id) {
+    let graph = app.rootGraph ?? app.graph;
+    let node;
+    for (const piece of String(id).split(":")) {
+        node = graph?.getNodeById(Number(piece)) ?? graph?.getNodeById(piece);
+        graph = node?.subgraph;
+    }
+    return node;
+}
+
+function everyNode(visit, graph = app.rootGraph ?? app.graph) {
+    for (const node of graph?.nodes ?? []) {
+        visit(node);
+        if (node.subgraph) everyNode(visit, node.subgraph);
+    }
+}
+
+function chain(object, name, then) {
+    const before = object[name];
+    object[name] = function (...args) {
+        const result = before?.apply(this, args);
+        then(...args);
+        return result;
+    };
+}
+
+function language() {
+    return app.extensionManager?.setting?.get?.("Comfy.Locale") ?? "en";
+}
+
+function say(key, figures) {
+    return sayIn(language(), key, figures);
+}
