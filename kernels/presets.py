@@ -2,9 +2,10 @@
 
 The published numbers stand in `presets.json` (arXiv 2512.04025 and the official release; shares are the differences of
 its cumulative bounds). A published preset computes what the paper describes, with sampled importance. Ours keeps the
-shape of the pyramid; it meets the slider (budget mode in place of threshold) and ranks blocks by pooled importance, a
-quarter of the work, in blocks of 128 queries and 64 keys. What else differs stands under "ours" in the file. The tail,
-which goes beyond the paper, is off: on the demo model it costs more than it gives (README, Figures).
+shape of the pyramid; it meets the slider (budget mode in place of threshold) and ranks blocks, 128 queries and 64 keys,
+by the mean weight of pooled tokens, a quarter of the published scores. What else differs stands under "ours" in the
+file. The tail, which goes beyond the paper, is off: on the demo model it costs more than it gives. "evidence" names the
+page that measures ours.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from .config import PyramidConfig
 
 PUBLISHED_SUFFIX = " (published)"
-_NOT_SETTINGS = ("about", "dense_steps", "published", "ours")
+_NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence")
+RANKING = {"importance": "pooled", "reduction": "mean"}
+"""How ours rank blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Preset:
     Attributes:
         about: a sentence; settings: fields of `PyramidConfig`, without `sparsity`.
         dense_steps: how many of a run's first steps it leaves dense; None where a share of the schedule says it.
+        evidence: page of this repository that measures it against others; empty where nothing does.
         sparsity: the target that it was made for, a suggestion to the user, or None.
         as_written: True takes the shares as they are; a target sparsity then does not act.
     """
@@ -36,6 +40,7 @@ class Preset:
     sparsity: float | None = None
     as_written: bool = False
     dense_steps: int | None = None
+    evidence: str = ""
 
     def config(self, sparsity: float | None, **changes: object) -> PyramidConfig:
         """The configuration at a target sparsity; in threshold mode density follows the data and sparsity is unused.
@@ -66,10 +71,11 @@ def load_presets(path: Path | None = None) -> dict[str, Preset]:
         # A threshold preset would leave the slider without effect; budget mode is its way to meet it.
         mode = "budget" if settings["mode"] == "threshold" else settings["mode"]
         ours = {"mode": mode, "shares": settings["shares"], "order": settings["order"], "tail": False}
-        ours |= {"importance": "pooled"} | entry.get("ours", {})
+        ours |= RANKING | entry.get("ours", {})
         steps = ours.pop("dense_steps", None)
         about = f"{entry['about']}: its pyramid, met to the slider's sparsity"
-        presets[name] = Preset(name, about, ours, dense_steps=steps)
+        evidence = entry.get("evidence", "")
+        presets[name] = Preset(name, about, ours, dense_steps=steps, evidence=evidence)
         if not entry.get("published", True):
             continue
         published = settings | {"tail": False, "importance": "sampled"}

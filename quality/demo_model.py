@@ -121,13 +121,13 @@ class DemoModel:
         table = rotary_table(video.grid, self.device)
         latents, seconds = [], []
         for step, (now, following) in enumerate(itertools.pairwise([*schedule.sigmas, 0.0])):
-            began = self._clock()
+            began = self.clock()
             attention.begin_step(step)
             timestep = torch.full((len(clips),), now * 1000, device=self.device)
-            with self._precision():
+            with self.precision():
                 velocity = self.network(x, timestep, context, table, attention).float()
             x = x + (following - now) * velocity
-            seconds.append(self._clock() - began)
+            seconds.append(self.clock() - began)
             latents.append(x)
         return Sampled(torch.stack(latents), seconds)
 
@@ -141,12 +141,15 @@ class DemoModel:
             videos.append(((pixels + 1) * 127.5).round().byte())
         return torch.cat(videos)
 
-    def _precision(self) -> contextlib.AbstractContextManager:
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Around every call of the network: 16-bit matrix products, or nothing in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def _clock(self) -> float:
+    def clock(self) -> float:
+        """Seconds of the GPU's work; on a CPU processor seconds a thread, which other load hardly changes."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()

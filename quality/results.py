@@ -76,10 +76,15 @@ class Writer:
 
 
 def read_runs(folder: Path) -> list[RunRow]:
-    """The rows of `runs.csv`."""
+    """The rows of `runs.csv` of a folder."""
+    return read_run_file(folder / RUNS)
+
+
+def read_run_file(path: Path) -> list[RunRow]:
+    """The rows of a file such as `runs.csv`."""
     numbers = ("compute", "density", "warm_up", "psnr", "ssim", "lpips", "flicker", "latent_error")
     numbers += ("dense_step_s", "sparse_step_s", "run_s")
-    return [_row(RunRow, entry, numbers, ("steps", "clips")) for entry in _entries(folder / RUNS)]
+    return [_row(RunRow, entry, numbers, ("steps", "clips")) for entry in _entries(path)]
 
 
 def read_steps(folder: Path) -> list[StepRow]:

@@ -1,5 +1,7 @@
 """Presets: the published numbers are the published numbers, and every preset can be used."""
 
+from pathlib import Path
+
 import pytest
 
 from comfyui_psa.kernels import ConfigError, load_presets
@@ -32,6 +34,7 @@ def test_published_numbers(name):
     assert config.bounds == pytest.approx(tuple(cumulative.values()))
     assert config.importance == "sampled"
     assert config.sample_share == 0.25
+    assert config.reduction == "max"
     assert not config.tail
     capped = name == "wan2.1-1.3b"
     assert config.similarity_cap == ({2: 0.70, 4: 0.65, 8: 0.60} if capped else {})
@@ -58,6 +61,15 @@ def test_ours_take_a_sparsity(name, sparsity):
     assert not config.tail
     assert preset.about
     assert config.bounds == load_presets()[name + " (published)"].config(None).bounds
+
+
+def test_the_default_is_what_its_evidence_measured():
+    preset = load_presets()["module-default"]
+    config = preset.config(0.85)
+    assert (config.mode, config.order, config.block_q, config.block_kv) == ("topk", "curve", 128, 64)
+    assert (config.importance, config.reduction) == ("pooled", "mean")
+    page = Path(__file__).resolve().parents[2] / preset.evidence
+    assert "`module-default`" in page.read_text(encoding="utf-8")
 
 
 def test_changes_win_over_the_preset():
