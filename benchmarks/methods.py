@@ -92,7 +92,7 @@ def sol_attn(tau: float) -> Callable[..., tuple]:
 def methods(dim: int, cuda: bool, full: bool) -> Iterator[Method]:
     """The methods for a head size; `full` adds the curve of error against time, and what is slow to compile."""
     precision = "bfloat16" if cuda else "float32"
-    topk = {"mode": "topk", "shares": PUBLISHED, "importance": "pooled", "reduction": "mean"}
+    topk = {"mode": "topk", "shares": PUBLISHED, "importance": "pooled"}
     # The first is what `auto` takes.
     settings = [("curve", False, "bf16", 0.85), ("curve", False, "bf16", 0.9), ("curve", False, "bf16", 0.95)]
     settings += [("raster", True, "bf16", 0.85), ("curve", True, "bf16", 0.85)]
@@ -103,7 +103,7 @@ def methods(dim: int, cuda: bool, full: bool) -> Iterator[Method]:
         yield Method(
             "psa",
             "int8" if number == "int8" else precision,
-            f"topk 10/5/0/20 at {sparsity}, {order}, pooled by mean, {'tail' if tail else 'no tail'}",
+            f"topk 10/5/0/20 at {sparsity}, {order}, pooled, {'tail' if tail else 'no tail'}",
             psa(**topk, sparsity=sparsity, order=order, tail=tail, precision=number),
         )
     yield Method(

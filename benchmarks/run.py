@@ -87,7 +87,7 @@ def _measure(name: str, shape: tuple, runs: int, full: bool, short: bool) -> tup
     print(f"{name:16s} {label:18s} {dense_ms:9.2f} ms", flush=True)
     chosen = list(methods.methods(dim, cuda, full))
     if short:
-        first = "topk 10/5/0/20 at 0.85, curve, pooled by mean, no tail"
+        first = "topk 10/5/0/20 at 0.85, curve, pooled, no tail"
         chosen = [m for m in chosen if m.setting == first and m.precision != "int8"]
     for method in chosen:
         try:

@@ -146,7 +146,7 @@ def _front() -> list[Setting]:
     return [
         Setting("all blocks in full", "front", full),  # what the precision alone costs
         *_at("default", "front", ALL, {}, sheet=True),
-        *_at("old default", "front", ALL, PAPER | {"importance": "pooled"}),
+        *_at("pooled by mean", "front", ALL, PAPER | {"importance": "pooled"}, config={"reduction": "mean"}),
         *_at("paper", "front", ALL, PAPER, sheet=True),
         *_at("block-sparse", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, sheet=True),
         *_at("radial mask", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, prototype={"static": "radial"}, sheet=True),
