@@ -35,8 +35,8 @@ def apply_lora(model: Any, name: str, strength: float) -> tuple[Any, str]:
     """A clone of a ComfyUI MODEL with the LoRA `name` of ComfyUI's loras folders, and a sentence on what matched.
 
     Raises:
-        InputError: no such file, nothing in it matches the model, or its sizes are those of another model.
-        FileError: the file is incomplete or not safetensors.
+        InputError: no such file, it is incomplete or not safetensors, nothing in it matches the model, or its sizes are
+            those of another model.
     """
     import folder_paths
 
@@ -44,8 +44,12 @@ def apply_lora(model: Any, name: str, strength: float) -> tuple[Any, str]:
     path = folder_paths.get_full_path("loras", name)
     if path is None:
         raise InputError("lora_name", name, "a file that the menu lists; press R to read it again", NODE)
-    tensors, metadata = read_tensors(Path(path))
-    patched, summary = patch_with_lora(model, with_alphas(tensors, lora_config(Path(path), metadata)), name, strength)
+    try:
+        tensors, metadata = read_tensors(Path(path))
+        tensors = with_alphas(tensors, lora_config(Path(path), metadata))
+    except FileError as error:
+        raise InputError("lora_name", name, f"a file that can be used; {error}", NODE) from error
+    patched, summary = patch_with_lora(model, tensors, name, strength)
     log.info("PSA: %s", summary)
     return patched, summary
 

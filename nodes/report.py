@@ -26,9 +26,11 @@ class PSAReport(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model from PSA Patch, the one that the sampler used."),
                 io.Latent.Input("samples", tooltip="The sampler's output; handed on unchanged."),
+                # What came later is optional: prompts sent by earlier versions of a workflow do not have it.
                 io.Int.Input(
                     "layer",
                     default=-1,
+                    optional=True,
                     min=-1,
                     max=999,
                     tooltip="Transformer block whose map is drawn, counted from 0; -1 takes the one in the middle.",
@@ -36,6 +38,7 @@ class PSAReport(io.ComfyNode):
                 io.Int.Input(
                     "head",
                     default=0,
+                    optional=True,
                     min=0,
                     max=999,
                     tooltip="Attention head whose map is drawn, counted from 0; Wan 1.3B has 12, Wan 14B has 40.",
@@ -43,6 +46,7 @@ class PSAReport(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="psa/report",
+                    optional=True,
                     advanced=True,
                     tooltip="Where the PNG is saved in ComfyUI's output folder; empty shows it without saving.",
                 ),
@@ -63,7 +67,7 @@ class PSAReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, samples, layer, head, filename_prefix, images=None) -> io.NodeOutput:
+    def execute(cls, model, samples, layer=-1, head=0, filename_prefix="psa/report", images=None) -> io.NodeOutput:
         require_model(model, "PSA Report")
         report, picture = show_report(model, samples, layer, head, images)
         saved = save_picture(picture, filename_prefix, cls)

@@ -15,7 +15,7 @@ READY = "!!window.app?.canvas?.graph && !!window.LiteGraph?.registered_node_type
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Minimap.Visible": False}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop must not be there while other tests run theirs
 def chromium():
     """A browser. Without one on this machine the tests are skipped, except where CI must run them."""
     path = os.environ.get("PSA_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUMS)), None)
@@ -38,7 +38,7 @@ def demo_workflow():
     return module
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pages(chromium, server, client):
     """Opens the frontend in a renderer and language: `pages(renderer, locale)` gives a `Frontend`."""
     opened = {}

@@ -21,7 +21,8 @@ class Model:
     """As much of a ComfyUI MODEL as a schedule looks at."""
 
     def __init__(self, sampling):
-        self.model = self
+        self.model = self.clone = self
+        self.model_options = {}
         self.sampling = sampling
 
     def get_model_object(self, name):

@@ -94,10 +94,12 @@ def in_full(model):
 
     return patch_model(
         model,
-        sparsity=0.01,
+        sparsity=1e-4,
         preset="auto",
         mode="topk",
         pyramid="1: 1.0",
+        block_q="32",
+        block_kv="32",
         start_percent=0.0,
         end_percent=1.0,
         min_tokens=0,
