@@ -31,7 +31,7 @@ class PSAPatch(io.ComfyNode):
             description=(
                 "Pyramid Sparse Attention: important parts of the video are attended in full, others at a half, a "
                 "quarter or an eighth, the rest not at all. Put it between the model loader (after any LoRA) and the "
-                "sampler. Serves Wan2.1, Wan2.2 and CogVideoX text-to-video and image-to-video; others stay dense."
+                "sampler. Serves Wan2.1 and Wan2.2 with VACE, Animate and the others, and CogVideoX; others stay dense."
             ),
             search_aliases=["pyramid sparse attention", "sparse attention", "PSA", "speed up video", "wan speed"],
             inputs=[
