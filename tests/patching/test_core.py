@@ -94,10 +94,12 @@ def test_the_wrappers_get_guider_network_and_latent(model, watched):
 
 
 def test_removed_wrappers_are_gone(model, tiny_wan):
+    called = []
     clone = model.clone()
-    core.add_wrappers(clone, "psa_test", sampling=None, before_call=print)
+    core.add_wrappers(clone, "psa_test", sampling=called.append, before_call=lambda *_: called.append(1))
     core.remove_wrappers(clone, "psa_test")
     tiny_wan.sample(clone)
+    assert called == []
 
 
 def test_options_of_a_run_reach_every_call_and_end_with_it(watched):
