@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.attention import pyramid_sparse_attention
-from ..kernels.backends import choose_backend
-from ..kernels.order import TokenLayout, make_order
+from ..kernels.levels import BlockLists
+from ..kernels.order import TokenLayout, TokenOrder, make_order
 from ..patching.override import RUN_KEY, PSAOverride
 from ..patching.run import Run
 from ..patching.settings import PatchSettings
-from .injected import attend_with_lists, static_lists
+from .injected import static_lists
 from .setting import Schedule
 
 
@@ -49,7 +49,7 @@ class SparseAttention:
             if on and step not in self.prototype.get("dense_steps", ())
         ]
         self._step = self._block = 0
-        self._lists: dict[int, Any] = {}
+        self._lists: dict[int, BlockLists] = {}
 
     def begin_step(self, step: int) -> None:
         """Called before every model call."""
@@ -114,29 +114,35 @@ class SparseAttention:
         return dataclasses.replace(self.settings, config=dataclasses.replace(config, **changes))
 
     def _reused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
-        config, order = self.settings.config, self.run.order(q.device)
-        if self._active.index(self._step) % int(self.prototype["reuse"]) == 0:
-            result = pyramid_sparse_attention(
-                q, k, v, config, layout=self.layout, order=order, backend=self.settings.backend
-            )
-            self._lists[block] = result.lists
-            output = result.output
-        else:
-            backend = choose_backend(self.settings.backend, q)
-            output = attend_with_lists(q, k, v, config, order, self._lists[block], backend)
-        self.run.steps[-1].densities.append((block, self._lists[block].density.mean()))
-        return output
+        chosen_now = self._active.index(self._step) % int(self.prototype["reuse"]) == 0
+        kept = None if chosen_now else self._lists[block]
+        return self._with_lists(q, k, v, block, self.run.order(q.device), kept)
 
     def _static(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
         config = self.settings.config
-        if not self._lists:
+        lists = next(iter(self._lists.values()), None)  # the same for all blocks
+        if lists is None:
             kind = self.prototype["static"]
-            self._lists[0] = static_lists(kind, self.layout.grid, config, 1 - config.sparsity, q.shape[:2], q.device)
+            lists = static_lists(kind, self.layout.grid, config, 1 - config.sparsity, q.shape[:2], q.device)
         order = make_order("raster", self.layout.grid, device=q.device)
-        backend = choose_backend(self.settings.backend, q)
-        output = attend_with_lists(q, k, v, config, order, self._lists[0], backend)
-        self.run.steps[-1].densities.append((block, self._lists[0].density.mean()))
-        return output
+        return self._with_lists(q, k, v, block, order, lists)
+
+    def _with_lists(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        block: int,
+        order: TokenOrder,
+        lists: BlockLists | None,
+    ) -> torch.Tensor:
+        """Attention with the given levels, or with those that it chooses and keeps for the block."""
+        result = pyramid_sparse_attention(
+            q, k, v, self.settings.config, layout=self.layout, order=order, backend=self.settings.backend, lists=lists
+        )
+        self._lists[block] = result.lists
+        self.run.steps[-1].densities.append((block, result.density))
+        return result.output
 
 
 def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""Attention with levels that are given instead of chosen: levels of an earlier step, and masks that see no data.
+"""Levels that are given instead of chosen: masks that see no data.
 
-The stages are the kernels' own. `radial` follows the idea of Radial Attention (X. Li et al., arXiv 2506.19852): what is
-seen of a frame shrinks as the frame is farther away in time, the first frame is seen by all. Ours, at block size, with
-one width that meets the density exactly; not the authors' code or their sizes.
+`radial` follows the idea of Radial Attention (X. Li et al., arXiv 2506.19852): what is seen of a frame shrinks as the
+frame is farther away in time, the first frame is seen by all. Ours, at block size, with one width that meets the density
+exactly; not the authors' code or their sizes.
 """
 
 from __future__ import annotations
@@ -11,41 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from ..kernels.attend import attend_streaming
 from ..kernels.config import PyramidConfig
 from ..kernels.density import block_tokens
 from ..kernels.levels import BlockLists, group_by_level
-from ..kernels.order import TokenOrder
-from ..kernels.pyramid import build_pyramid
-
-
-def attend_with_lists(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    config: PyramidConfig,
-    order: TokenOrder,
-    lists: BlockLists,
-    backend: str,
-) -> torch.Tensor:
-    """Attention of q, k, v [B, H, L, D] over the pyramid with the given levels; result [B, H, L, D]."""
-    scale = q.shape[-1] ** -0.5
-    if backend == "torch":
-        q, k, v = order.apply(q), order.apply(k), order.apply(v)
-        pyramid = build_pyramid(k, v, lists.levels, config.block_kv)
-        return order.undo(attend_streaming(q, pyramid, lists.factors(), config.block_q, scale))
-    from ..kernels.attend_triton import attend_triton
-    from ..kernels.order_triton import apply_order_triton, undo_order_triton
-    from ..kernels.pyramid_triton import build_pyramid_triton
-
-    pyramid = build_pyramid_triton(k, v, lists.levels, config.block_kv, order)
-    queries = apply_order_triton(q, order)
-    out = torch.empty_like(q)
-    result = out if queries is q else queries
-    attend_triton(queries, pyramid, lists, config.block_q, scale, None, None, result, uneven=True)
-    if result is queries:
-        undo_order_triton(queries, order, out)
-    return out
 
 
 def static_lists(
