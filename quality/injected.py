@@ -1,8 +1,8 @@
 """Levels that are given instead of chosen: masks that see no data.
 
 `radial` follows the idea of Radial Attention (X. Li et al., arXiv 2506.19852): what is seen of a frame shrinks as the
-frame is farther away in time, the first frame is seen by all. Ours, at block size, with one width that meets the density
-exactly; not the authors' code or their sizes.
+frame is farther away in time, the first frame is seen by all. Ours, at block size, with one width that meets the
+density exactly; not the authors' code or their sizes.
 """
 
 from __future__ import annotations
