@@ -60,7 +60,7 @@ class Claim:
 
 
 def settings_of(kind: str) -> list[Setting]:
-    """The list of a `full`, `quick`, `smoke` or `velocity` run, each name once.
+    """The list of a `full`, `quick`, `smoke`, `velocity` or `candidates` run, each name once.
 
     Raises:
         ValueError: no such list.
@@ -69,6 +69,8 @@ def settings_of(kind: str) -> list[Setting]:
         return _published(QUICK)
     if kind == "velocity":
         return _velocity()
+    if kind == "candidates":
+        return _candidates()
     if kind == "smoke":
         wanted = ("default", "block-sparse", "radial mask", "levels kept for 2 steps", "fresh sample 0")
         chosen = [s for s in settings_of("full") if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]
@@ -257,6 +259,53 @@ def _velocity() -> list[Setting]:
         found.append(Setting(f"{kind}, {reduction}", "velocity", PAPER | {"importance": kind}, config=config))
     # The two that decide come first.
     return sorted(found, key=lambda s: s.name not in ("sampled, 1 in 8, mean", "pooled, mean"))
+
+
+def _sampled(share: int, reduction: str = "mean") -> dict[str, Any]:
+    return {"config": {"sample_share": 1 / share, "reduction": reduction}}
+
+
+def _ranked(q: str, k: str, reduction: str = "mean", second_order: bool = False) -> dict[str, Any]:
+    return {"prototype": {"rank": {"q": q, "k": k, "reduction": reduction, "second_order": second_order}}}
+
+
+CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # name: inputs of the node beside the paper's recipe, and what the node does not offer
+    "1 in 4, mean": ({}, _sampled(4)),
+    "1 in 8, mean": ({}, _sampled(8)),
+    "pooled, max": ({"importance": "pooled"}, {"config": {"reduction": "max"}}),
+    "pooled, mean": ({"importance": "pooled"}, {"config": {"reduction": "mean"}}),
+    "1 in 16, mean": ({}, _sampled(16)),
+    "1 in 4, max": ({}, _sampled(4, "max")),
+    "1 in 8, max": ({}, _sampled(8, "max")),
+    "pooled 4, mean": ({}, _ranked("pooled 4", "pooled 4")),
+    "pooled 4, max": ({}, _ranked("pooled 4", "pooled 4", "max")),
+    "pooled 2, mean": ({}, _ranked("pooled 2", "pooled 2")),
+    "spread 8, mean": ({}, _ranked("spread 8", "spread 8")),
+    "strided 8, mean": ({}, _ranked("strided 8", "strided 8")),
+    "pooled, second order, mean": ({}, _ranked("pooled 8", "pooled 8", second_order=True)),
+    "queries 1 in 16, keys 1 in 4, mean": ({}, _ranked("sampled 16", "sampled 4")),
+    "1 in 8, mean, 128/32": ({"block_kv": "32"}, _sampled(8)),
+    "1 in 8, mean, 12/0/0/25": ({"pyramid": "1: 0.12, 8: 0.25"}, _sampled(8)),
+    "1 in 8, mean, 1.6 to 0.4": ({}, _sampled(8) | {"prototype": {"ramp": (1.6, 0.4)}}),
+}
+"""What might become our default, see `_candidates`; the first ones come first."""
+WARM_UPS = (0.25, 0.30)
+
+
+def _candidates() -> list[Setting]:
+    """Each candidate with both warm-ups at three computes, and the likeliest at the compute of published presets."""
+    found = _published(QUICK)
+    for number, (name, (node, more)) in enumerate(CANDIDATES.items()):
+        for start in WARM_UPS:
+            full, inputs = f"{name}, from {start:.2f}", PAPER | {"start_percent": start} | node
+            if number < 4:
+                found += [
+                    Setting(f"{full} = {preset}", "candidates", inputs, match=f"{preset} (published)", **more)
+                    for preset in QUICK
+                ]
+            found += _at(full, "candidates", (LEAN, MIDDLE, 0.5), inputs, **more)
+    return found
 
 
 def _noise() -> list[Setting]:
