@@ -1,7 +1,7 @@
 """Ways to rank blocks that the kernels do not have, tried here in plain torch before any of them is built.
 
-A way is given as `{"q": KIND, "k": KIND, "reduction": "mean" or "max", "second_order": bool}`, where a kind is `pooled n`
-(means of n neighbours), `sampled n` (one token in n, drawn from the whole block), `spread n` (one drawn out of every n
+A way is `{"q": KIND, "k": KIND, "reduction": "mean" or "max", "second_order": bool}`, where a kind is `pooled n` (means
+of n neighbours), `sampled n` (one token in n, drawn from the whole block), `spread n` (one drawn out of every n
 neighbours) or `strided n` (the middle one of every n neighbours).
 """
 
