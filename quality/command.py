@@ -19,6 +19,7 @@ from .matrix import settings_of
 from .measure import Measurement
 from .results import read_runs
 from .summary import quick_line
+from .times import measure_times
 from .velocity import STEPS, measure_velocity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,11 @@ def main(description: str | None = None) -> int:
         from .workflow import run_workflow
 
         return run_workflow(arguments.workflow, arguments.settings, arguments.seeds or 1, arguments.out, arguments.url)
+    if arguments.times:
+        device = torch.device("cuda")
+        facts = {"machine": _machine(device), "date": datetime.date.today().isoformat()}
+        measure_times(facts, arguments.out, print)
+        return 0
     kind = next((kind for kind in ("smoke", "quick", "velocity", "candidates") if getattr(arguments, kind)), "full")
     asked = (arguments.steps, arguments.scenes, arguments.seeds, arguments.frames)
     steps, scenes, seeds, frames = (given or usual for given, usual in zip(asked, DEFAULTS[kind], strict=True))
@@ -120,6 +126,7 @@ def _parse(description: str | None) -> argparse.Namespace:
     size.add_argument("--smoke", action="store_true", help="a few settings, 8 steps, one clip: does it run?")
     size.add_argument("--velocity", action="store_true", help="single model calls: how blocks should be ranked")
     size.add_argument("--candidates", action="store_true", help="what might become the default, at both warm-ups")
+    size.add_argument("--times", action="store_true", help="what ranking costs at the size of real models, on a GPU")
     size.add_argument("--report", action="store_true", help="write docs/quality.md from benchmarks/results/")
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON list of PSA Patch inputs, for --workflow")
