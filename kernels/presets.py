@@ -18,7 +18,7 @@ from .config import PyramidConfig
 
 PUBLISHED_SUFFIX = " (published)"
 _NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence")
-RANKING = {"importance": "pooled", "reduction": "max"}
+RANKING = {"importance": "pooled", "reduction": "mean"}
 """How ours rank blocks."""
 
 

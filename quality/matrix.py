@@ -78,7 +78,7 @@ def settings_of(kind: str) -> list[Setting]:
     if kind != "full":
         raise ValueError(f"no list of settings is called {kind!r}")
     found: dict[str, Setting] = {}
-    for setting in [*_front(), *_published(tuple(PUBLISHED)), *_paper(), *_beyond(), *_noise()]:
+    for setting in [*_front(), *_published(tuple(PUBLISHED), ramp=True), *_paper(), *_beyond(), *_noise()]:
         found.setdefault(setting.name, setting)
     return list(found.values())
 
@@ -148,7 +148,8 @@ def _front() -> list[Setting]:
     return [
         Setting("all blocks in full", "front", full),  # what the precision alone costs
         *_at("default", "front", ALL, {}, sheet=True),
-        *_at("pooled by mean", "front", ALL, PAPER | {"importance": "pooled"}, config={"reduction": "mean"}),
+        *_at("pooled by max", "front", ALL, PAPER | {"importance": "pooled"}, config={"reduction": "max"}),
+        *_at("default, falling", "front", ALL, {}, prototype={"ramp": (1.6, 0.4)}),
         *_at("paper", "front", ALL, PAPER, sheet=True),
         *_at("block-sparse", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, sheet=True),
         *_at("radial mask", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, prototype={"static": "radial"}, sheet=True),
@@ -163,7 +164,7 @@ def _budget(name: str, **node: Any) -> dict[str, Any]:
     return PAPER | {"mode": "budget", "pyramid": BUDGETS[name]} | node
 
 
-def _published(presets: tuple[str, ...]) -> list[Setting]:
+def _published(presets: tuple[str, ...], ramp: bool = False) -> list[Setting]:
     """Each published preset exactly as it is, and our default at the compute that it turned out to take."""
     found = []
     for preset in presets:
@@ -171,6 +172,10 @@ def _published(presets: tuple[str, ...]) -> list[Setting]:
         node["sparsity"] = _WRITTEN_SPARSITY.get(preset, 0.85)
         found.append(Setting(f"{preset} (published)", "published", node))
         found.append(Setting(f"default = {preset}", "published", match=f"{preset} (published)"))
+        if ramp:
+            falling = {"prototype": {"ramp": (1.6, 0.4)}}
+            name = f"default, falling = {preset}"
+            found.append(Setting(name, "published", match=f"{preset} (published)", **falling))
     return found
 
 
@@ -241,6 +246,11 @@ def _beyond() -> list[Setting]:
     found += _at("dense 15 % first, 10 % last", "beyond", (MIDDLE,), ends)
     for n in (2, 4, 100):
         found += _at(f"levels kept for {n} steps", "beyond", both, PAPER, prototype={"reuse": n})
+    for tau in (0.5, 1.0, 1.5, 2.0):
+        node = PAPER | {"pyramid": "1: 0.25"}
+        found.append(Setting(f"Sol-Attn, tau {tau}", "rivals", node, prototype={"sol": tau}))
+        found.append(Setting(f"default = Sol-Attn, tau {tau}", "rivals", match=f"Sol-Attn, tau {tau}"))
+        found.append(Setting(f"paper = Sol-Attn, tau {tau}", "rivals", PAPER, match=f"Sol-Attn, tau {tau}"))
     found += _at("random mask", "rivals", (LEAN,), PAPER | {"pyramid": "1: 0.25"}, prototype={"static": "random"})
     found += _at("paper, raster, 128/32", "beyond", both, PAPER | {"order": "raster", "block_kv": "32"})
     found += _at("paper, raster, 64/64", "beyond", both, PAPER | {"order": "raster", "block_q": "64"})
@@ -269,14 +279,22 @@ def _ranked(q: str, k: str, reduction: str = "mean", second_order: bool = False)
     return {"prototype": {"rank": {"q": q, "k": k, "reduction": reduction, "second_order": second_order}}}
 
 
+POOLED = {"importance": "pooled"}
+_MEAN = {"config": {"reduction": "mean"}}
 CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name: inputs of the node beside the paper's recipe, and what the node does not offer
+    "pooled, mean": (POOLED, _MEAN),
+    "pooled, mean, 1.6 to 0.4": (POOLED, _MEAN | {"prototype": {"ramp": (1.6, 0.4)}}),
+    "pooled, max": (POOLED, {"config": {"reduction": "max"}}),
     "1 in 4, mean": ({}, _sampled(4)),
     "1 in 8, mean": ({}, _sampled(8)),
-    "pooled, max": ({"importance": "pooled"}, {"config": {"reduction": "max"}}),
-    "pooled, mean": ({"importance": "pooled"}, {"config": {"reduction": "mean"}}),
-    "1 in 16, mean": ({}, _sampled(16)),
+    "pooled, mean, 1.3 to 0.7": (POOLED, _MEAN | {"prototype": {"ramp": (1.3, 0.7)}}),
+    "pooled, mean, 1.8 to 0.2": (POOLED, _MEAN | {"prototype": {"ramp": (1.8, 0.2)}}),
+    "pooled, mean, 128/32": (POOLED | {"block_kv": "32"}, _MEAN),
+    "pooled, mean, sum from 32": ({}, {"prototype": {"rank": {"q": "pooled 8", "k": "pooled 8", "norm": "pooled 32"}}}),
     "1 in 4, max": ({}, _sampled(4, "max")),
+    "1 in 8, mean, 128/32": ({"block_kv": "32"}, _sampled(8)),
+    "1 in 16, mean": ({}, _sampled(16)),
     "1 in 8, max": ({}, _sampled(8, "max")),
     "pooled 4, mean": ({}, _ranked("pooled 4", "pooled 4")),
     "pooled 4, max": ({}, _ranked("pooled 4", "pooled 4", "max")),
@@ -285,26 +303,32 @@ CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "strided 8, mean": ({}, _ranked("strided 8", "strided 8")),
     "pooled, second order, mean": ({}, _ranked("pooled 8", "pooled 8", second_order=True)),
     "queries 1 in 16, keys 1 in 4, mean": ({}, _ranked("sampled 16", "sampled 4")),
-    "1 in 8, mean, 128/32": ({"block_kv": "32"}, _sampled(8)),
     "1 in 8, mean, 12/0/0/25": ({"pyramid": "1: 0.12, 8: 0.25"}, _sampled(8)),
-    "1 in 8, mean, 1.6 to 0.4": ({}, _sampled(8) | {"prototype": {"ramp": (1.6, 0.4)}}),
 }
-"""What might become our default, see `_candidates`; the first ones come first."""
+"""What might become our default, see `_candidates`; the likeliest come first."""
 WARM_UPS = (0.25, 0.30)
+_LIKELY = 5
+"""How many of the first are compared with published presets."""
+_TOPK = ("cogvideox1.5-5b", "wan2.1-1.3b-topk", "cogvideox-5b", "module-default")
+"""Published presets of topk, which come closer to dense at their compute than those of threshold."""
 
 
 def _candidates() -> list[Setting]:
     """Each candidate with both warm-ups at three computes, and the likeliest at the compute of published presets."""
-    found = _published(QUICK)
+    found = [setting for setting in _published(_TOPK) if not setting.match]
     for number, (name, (node, more)) in enumerate(CANDIDATES.items()):
         for start in WARM_UPS:
             full, inputs = f"{name}, from {start:.2f}", PAPER | {"start_percent": start} | node
-            if number < 4:
+            if number < _LIKELY:
                 found += [
                     Setting(f"{full} = {preset}", "candidates", inputs, match=f"{preset} (published)", **more)
-                    for preset in QUICK
+                    for preset in _TOPK
                 ]
             found += _at(full, "candidates", (LEAN, MIDDLE, 0.5), inputs, **more)
+    # A density that falls might stand in for some of the dense steps.
+    ramp = _MEAN | {"prototype": {"ramp": (1.6, 0.4)}}
+    inputs = PAPER | POOLED | {"start_percent": 0.20}
+    found += _at("pooled, mean, 1.6 to 0.4, from 0.20", "candidates", (LEAN, MIDDLE, 0.5), inputs, **ramp)
     return found
 
 
