@@ -34,7 +34,8 @@ _WRITTEN_SPARSITY = {"wan2.1-1.3b-topk": 0.90, "cogvideox-5b-4step": 0.84375}
 QUICK = ("cogvideox1.5-5b", "wan2.1-1.3b-topk")
 """The published presets of the quick run: those that came closest to our default at their compute in the full one."""
 
-DEFAULT_SHAPE = "1: 0.10, 2: 0.05, 8: 0.20"
+TAUS = (0.5, 1.0, 1.5, 2.0)
+"""Of Sol-Attn: standard deviations that a block's score lies above its row's mean to be seen in full."""
 PAPER = {"preset": "module-default (published)", "order": "curve"}
 """The paper's recipe in one setting: topk 10/5/0/20, curve order, sampled importance, 128/64, a quarter dense."""
 BUDGETS = {
@@ -127,15 +128,68 @@ def claims() -> list[Claim]:
         *(Claim(f"Levels {name} beat 10/5/0/20", "ours", f"levels {name}", "paper", both) for name in _LEVELS),
         *(Claim(f"Block {block} dense pays", "ours", f"block {block} dense", "paper", (MIDDLE,)) for block in range(6)),
         *(Claim(f"Density {name} over the steps pays", "ours", f"ramp {name}", "paper", (MIDDLE,)) for name in _RAMPS),
+        Claim(
+            "Per-layer budgets: density 1.5 to 0.5 over the blocks pays",
+            "ours",
+            "layers 1.5 to 0.5",
+            "default",
+            both,
+        ),
+        Claim("Per-layer budgets: density 0.5 to 1.5 pays", "ours", "layers 0.5 to 1.5", "default", both),
         Claim("Dense last tenth in place of dense first", "ours", "dense 15 % first, 10 % last", "paper", (MIDDLE,)),
         *(
             Claim(f"Levels kept for {n} steps cost nothing", "ours", f"levels kept for {n} steps", "paper", both, True)
             for n in (2, 4, 100)
         ),
         Claim("A fresh sample each step is closer", "ours", "fresh sample 0", "paper", (LEAN,)),
-        Claim("PSA beats a radial mask", "rival", "paper", "radial mask", ALL),
+        Claim("Our default beats a radial mask", "rival", "default", "radial mask", ALL),
+        Claim("Our default beats plain block-sparse attention", "rival", "default", "block-sparse", ALL),
+        *(
+            Claim(
+                f"Our default beats Sol-Attn at tau {tau}",
+                "rival",
+                f"default = Sol-Attn, tau {tau}",
+                f"Sol-Attn, tau {tau}",
+            )
+            for tau in TAUS
+        ),
         Claim("A radial mask beats a random one", "control", "radial mask", "random mask", (LEAN,)),
     ]
+
+
+def choice_claims() -> list[Claim]:
+    """What is asked of the candidates for the default; their names are those of `_candidates`."""
+    three = (LEAN, MIDDLE, 0.5)
+
+    def ask(text: str, first: str, second: str, *, equal: bool = False) -> Claim:
+        names = (name if ", from " in name else f"{name}, from 0.25" for name in (first, second))
+        return Claim(text, "ours", *names, three, equal)
+
+    ours = "pooled, mean"
+    return [
+        ask("Mean beats max over means of 8 tokens", ours, "pooled, max"),
+        ask("Mean beats max over a sample of a quarter", "1 in 4, mean", "1 in 4, max"),
+        ask("Importance from the pyramid itself (means of 8) equals a sample of a quarter", ours, "1 in 4, mean",
+            equal=True),
+        ask("A sample of an eighth equals one of a quarter", "1 in 8, mean", "1 in 4, mean", equal=True),
+        ask("A sample of a sixteenth equals one of a quarter", "1 in 16, mean", "1 in 4, mean", equal=True),
+        ask("Few queries and many keys (1 in 16, 1 in 4) beat 1 in 8 of both", "queries 1 in 16, keys 1 in 4, mean",
+            "1 in 8, mean"),
+        ask("Means of 4 tokens beat means of 8", "pooled 4, mean", ours),
+        ask("Means of 2 tokens beat means of 8", "pooled 2, mean", ours),
+        ask("A token out of every 8 neighbours beats their mean", "spread 8, mean", ours),
+        ask("The middle one of every 8 neighbours beats their mean", "strided 8, mean", ours),
+        ask("The spread inside the groups, to second order, helps", "pooled, second order, mean", ours),
+        ask("The sum of a row from means of 32 costs nothing", "pooled, mean, sum from 32", ours, equal=True),
+        ask("Blocks of 32 keys beat 64", "pooled, mean, 128/32", ours),
+        ask("12/0/0/25 beats 10/5/0/20", "1 in 8, mean, 12/0/0/25", "1 in 8, mean"),
+        ask("Dense first 30% beats dense first 25%", "pooled, mean, from 0.30", ours),
+        ask("Per-step budgets: density 1.3 to 0.7 beats a constant one", "pooled, mean, 1.3 to 0.7", ours),
+        ask("Per-step budgets: density 1.6 to 0.4 beats a constant one", "pooled, mean, 1.6 to 0.4", ours),
+        ask("Per-step budgets: density 1.8 to 0.2 beats a constant one", "pooled, mean, 1.8 to 0.2", ours),
+        ask("Density 1.6 to 0.4 with 20% dense beats a constant one with 25%",
+            "pooled, mean, 1.6 to 0.4, from 0.20", ours),
+    ]  # fmt: skip
 
 
 def _at(name: str, group: str, compute: tuple[float, ...], node: dict[str, Any], **more: Any) -> list[Setting]:
@@ -242,11 +296,14 @@ def _beyond() -> list[Setting]:
         found += _at(f"block {block} dense", "beyond", (MIDDLE,), PAPER | {"dense_blocks": str(block)})
     for name, ramp in _RAMPS.items():
         found += _at(f"ramp {name}", "beyond", (MIDDLE,), PAPER, prototype={"ramp": ramp})
+    for name, (first, last) in {"1.5 to 0.5": (1.5, 0.5), "0.5 to 1.5": (0.5, 1.5)}.items():
+        layers = {str(block): first + (last - first) * block / 5 for block in range(6)}
+        found += _at(f"layers {name}", "beyond", both, {}, prototype={"layers": layers})
     ends = PAPER | {"start_percent": 0.15, "end_percent": 0.9}
     found += _at("dense 15 % first, 10 % last", "beyond", (MIDDLE,), ends)
     for n in (2, 4, 100):
         found += _at(f"levels kept for {n} steps", "beyond", both, PAPER, prototype={"reuse": n})
-    for tau in (0.5, 1.0, 1.5, 2.0):
+    for tau in TAUS:
         node = PAPER | {"pyramid": "1: 0.25"}
         found.append(Setting(f"Sol-Attn, tau {tau}", "rivals", node, prototype={"sol": tau}))
         found.append(Setting(f"default = Sol-Attn, tau {tau}", "rivals", match=f"Sol-Attn, tau {tau}"))
