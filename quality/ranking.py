@@ -1,9 +1,9 @@
 """Ways to rank blocks that the kernels do not have, tried here in plain torch before any of them is built.
 
-A way is `{"q": KIND, "k": KIND, "reduction": "mean" or "max", "second_order": bool, "norm": KIND}`. Kinds: `pooled n`
-(means of n neighbours), `sampled n` (one token in n, drawn from the whole block), `spread n` (one drawn out of every n
-neighbours) and `strided n` (the middle one of every n neighbours). `norm` takes the sum that a softmax row is divided
-by from other, fewer keys.
+A way is `{"q": KIND, "k": KIND, "reduction": "mean" or "max", "second_order": bool}`. Kinds: `pooled n` (means of n
+neighbours), `sampled n` (one token in n, drawn from the whole block), `spread n` (one drawn out of every n neighbours)
+and `strided n` (the middle one of every n neighbours). A row of the softmax is divided by its sum over all that is
+compared.
 """
 
 from __future__ import annotations
@@ -28,11 +28,7 @@ def ranked_lists(q: torch.Tensor, k: torch.Tensor, config: PyramidConfig, way: M
     keys = representatives(k, config.block_kv, way["k"], generator)
     if way.get("second_order"):
         queries, keys = with_second_order(queries, keys, k, q.shape[-1] ** -0.5)
-    if "norm" in way:
-        fewer = representatives(k, config.block_kv, way["norm"], generator)
-        scores = mean_weights(queries, keys, fewer, q.shape[-1] ** -0.5)
-    else:
-        scores = reduced_softmax(queries, keys, q.shape[-1] ** -0.5, way.get("reduction", "mean"))
+    scores = reduced_softmax(queries, keys, q.shape[-1] ** -0.5, way.get("reduction", "mean"))
     key_tokens = block_tokens(k.shape[2], config.block_kv, k.device)
     return group_by_level(choose_levels(scores, config), config.stored_factors, key_tokens)
 
@@ -70,15 +66,3 @@ def with_second_order(
     wide_q = torch.cat([rows, rows.square() * math.sqrt(scale / 2)], -1)
     wide_k = torch.cat([mean, variance * math.sqrt(scale / 2)], -1)
     return dataclasses.replace(queries, rows=wide_q), dataclasses.replace(keys, rows=wide_k)
-
-
-def mean_weights(queries: Representatives, keys: Representatives, fewer: Representatives, scale: float) -> torch.Tensor:
-    """As `reduced_softmax` by mean, each row divided by its sum over `fewer` in place of `keys`; whole blocks only."""
-    if queries.length % queries.block or keys.length % keys.block:
-        raise ValueError(f"lengths {queries.length} and {keys.length} must be whole blocks")
-
-    def logits(k: Representatives) -> torch.Tensor:
-        return queries.rows.float() @ k.rows.float().transpose(-1, -2) * scale + math.log(k.group)
-
-    weights = (logits(keys) - logits(fewer).logsumexp(-1, keepdim=True)).exp()
-    return weights.unflatten(-1, (keys.blocks, -1)).unflatten(-3, (queries.blocks, -1)).mean((-3, -1))
