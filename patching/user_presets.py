@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..kernels.config import IMPORTANCES, MODES, ORDERS, PRECISIONS, REDUCTIONS, ConfigError
-from ..kernels.presets import Preset, load_presets
+from ..kernels.presets import RANKING, Preset, load_presets
 
 PREFIX = "user/"
 MOST_BYTES = 65536
@@ -33,7 +33,7 @@ _LEVELS = ("shares", "similarity_cap")
 _NUMBERS = ("sparsity", "sample_share")
 _NOT_SETTINGS = ("about", "made", "sparsity", "as_written", "dense_steps")
 FIELDS = ("about", "made", *_CHOICES, *_FLAGS, *_WHOLE, *_LEVELS, *_NUMBERS)
-_DEFAULTS = {"mode": "topk", "tail": False, "order": "curve", "importance": "pooled"}
+_DEFAULTS = {"mode": "topk", "tail": False, "order": "curve", **RANKING}
 
 
 class PresetError(ValueError):
