@@ -65,6 +65,7 @@ def test_equals_comfyui(comfyui, model):
         Setting("ramp", "test", {"preset": "wan2.1-14b"}, prototype={"ramp": (1.4, 0.6)}),
         Setting("layers", "test", {"preset": "wan2.1-14b"}, prototype={"layers": {"0": 1.5, "5": 0.5}}),
         Setting("reuse", "test", {"preset": "wan2.1-14b"}, prototype={"reuse": 2}),
+        Setting("ranked", "test", {"preset": "wan2.1-14b"}, prototype={"rank": {"q": "spread 8", "k": "pooled 4"}}),
         Setting("radial", "test", {"pyramid": "1: 0.2", "order": "raster"}, prototype={"static": "radial"}),
     ],
     ids=lambda setting: setting.name,
@@ -98,12 +99,16 @@ def test_compute_below_the_dense_part_is_refused(model):
         resolve(Setting("s", "test"), simple_schedule(8, model.blocks), "auto", 0.2)
 
 
-def test_every_setting_of_the_matrix_resolves(model):
-    schedule = simple_schedule(20, model.blocks)
-    settings = settings_of("full")
+@pytest.mark.parametrize("kind", ["full", "candidates", "quick", "velocity"])
+def test_every_setting_of_the_matrix_resolves(kind):
+    schedule = simple_schedule(20, blocks=6)
+    settings = settings_of(kind)
     names = [setting.name for setting in settings]
     assert len(names) == len(set(names))
     for setting in settings:
         assert setting.match is None or names.index(setting.match) < names.index(setting.name)
         resolve(setting, schedule, "auto", 0.4 if setting.match else setting.compute)
+
+
+def test_the_lean_compute_is_that_of_the_slider():
     assert pytest.approx(0.25 + 0.75 * 0.15) == LEAN

@@ -6,7 +6,7 @@ import pytest
 
 from comfyui_psa.quality import report
 from comfyui_psa.quality.command import exit_code
-from comfyui_psa.quality.matrix import Claim
+from comfyui_psa.quality.matrix import Claim, choice_claims, claims, settings_of
 from comfyui_psa.quality.results import RunRow, Writer, read_runs
 from comfyui_psa.quality.summary import Difference, quick_line
 
@@ -65,3 +65,23 @@ def test_the_committed_page_is_what_the_committed_results_say():
     assert report.PAGE.read_text(encoding="utf-8") == report.page_text()
     for name in ("compute.png", "time.png"):
         assert (report.PICTURES / name).stat().st_size < 300_000
+
+
+def test_equal_time_is_the_density_that_takes_it():
+    # 10 ms at a density of 0.15 and 7.5 at 0.10: 12 ms pay for 0.19.
+    assert report.density_at(12.0, 10.0, 7.5) == pytest.approx(0.19)
+    assert report.density_at(7.5, 10.0, 7.5) == pytest.approx(0.10)
+
+
+def test_every_candidate_that_is_asked_about_is_in_the_list():
+    names = {setting.name for setting in settings_of("candidates")}
+    for claim in choice_claims():
+        for compute in claim.compute:
+            assert {f"{claim.first} @{compute:.2f}", f"{claim.second} @{compute:.2f}"} <= names
+
+
+def test_every_claim_is_about_settings_of_the_list():
+    names = {setting.name for setting in settings_of("full")}
+    for claim in claims():
+        suffixes = [f" @{compute:.2f}" for compute in claim.compute] or [""]
+        assert {name + suffix for name in (claim.first, claim.second) for suffix in suffixes} <= names
