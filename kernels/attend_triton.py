@@ -195,16 +195,19 @@ def _attend(
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
     q = tl.load(q_base + place[:, None] * stride_ql + dims[None, :], mask=q_mask, other=0)
     fine_q, fine_scale = q, scale
+    total = tl.zeros([BLOCK_Q], tl.float32)
     if INT8:
-        # One scale for the query block; rounded half away from zero.
+        # One scale for the query block; rounded half away from zero. Numbers that are not finite stay in their row.
         wide = q.to(tl.float32)
+        finite = tl.abs(wide) < float("inf")
+        total = tl.where(tl.min(finite.to(tl.int32), 1) > 0, total, float("nan"))
+        wide = tl.where(finite, wide, 0.0)
         largest = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-20)
         wide *= 127.0 / largest
         fine_q = (wide + tl.where(wide >= 0, 0.5, -0.5)).to(tl.int8)
         fine_scale = scale * (largest / 127.0)
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
 
     if HAS_EXTRA:
