@@ -96,13 +96,14 @@ def candidates(gpu: str, case: Case, shared_memory: int) -> list[AttendTile]:
     row_bytes = case.dim * (case.dtype.itemsize + (1 if case.int8 else case.dtype.itemsize))
     shapes = [
         # rows, warps, stages
-        *((64, 4, 2), (64, 4, 3), (128, 8, 2), (64, 8, 2), (32, 4, 3), (64, 4, 1), (128, 8, 3), (64, 8, 3), (32, 4, 2)),
+        *((64, 4, 2), (64, 8, 2), (64, 4, 3), (128, 8, 2), (32, 4, 3), (64, 8, 3), (64, 4, 1), (128, 8, 3), (32, 4, 2)),
         *((128, 4, 2), (128, 8, 1), (32, 4, 4), (64, 8, 1), (64, 4, 4)),
     ]
     found = [built_in]
     for rows, warps, stages in shapes:
         tile = dataclasses.replace(built_in, rows=rows, warps=warps, stages=stages)
-        if tile not in found and stages * rows * row_bytes <= shared_memory:
+        # What waits in the pipeline behind the tile at work; a tile that needs more than that fails and is skipped.
+        if tile not in found and max(1, stages - 1) * rows * row_bytes <= shared_memory:
             found.append(tile)
     if built_in.bulk:  # worth a try without, behind the best half of the others
         found.insert(len(found) // 2, dataclasses.replace(built_in, bulk=False))

@@ -94,9 +94,9 @@ def test_candidates_begin_with_the_built_in_tile_and_fit(gpu, dim, int8):
     tiles = autotune.candidates(gpu, case, GPUS[gpu])
     assert tiles[0] == attend_tile(gpu, dim, int8)
     assert len(tiles) == len(set(tiles)) >= 4
-    # Keys and values of all stages lie in shared memory.
+    # Keys and values that wait lie in shared memory.
     bytes_of_a_row = dim * (3 if int8 else 4)
-    assert all(tile.rows * tile.stages * bytes_of_a_row <= GPUS[gpu] for tile in tiles[1:])
+    assert all(tile.rows * max(1, tile.stages - 1) * bytes_of_a_row <= GPUS[gpu] for tile in tiles[1:])
 
 
 @pytest.mark.parametrize("gpu", ["interpreter", "hip", "sm90"])
