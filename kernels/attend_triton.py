@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .autotune import Case, choose_tile
 from .levels import BlockLists
 from .order import TokenOrder
 from .pyramid import Pyramid
-from .tiles import AttendTile, attend_tile, gpu_of
+from .tiles import AttendTile
 
 _LOG2_E = 1.4426950408889634
 # Powers of two that the reference of float16 weights lies above the first maximum: they end at 2^16.
@@ -291,7 +292,7 @@ def attend_triton(
     rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
     overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
     padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
-    tile = tile or attend_tile(gpu_of(q.device), padded, int8)
+    tile = tile or choose_tile(q.device, Case(padded, block_q, pyramid.block_kv, q.dtype, int8))
     coarse = [factor for factor in pyramid.keys if factor > 1]
     # A tensor that is not there is never touched; any may stand in its place.
     keys, values = (_unit_stride(level.get(1, q)) for level in (pyramid.keys, pyramid.values))
