@@ -175,10 +175,10 @@ def calibrate(
     found = propose(points, min(measuring.dense_seconds), goal, target)
     log.info("PSA: calibrated: sparsity %.2f; %s", found.sparsity, found.note)
     if save_as.strip():
-        settings = dict(shape.settings)
         about = f"Calibrated for {goal} {target:g}: sparsity {found.sparsity:.2f}"
         try:
-            write_preset(save_as, Preset(shape.name, about, settings, found.sparsity), made=f"{NODE}: {found.note}")
+            proposed = dataclasses.replace(shape, about=about, sparsity=found.sparsity)
+            write_preset(save_as, proposed, made=f"{NODE}: {found.note}")
         except PresetError as error:
             raise InputError("save_as", save_as, str(error), NODE) from error
     return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..errors import InputError
 from ..kernels.config import ConfigError
-from ..kernels.presets import Preset
+from ..kernels.presets import RANKING, Preset
 from .run import log
 from .user_presets import PresetError, write_preset
 
@@ -52,6 +52,7 @@ def make_pyramid(
         "tail": tail,
         "order": order,
         "importance": importance,
+        "reduction": RANKING["reduction"],
         "block_q": int(block_q),
         "block_kv": int(block_kv),
         "similarity_cap": caps,

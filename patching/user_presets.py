@@ -12,20 +12,28 @@ import re
 from pathlib import Path
 
 from ..errors import InputError
-from ..kernels.config import IMPORTANCES, MODES, ORDERS, PRECISIONS, ConfigError
-from ..kernels.presets import Preset, load_presets
+from ..kernels.config import IMPORTANCES, MODES, ORDERS, PRECISIONS, REDUCTIONS, ConfigError
+from ..kernels.presets import RANKING, Preset, load_presets
 
 PREFIX = "user/"
 MOST_BYTES = 65536
 MOST_FILES = 200
+MOST_DENSE_STEPS = 1000
 _NAME = re.compile(r"[\w(][\w ().,+-]{0,63}")
 _FLAGS = ("tail", "as_written")
-_CHOICES = {"mode": MODES, "order": ORDERS, "importance": IMPORTANCES, "precision": PRECISIONS}
-_WHOLE = ("block_q", "block_kv")
+_CHOICES = {
+    "mode": MODES,
+    "order": ORDERS,
+    "importance": IMPORTANCES,
+    "reduction": REDUCTIONS,
+    "precision": PRECISIONS,
+}
+_WHOLE = ("block_q", "block_kv", "dense_steps")
 _LEVELS = ("shares", "similarity_cap")
-_NUMBERS = ("sparsity",)
+_NUMBERS = ("sparsity", "sample_share")
+_NOT_SETTINGS = ("about", "made", "sparsity", "as_written", "dense_steps")
 FIELDS = ("about", "made", *_CHOICES, *_FLAGS, *_WHOLE, *_LEVELS, *_NUMBERS)
-_DEFAULTS = {"mode": "topk", "tail": False, "order": "curve", "importance": "pooled"}
+_DEFAULTS = {"mode": "topk", "tail": False, "order": "curve", **RANKING}
 
 
 class PresetError(ValueError):
@@ -116,14 +124,17 @@ def parse_preset(stem: str, entry: object) -> Preset:
             raise PresetError(f"{field}: {_short(value)} was given; allowed: {allowed}")
     if "shares" not in entry:
         raise PresetError('shares is missing, for example {"1": 0.10, "2": 0.05, "8": 0.20}')
-    settings = {**_DEFAULTS, **{k: v for k, v in entry.items() if k not in ("about", "made", "sparsity", "as_written")}}
+    settings = {**_DEFAULTS, **{k: v for k, v in entry.items() if k not in _NOT_SETTINGS}}
     for field in _LEVELS:
         settings[field] = {int(factor): float(share) for factor, share in settings.get(field, {}).items()}
     sparsity = entry.get("sparsity")
     as_written = entry.get("as_written", False) or settings["mode"] == "threshold"
     if as_written and settings["mode"] == "budget":
         raise PresetError("as_written: True was given; allowed: false in budget mode, which always meets the slider")
-    preset = Preset(PREFIX + stem, str(entry.get("about", "")), settings, sparsity, as_written)
+    dense_steps = entry.get("dense_steps")
+    if dense_steps is not None and not 0 <= dense_steps <= MOST_DENSE_STEPS:
+        raise PresetError(f"dense_steps: {dense_steps} was given; allowed: 0 to {MOST_DENSE_STEPS}")
+    preset = Preset(PREFIX + stem, str(entry.get("about", "")), settings, sparsity, as_written, dense_steps)
     try:
         preset.check()
         if sparsity is not None:
@@ -152,7 +163,7 @@ def write_preset(name: str, preset: Preset, *, about: str = "", made: str = "", 
         raise PresetError("there is no ComfyUI whose user folder could take it")
     entry = {"about": about or preset.about, "made": made}
     entry |= {field: preset.settings[field] for field in FIELDS if field in preset.settings}
-    entry |= {"sparsity": preset.sparsity, "as_written": preset.as_written or None}
+    entry |= {"sparsity": preset.sparsity, "as_written": preset.as_written or None, "dense_steps": preset.dense_steps}
     entry = {field: value for field, value in entry.items() if value not in (None, "", {})}
     for field in _LEVELS:
         if field in entry:

@@ -6,6 +6,8 @@ What no node offers yet is tried here, as `prototype` of a setting:
     layers: {block: multiple of the mean density}
     dense_steps: steps that stay dense besides the warm-up
     reuse: n, levels are chosen at every n-th sparse step and kept in between
+    rank: how blocks are ranked, see `ranking.py`
+    sol: tau, ComfyUI's own sparse attention in place of ours, see `sol_attn.py`
     static: `radial` or `random`, a mask that does not look at the data
 """
 
@@ -25,7 +27,9 @@ from ..patching.override import RUN_KEY, PSAOverride
 from ..patching.run import Run
 from ..patching.settings import PatchSettings
 from .injected import static_lists
+from .ranking import ranked_lists
 from .setting import Schedule
+from .sol_attn import sol_attention
 
 
 class SparseAttention:
@@ -66,6 +70,15 @@ class SparseAttention:
                 return self._reused(q, k, v, block)
             if "static" in self.prototype:
                 return self._static(q, k, v, block)
+            if "sol" in self.prototype:
+                order = self.run.order(q.device)
+                output, density = sol_attention(*(order.apply(x) for x in (q, k, v)), float(self.prototype["sol"]))
+                self.run.steps[-1].densities.append((block, density))
+                return order.undo(output)
+            if "rank" in self.prototype:
+                order = self.run.order(q.device)
+                lists = ranked_lists(order.apply(q), order.apply(k), self.settings.config, self.prototype["rank"])
+                return self._with_lists(q, k, v, block, order, lists)
             self.run.settings = self._here(block)
         options = {RUN_KEY: self.run}
         return self._override(

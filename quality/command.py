@@ -19,6 +19,7 @@ from .matrix import settings_of
 from .measure import Measurement
 from .results import read_runs
 from .summary import quick_line
+from .times import measure_times
 from .velocity import STEPS, measure_velocity
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ DEFAULTS = {
     "full": (20, 4, 2, 33),
     "quick": (10, 2, 1, 17),
     "smoke": (8, 1, 1, 17),
+    "candidates": (20, 4, 2, 33),
     "velocity": (STEPS, 3, 1, 33),
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -46,10 +48,16 @@ def main(description: str | None = None) -> int:
         from .workflow import run_workflow
 
         return run_workflow(arguments.workflow, arguments.settings, arguments.seeds or 1, arguments.out, arguments.url)
-    kind = next((kind for kind in ("smoke", "quick", "velocity") if getattr(arguments, kind)), "full")
+    if arguments.times:
+        device = torch.device("cuda")
+        facts = {"machine": _machine(device), "date": datetime.date.today().isoformat()}
+        measure_times(facts, arguments.out, print)
+        return 0
+    kind = next((kind for kind in ("smoke", "quick", "velocity", "candidates") if getattr(arguments, kind)), "full")
     asked = (arguments.steps, arguments.scenes, arguments.seeds, arguments.frames)
     steps, scenes, seeds, frames = (given or usual for given, usual in zip(asked, DEFAULTS[kind], strict=True))
-    settings = [s for s in settings_of(kind) if fnmatch.fnmatch(s.name, arguments.only or "*")]
+    wanted = arguments.only or ["*"]
+    settings = [s for s in settings_of(kind) if any(fnmatch.fnmatch(s.name, pattern) for pattern in wanted)]
     device = torch.device(arguments.device)
     precision = arguments.dtype or ("bf16" if device.type == "cuda" else "float32")
     # Where the model runs in float32 the Triton kernels do not serve on a GPU; on a CPU torch is the backend anyway.
@@ -117,12 +125,14 @@ def _parse(description: str | None) -> argparse.Namespace:
     )
     size.add_argument("--smoke", action="store_true", help="a few settings, 8 steps, one clip: does it run?")
     size.add_argument("--velocity", action="store_true", help="single model calls: how blocks should be ranked")
+    size.add_argument("--candidates", action="store_true", help="what might become the default, at both warm-ups")
+    size.add_argument("--times", action="store_true", help="what ranking costs at the size of real models, on a GPU")
     size.add_argument("--report", action="store_true", help="write docs/quality.md from benchmarks/results/")
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON list of PSA Patch inputs, for --workflow")
     parser.add_argument("--url", help="of a running ComfyUI with this pack, for --workflow; otherwise one is started")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "quality", help="folder of the results")
-    parser.add_argument("--only", help="settings whose name fits, such as 'paper*'")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="settings whose name fits one of these: 'paper*'")
     parser.add_argument("--list", action="store_true", help="only print the names of the settings")
     parser.add_argument("--steps", type=int, help="sampling steps")
     parser.add_argument("--scenes", type=int, help=f"1 to {len(SHEET_SCENES)}")

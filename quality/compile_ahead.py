@@ -51,7 +51,7 @@ def compile_part(
     for setting in settings:
         node = {k: v for k, v in setting.node.items() if k not in ("sparsity", "start_percent", "end_percent")}
         kind = f"{sorted(node.items())} {sorted(setting.config.items())} {setting.prototype.get('static')}"
-        kind += "reuse" if "reuse" in setting.prototype else ""
+        kind += " ".join(name for name in ("reuse", "rank", "sol") if name in setting.prototype)
         different.setdefault(kind, setting)
     tokens = grid[0] * grid[1] * grid[2]
     # The model's strides: heads beside one another in a token.

@@ -34,7 +34,8 @@ _WRITTEN_SPARSITY = {"wan2.1-1.3b-topk": 0.90, "cogvideox-5b-4step": 0.84375}
 QUICK = ("cogvideox1.5-5b", "wan2.1-1.3b-topk")
 """The published presets of the quick run: those that came closest to our default at their compute in the full one."""
 
-DEFAULT_SHAPE = "1: 0.10, 2: 0.05, 8: 0.20"
+TAUS = (0.5, 1.0, 1.5, 2.0)
+"""Of Sol-Attn: standard deviations that a block's score lies above its row's mean to be seen in full."""
 PAPER = {"preset": "module-default (published)", "order": "curve"}
 """The paper's recipe in one setting: topk 10/5/0/20, curve order, sampled importance, 128/64, a quarter dense."""
 BUDGETS = {
@@ -60,7 +61,7 @@ class Claim:
 
 
 def settings_of(kind: str) -> list[Setting]:
-    """The list of a `full`, `quick`, `smoke` or `velocity` run, each name once.
+    """The list of a `full`, `quick`, `smoke`, `velocity` or `candidates` run, each name once.
 
     Raises:
         ValueError: no such list.
@@ -69,6 +70,8 @@ def settings_of(kind: str) -> list[Setting]:
         return _published(QUICK)
     if kind == "velocity":
         return _velocity()
+    if kind == "candidates":
+        return _candidates()
     if kind == "smoke":
         wanted = ("default", "block-sparse", "radial mask", "levels kept for 2 steps", "fresh sample 0")
         chosen = [s for s in settings_of("full") if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]
@@ -76,7 +79,7 @@ def settings_of(kind: str) -> list[Setting]:
     if kind != "full":
         raise ValueError(f"no list of settings is called {kind!r}")
     found: dict[str, Setting] = {}
-    for setting in [*_front(), *_published(tuple(PUBLISHED)), *_paper(), *_beyond(), *_noise()]:
+    for setting in [*_front(), *_published(tuple(PUBLISHED), ramp=True), *_paper(), *_beyond(), *_noise()]:
         found.setdefault(setting.name, setting)
     return list(found.values())
 
@@ -125,15 +128,68 @@ def claims() -> list[Claim]:
         *(Claim(f"Levels {name} beat 10/5/0/20", "ours", f"levels {name}", "paper", both) for name in _LEVELS),
         *(Claim(f"Block {block} dense pays", "ours", f"block {block} dense", "paper", (MIDDLE,)) for block in range(6)),
         *(Claim(f"Density {name} over the steps pays", "ours", f"ramp {name}", "paper", (MIDDLE,)) for name in _RAMPS),
+        Claim(
+            "Per-layer budgets: density 1.5 to 0.5 over the blocks pays",
+            "ours",
+            "layers 1.5 to 0.5",
+            "default",
+            both,
+        ),
+        Claim("Per-layer budgets: density 0.5 to 1.5 pays", "ours", "layers 0.5 to 1.5", "default", both),
         Claim("Dense last tenth in place of dense first", "ours", "dense 15 % first, 10 % last", "paper", (MIDDLE,)),
         *(
             Claim(f"Levels kept for {n} steps cost nothing", "ours", f"levels kept for {n} steps", "paper", both, True)
             for n in (2, 4, 100)
         ),
         Claim("A fresh sample each step is closer", "ours", "fresh sample 0", "paper", (LEAN,)),
-        Claim("PSA beats a radial mask", "rival", "paper", "radial mask", ALL),
+        Claim("Our default beats a radial mask", "rival", "default", "radial mask", ALL),
+        Claim("Our default beats plain block-sparse attention", "rival", "default", "block-sparse", ALL),
+        *(
+            Claim(
+                f"Our default beats Sol-Attn at tau {tau}",
+                "rival",
+                f"default = Sol-Attn, tau {tau}",
+                f"Sol-Attn, tau {tau}",
+            )
+            for tau in TAUS
+        ),
         Claim("A radial mask beats a random one", "control", "radial mask", "random mask", (LEAN,)),
     ]
+
+
+def choice_claims() -> list[Claim]:
+    """What is asked of the candidates for the default; their names are those of `_candidates`."""
+    three = (LEAN, MIDDLE, 0.5)
+
+    def ask(text: str, first: str, second: str, *, equal: bool = False) -> Claim:
+        names = (name if ", from " in name else f"{name}, from 0.25" for name in (first, second))
+        return Claim(text, "ours", *names, three, equal)
+
+    ours = "pooled, mean"
+    return [
+        ask("Mean beats max over means of 8 tokens", ours, "pooled, max"),
+        ask("Mean beats max over a sample of a quarter", "1 in 4, mean", "1 in 4, max"),
+        ask("Importance from the pyramid itself (means of 8) equals a sample of a quarter", ours, "1 in 4, mean",
+            equal=True),
+        ask("A sample of an eighth equals one of a quarter", "1 in 8, mean", "1 in 4, mean", equal=True),
+        ask("A sample of a sixteenth equals one of a quarter", "1 in 16, mean", "1 in 4, mean", equal=True),
+        ask("Few queries and many keys (1 in 16, 1 in 4) beat 1 in 8 of both", "queries 1 in 16, keys 1 in 4, mean",
+            "1 in 8, mean"),
+        ask("Means of 4 tokens beat means of 8", "pooled 4, mean", ours),
+        ask("Means of 2 tokens beat means of 8", "pooled 2, mean", ours),
+        ask("A token out of every 8 neighbours beats their mean", "spread 8, mean", ours),
+        ask("The middle one of every 8 neighbours beats their mean", "strided 8, mean", ours),
+        ask("The spread inside the groups, to second order, helps", "pooled, second order, mean", ours),
+        ask("The sum of a row from means of 32 costs nothing", ours, "pooled, mean, full sum", equal=True),
+        ask("Blocks of 32 keys beat 64", "pooled, mean, 128/32", ours),
+        ask("12/0/0/25 beats 10/5/0/20", "1 in 8, mean, 12/0/0/25", "1 in 8, mean"),
+        ask("Dense first 30% beats dense first 25%", "pooled, mean, from 0.30", ours),
+        ask("Per-step budgets: density 1.3 to 0.7 beats a constant one", "pooled, mean, 1.3 to 0.7", ours),
+        ask("Per-step budgets: density 1.6 to 0.4 beats a constant one", "pooled, mean, 1.6 to 0.4", ours),
+        ask("Per-step budgets: density 1.8 to 0.2 beats a constant one", "pooled, mean, 1.8 to 0.2", ours),
+        ask("Density 1.6 to 0.4 with 20% dense beats a constant one with 25%",
+            "pooled, mean, 1.6 to 0.4, from 0.20", ours),
+    ]  # fmt: skip
 
 
 def _at(name: str, group: str, compute: tuple[float, ...], node: dict[str, Any], **more: Any) -> list[Setting]:
@@ -146,7 +202,8 @@ def _front() -> list[Setting]:
     return [
         Setting("all blocks in full", "front", full),  # what the precision alone costs
         *_at("default", "front", ALL, {}, sheet=True),
-        *_at("pooled by mean", "front", ALL, PAPER | {"importance": "pooled"}, config={"reduction": "mean"}),
+        *_at("pooled by max", "front", ALL, PAPER | {"importance": "pooled"}, config={"reduction": "max"}),
+        *_at("default, falling", "front", ALL, {}, prototype={"ramp": (1.6, 0.4)}),
         *_at("paper", "front", ALL, PAPER, sheet=True),
         *_at("block-sparse", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, sheet=True),
         *_at("radial mask", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, prototype={"static": "radial"}, sheet=True),
@@ -161,7 +218,7 @@ def _budget(name: str, **node: Any) -> dict[str, Any]:
     return PAPER | {"mode": "budget", "pyramid": BUDGETS[name]} | node
 
 
-def _published(presets: tuple[str, ...]) -> list[Setting]:
+def _published(presets: tuple[str, ...], ramp: bool = False) -> list[Setting]:
     """Each published preset exactly as it is, and our default at the compute that it turned out to take."""
     found = []
     for preset in presets:
@@ -169,6 +226,10 @@ def _published(presets: tuple[str, ...]) -> list[Setting]:
         node["sparsity"] = _WRITTEN_SPARSITY.get(preset, 0.85)
         found.append(Setting(f"{preset} (published)", "published", node))
         found.append(Setting(f"default = {preset}", "published", match=f"{preset} (published)"))
+        if ramp:
+            falling = {"prototype": {"ramp": (1.6, 0.4)}}
+            name = f"default, falling = {preset}"
+            found.append(Setting(name, "published", match=f"{preset} (published)", **falling))
     return found
 
 
@@ -235,10 +296,18 @@ def _beyond() -> list[Setting]:
         found += _at(f"block {block} dense", "beyond", (MIDDLE,), PAPER | {"dense_blocks": str(block)})
     for name, ramp in _RAMPS.items():
         found += _at(f"ramp {name}", "beyond", (MIDDLE,), PAPER, prototype={"ramp": ramp})
+    for name, (first, last) in {"1.5 to 0.5": (1.5, 0.5), "0.5 to 1.5": (0.5, 1.5)}.items():
+        layers = {str(block): first + (last - first) * block / 5 for block in range(6)}
+        found += _at(f"layers {name}", "beyond", both, {}, prototype={"layers": layers})
     ends = PAPER | {"start_percent": 0.15, "end_percent": 0.9}
     found += _at("dense 15 % first, 10 % last", "beyond", (MIDDLE,), ends)
     for n in (2, 4, 100):
         found += _at(f"levels kept for {n} steps", "beyond", both, PAPER, prototype={"reuse": n})
+    for tau in TAUS:
+        node = PAPER | {"pyramid": "1: 0.25"}
+        found.append(Setting(f"Sol-Attn, tau {tau}", "rivals", node, prototype={"sol": tau}))
+        found.append(Setting(f"default = Sol-Attn, tau {tau}", "rivals", match=f"Sol-Attn, tau {tau}"))
+        found.append(Setting(f"paper = Sol-Attn, tau {tau}", "rivals", PAPER, match=f"Sol-Attn, tau {tau}"))
     found += _at("random mask", "rivals", (LEAN,), PAPER | {"pyramid": "1: 0.25"}, prototype={"static": "random"})
     found += _at("paper, raster, 128/32", "beyond", both, PAPER | {"order": "raster", "block_kv": "32"})
     found += _at("paper, raster, 64/64", "beyond", both, PAPER | {"order": "raster", "block_q": "64"})
@@ -257,6 +326,67 @@ def _velocity() -> list[Setting]:
         found.append(Setting(f"{kind}, {reduction}", "velocity", PAPER | {"importance": kind}, config=config))
     # The two that decide come first.
     return sorted(found, key=lambda s: s.name not in ("sampled, 1 in 8, mean", "pooled, mean"))
+
+
+def _sampled(share: int, reduction: str = "mean") -> dict[str, Any]:
+    return {"config": {"sample_share": 1 / share, "reduction": reduction}}
+
+
+def _ranked(q: str, k: str, reduction: str = "mean", second_order: bool = False) -> dict[str, Any]:
+    return {"prototype": {"rank": {"q": q, "k": k, "reduction": reduction, "second_order": second_order}}}
+
+
+POOLED = {"importance": "pooled"}
+_MEAN = {"config": {"reduction": "mean"}}
+CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # name: inputs of the node beside the paper's recipe, and what the node does not offer
+    "pooled, mean": (POOLED, _MEAN),
+    "pooled, mean, 1.6 to 0.4": (POOLED, _MEAN | {"prototype": {"ramp": (1.6, 0.4)}}),
+    "pooled, max": (POOLED, {"config": {"reduction": "max"}}),
+    "1 in 4, mean": ({}, _sampled(4)),
+    "1 in 8, mean": ({}, _sampled(8)),
+    "pooled, mean, 1.3 to 0.7": (POOLED, _MEAN | {"prototype": {"ramp": (1.3, 0.7)}}),
+    "pooled, mean, 1.8 to 0.2": (POOLED, _MEAN | {"prototype": {"ramp": (1.8, 0.2)}}),
+    "pooled, mean, 128/32": (POOLED | {"block_kv": "32"}, _MEAN),
+    "pooled, mean, full sum": ({}, _ranked("pooled 8", "pooled 8")),
+    "1 in 4, max": ({}, _sampled(4, "max")),
+    "1 in 8, mean, 128/32": ({"block_kv": "32"}, _sampled(8)),
+    "1 in 16, mean": ({}, _sampled(16)),
+    "1 in 8, max": ({}, _sampled(8, "max")),
+    "pooled 4, mean": ({}, _ranked("pooled 4", "pooled 4")),
+    "pooled 4, max": ({}, _ranked("pooled 4", "pooled 4", "max")),
+    "pooled 2, mean": ({}, _ranked("pooled 2", "pooled 2")),
+    "spread 8, mean": ({}, _ranked("spread 8", "spread 8")),
+    "strided 8, mean": ({}, _ranked("strided 8", "strided 8")),
+    "pooled, second order, mean": ({}, _ranked("pooled 8", "pooled 8", second_order=True)),
+    "queries 1 in 16, keys 1 in 4, mean": ({}, _ranked("sampled 16", "sampled 4")),
+    "1 in 8, mean, 12/0/0/25": ({"pyramid": "1: 0.12, 8: 0.25"}, _sampled(8)),
+}
+"""What might become our default, see `_candidates`; the likeliest come first."""
+WARM_UPS = (0.25, 0.30)
+_LIKELY = 5
+"""How many of the first are compared with published presets."""
+_TOPK = ("cogvideox1.5-5b", "wan2.1-1.3b-topk", "cogvideox-5b", "module-default")
+"""Published presets of topk, which come closer to dense at their compute than those of threshold."""
+
+
+def _candidates() -> list[Setting]:
+    """Each candidate with both warm-ups at three computes, and the likeliest at the compute of published presets."""
+    found = [setting for setting in _published(_TOPK) if not setting.match]
+    for number, (name, (node, more)) in enumerate(CANDIDATES.items()):
+        for start in WARM_UPS:
+            full, inputs = f"{name}, from {start:.2f}", PAPER | {"start_percent": start} | node
+            if number < _LIKELY:
+                found += [
+                    Setting(f"{full} = {preset}", "candidates", inputs, match=f"{preset} (published)", **more)
+                    for preset in _TOPK
+                ]
+            found += _at(full, "candidates", (LEAN, MIDDLE, 0.5), inputs, **more)
+    # A density that falls might stand in for some of the dense steps.
+    ramp = _MEAN | {"prototype": {"ramp": (1.6, 0.4)}}
+    inputs = PAPER | POOLED | {"start_percent": 0.20}
+    found += _at("pooled, mean, 1.6 to 0.4, from 0.20", "candidates", (LEAN, MIDDLE, 0.5), inputs, **ramp)
+    return found
 
 
 def _noise() -> list[Setting]:

@@ -10,19 +10,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
 
-from .matrix import ALL, FRONT, Claim, claims
+from .matrix import ALL, CANDIDATES, FRONT, LEAN, MIDDLE, TAUS, WARM_UPS, Claim, choice_claims, claims
 from .results import RunRow, read_run_file
 from .summary import PUBLISHED, Difference, by_setting, difference, judge
+from .times import TimeRow, read_times
 from .velocity import VelocityRow, mean_error, read_velocity
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
 GPU, CPU, VELOCITY = "quality-gpu.csv", "quality-cpu.csv", "quality-velocity-cpu.csv"
+CHOICE, TIMES = "quality-candidates-gpu.csv", "quality-times-gpu.csv"
 NAMES = {
     "default": "our default",
     "paper": "paper's recipe",
     "paper, mean": "paper's recipe, mean in place of max",
-    "pooled by mean": "our default, mean in place of max",
+    "pooled by max": "our default, max in place of mean",
     "block-sparse": "block-sparse (rival)",
     "radial mask": "radial mask (rival)",
     "PSA-3": "PSA-3 (15/10/20)",
@@ -52,29 +54,41 @@ def write_report() -> Path:
 def page_text() -> str:
     """The page, from the files alone."""
     gpu_rows, cpu_rows = read_run_file(RESULTS / GPU), read_run_file(RESULTS / CPU)
-    velocity = read_velocity(RESULTS / VELOCITY)
-    gpu, cpu = by_setting(gpu_rows), by_setting(cpu_rows)
+    choice_rows = read_run_file(RESULTS / CHOICE)
+    velocity, times = read_velocity(RESULTS / VELOCITY), read_times(RESULTS / TIMES)
+    gpu, cpu, choice = by_setting(gpu_rows), by_setting(cpu_rows), by_setting(choice_rows)
     parts = [
-        _head(gpu_rows, cpu_rows, velocity),
+        _head(gpu_rows, choice_rows, cpu_rows, velocity, times),
         _answers(gpu),
-        _choice(velocity),
-        _published(gpu, cpu),
-        _claims("The paper's claims", gpu, [c for c in claims() if c.source not in OURS]),
-        _claims("Beyond the paper, and rivals", gpu, [c for c in claims() if c.source in OURS]),
+        _published(choice, gpu, cpu),
+        _choice(choice, times),
+        _claims("What was asked of the candidates", CHOICE, choice, choice_claims()),
+        _velocity(velocity),
+        _claims("The paper's claims", GPU, gpu, [c for c in claims() if c.source not in OURS]),
+        _claims("Beyond the paper, and rivals", GPU, gpu, [c for c in claims() if c.source in OURS]),
+        _sol(gpu),
         _kept(),
         _not_measured(gpu),
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def _head(gpu: Sequence[RunRow], cpu: Sequence[RunRow], velocity: Sequence[VelocityRow]) -> str:
-    files = [_source(GPU, gpu)]
+def _head(
+    gpu: Sequence[RunRow],
+    choice: Sequence[RunRow],
+    cpu: Sequence[RunRow],
+    velocity: Sequence[VelocityRow],
+    times: Sequence[TimeRow],
+) -> str:
+    files = [_source(GPU, gpu), _source(CHOICE, choice)]
     files += [_source(CPU, [r for r in cpu if r.steps == steps]) for steps in sorted({r.steps for r in cpu})]
     first, settings = velocity[0], len({row.setting for row in velocity})
     clips = len({row.clip for row in velocity})
     files.append(
         f"| `{VELOCITY}` | {first.machine} | {first.precision} | single calls | {clips} | {settings} | {first.date} |"
     )
+    ways = len({row.setting for row in times})
+    files.append(f"| `{TIMES}` | {times[0].machine} | bf16, triton | attention calls | | {ways} | {times[0].date} |")
     return f"""
 # Quality, measured
 
@@ -93,7 +107,7 @@ those of `python dev.py quality --quick`: 17 frames, 5120 tokens.
 Names: the *paper's recipe* is topk 10/5/0/20 (shares of the key blocks at full, half, quarter, eighth resolution),
 curve order, importance by a sample of a quarter of the tokens reduced by max, blocks of 128 queries and 64 keys, the
 first quarter of the steps dense. *Our default* (`kernels/presets.json`, `module-default`) is the same with importance
-by means of 8 tokens. `paper, mean` and `pooled by mean` reduce by mean in place of max."""
+by means of 8 tokens reduced by mean. `paper, mean` reduces the paper's sample by mean in place of max."""
 
 
 def _source(name: str, rows: Sequence[RunRow]) -> str:
@@ -130,9 +144,9 @@ def _answer(gpu: Runs, compute: float) -> str:
         kept = f"{found[0]:.1f} dB, SSIM {found[1]:.3f}"
         parts.append(f"the paper's recipe, which ranks by four times as many scores, {kept}")
     for rival in ("block-sparse", "radial mask"):
-        lost = difference(gpu, f"{rival} @{compute:.2f}", recipe)
+        lost = difference(gpu, f"{rival} @{compute:.2f}", f"default @{compute:.2f}")
         if lost:
-            parts.append(f"{_article(rival)} loses {-lost.psnr:.1f} dB more than that")
+            parts.append(f"{_article(rival)} loses {-lost.psnr:.1f} dB more than our default")
     there = [name for name in gpu if name.endswith(f" @{compute:.2f}")]
     best = max(there, key=lambda name: _mean_of(gpu, name)[0])
     parts.append(f"closest of {len(there)} settings: `{best}` with {_mean_of(gpu, best)[0]:.1f} dB")
@@ -153,7 +167,74 @@ def _front_table(title: str, runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def _choice(velocity: Sequence[VelocityRow]) -> str:
+def _choice(choice: Runs, times: Sequence[TimeRow]) -> str:
+    computes = (LEAN, MIDDLE, 0.5)
+    lines = [
+        "| importance | dense first | " + " | ".join(f"{c:.2f}" for c in computes) + " |",
+        "|---" * (2 + len(computes)) + "|",
+    ]
+    for name in CANDIDATES:
+        for start in WARM_UPS:
+            cells = [_mean_of(choice, f"{name}, from {start:.2f} @{c:.2f}") for c in computes]
+            if any(cells):
+                shown = " | ".join(f"{cell[0]:.2f}, {cell[1]:.4f}" if cell else "" for cell in cells)
+                lines.append(f"| {name} | {start:.0%} | {shown} |")
+    return f"""
+## How the default was chosen
+
+{_clips(choice)} clips of the GPU run (`python dev.py quality --candidates`): PSNR in dB and SSIM by share of compute,
+the importance and the dense steps changed in the paper's recipe. Where two numbers follow (`1.6 to 0.4`), the density
+of the sparse steps falls from the first to the last, as multiples of its mean.
+
+{chr(10).join(lines)}
+
+Ranking costs time that compute does not count. Milliseconds of whole calls on an H100, and what our default
+({OURS_IN_TIMES}) would keep in the time that the other setting takes at 0.85, by a line between its own times at 0.85
+and 0.90 (Wan 1.3B at 720p) and between the computes above:
+
+{_equal_time(choice, times)}
+"""
+
+
+OURS_IN_TIMES = "pooled, mean"
+
+
+def _equal_time(choice: Runs, times: Sequence[TimeRow]) -> str:
+    ms = {(row.shape, row.setting, row.sparsity): row.ms for row in times}
+    dense = {row.shape: row.dense_ms for row in times}
+    small, large = dense
+    lines = [
+        f"| importance | 12 x 64800 x 128 at 0.85 (dense {dense[small]:.1f}) | 40 heads (dense {dense[large]:.1f}) | "
+        "its PSNR at 0.36 | our default in its time |",
+        "|---" * 5 + "|",
+    ]
+    for name in dict.fromkeys(row.setting for row in times):
+        own = _mean_of(choice, f"{name}, from 0.25 @{LEAN:.2f}")
+        density = density_at(ms[small, name, 0.85], ms[small, OURS_IN_TIMES, 0.85], ms[small, OURS_IN_TIMES, 0.90])
+        compute = 0.25 + 0.75 * density
+        equal = _between(choice, f"{OURS_IN_TIMES}, from 0.25", compute)
+        lines.append(
+            f"| {name} | {ms[small, name, 0.85]:.1f} | {ms[large, name, 0.85]:.1f} | "
+            f"{f'{own[0]:.2f}' if own else ''} | {f'{equal:.2f} (compute {compute:.3f})' if equal else ''} |"
+        )
+    return chr(10).join(lines)
+
+
+def density_at(ms: float, ms_85: float, ms_90: float) -> float:
+    """Density at which a call takes `ms`, from its times at sparsity 0.85 and 0.90."""
+    return 0.15 + 0.05 * (ms - ms_85) / (ms_85 - ms_90)
+
+
+def _between(runs: Runs, name: str, compute: float) -> float | None:
+    """PSNR of a setting at a compute, on the line between those at which it was measured."""
+    points = [(c, _mean_of(runs, f"{name} @{c:.2f}")) for c in (LEAN, MIDDLE, 0.5)]
+    if any(found is None for _, found in points):
+        return None
+    (low, first), (high, second) = points[:2] if compute <= MIDDLE else points[1:]
+    return first[0] + (second[0] - first[0]) * (compute - low) / (high - low)
+
+
+def _velocity(velocity: Sequence[VelocityRow]) -> str:
     names = list(dict.fromkeys(row.setting for row in velocity))
     lines = ["| importance | reduced by | error of the velocity | CPU seconds a call |", "|---|---|---|---|"]
     for name in sorted(names, key=lambda n: mean_error(velocity, n)):
@@ -163,50 +244,67 @@ def _choice(velocity: Sequence[VelocityRow]) -> str:
     scenes, levels = len({row.clip for row in velocity}), len({row.sigma for row in velocity})
     sparsity = mean(row.sparsity for row in velocity)
     return f"""
-## How the default's importance was chosen
+## Single calls say otherwise
 
 Relative error of the model's velocity in one call, on dense latents of {scenes} scenes at {levels} noise levels,
-topk 10/5/0/20 in curve order at sparsity {sparsity:.2f} (`python dev.py quality --velocity`). Means of 8 tokens and a
-sample of an eighth give a quarter of the scores that the paper's sample of a quarter does: on an H100 a whole call of
-12 x 64800 x 128 at 0.85 takes 9.4 ms with means of 8 and 12.9 ms with the sample of a quarter, both reduced by max
-(2026-11-25, dense 44.5 ms). Seconds are processor seconds beside other work.
+topk 10/5/0/20 in curve order at sparsity {sparsity:.2f} (`python dev.py quality --velocity`). Seconds are processor
+seconds beside other work.
 
 {chr(10).join(lines)}
 
-A single call and a whole run disagree about max and mean over the sample of a quarter: by the call max is closer, by
-the whole runs of the GPU mean is (1.1 dB at compute 0.36, 2.0 dB at 0.44). Over means of 8 max is closer by the call
-and in the one whole run in which both were set side by side (one scene, 33 frames, 16 steps, 4 of them dense, sparsity
-0.85, CPU, 2026-11-25: error of the last latent 0.348, by mean 0.520). So means of 8 by max it stays.
-
-At equal time, not compute, the default is ahead: its cheaper ranking is worth a density of 0.07 at 720p (call times at
-0.85 and 0.90), or 0.05 of the run's compute, for which it gains more than 2 dB in the GPU run; the sample of a quarter
-gains 0.9 dB, or 2.0 dB by mean. Against the published presets at equal compute see the next table: it is ahead of the
-threshold presets by more than 2 dB, and level with or up to half a dB behind the topk presets, which rank by the
-sample. On a GPU the sample by mean at finer blocks is the first thing to try further."""
+By the call max is closer than mean, over means of 8 and over the sample; by whole runs mean is, over both. What counts
+is the video, so the whole runs decide.
+"""
 
 
-def _published(gpu: Runs, cpu: Runs) -> str:
+def _published(choice: Runs, gpu: Runs, cpu: Runs) -> str:
     lines = ["| published preset | compute | PSNR, SSIM | against it | dB | SSIM | run |", "|---" * 7 + "|"]
-    for runs, where in ((gpu, "GPU"), (cpu, "CPU")):
+    for runs, ours in ((choice, f"{OURS_IN_TIMES}, from 0.25"), (gpu, "default"), (cpu, "default")):
+        where = f"{'CPU' if runs is cpu else 'GPU'}, {_clips(runs)} clips"
         for name in runs:
-            if not name.endswith(PUBLISHED):
+            found = difference(runs, f"{ours} = {name.removesuffix(PUBLISHED)}", name)
+            if not name.endswith(PUBLISHED) or found is None:
                 continue
             own = _mean_of(runs, name)
-            for kind in ("default", "pooled by mean", "paper, mean"):
-                found = difference(runs, f"{kind} = {name.removesuffix(PUBLISHED)}", name)
-                if found:
-                    lines.append(
-                        f"| {name.removesuffix(PUBLISHED)} | {found.computes[1]:.3f} | {own[0]:.1f}, {own[1]:.3f} | "
-                        f"{NAMES[kind]} | {found.psnr:+.2f}{_error(found)} | {found.ssim:+.4f} | {where} |"
-                    )
+            lines.append(
+                f"| {name.removesuffix(PUBLISHED)} | {found.computes[1]:.3f} | {own[0]:.1f}, {own[1]:.3f} | "
+                f"our default | {found.psnr:+.2f}{_error(found)} | {found.ssim:+.4f} | {where} |"
+            )
     return (
         "## Against the published presets, each at its own compute\n\n"
-        "Positive: the setting of the fourth column is closer to dense. `cogvideox-5b-4step` has no dense steps; its\n"
-        "compute is less than our dense quarter alone, so it was not compared.\n\n" + "\n".join(lines)
+        "Positive: our default is closer to dense. `cogvideox-5b-4step` has no dense steps; its compute is less than\n"
+        "our dense quarter alone, so it was not compared.\n\n" + "\n".join(lines)
     )
 
 
-def _claims(title: str, runs: Runs, found: Iterable[Claim]) -> str:
+def _clips(runs: Runs) -> int:
+    return len({row.clip for rows in runs.values() for row in rows})
+
+
+def _sol(gpu: Runs) -> str:
+    lines = [
+        "| Sol-Attn | compute | PSNR, SSIM | our default at it | paper's recipe at it |",
+        "|---" * 5 + "|",
+    ]
+    for tau in TAUS:
+        name = f"Sol-Attn, tau {tau}"
+        cells = [_mean_of(gpu, each) for each in (name, f"default = {name}", f"paper = {name}")]
+        if cells[0]:
+            shown = " | ".join(f"{cell[0]:.1f}, {cell[1]:.3f}" if cell else "" for cell in cells)
+            lines.append(f"| tau {tau} | {gpu[name][0].compute:.3f} | {shown} |")
+    if len(lines) == 2:
+        return "## ComfyUI's own sparse attention\n\nNot measured."
+    return f"""
+## ComfyUI's own sparse attention
+
+Sol-Attn of comfy_kitchen 0.2.40 (the kernel of core's node, arXiv 2607.24027) in the place of ours: same model, same
+dense first quarter, its input in curve order; it computes in 8 bits. Its compute is counted by its rule for blocks,
+with one row for each block that is not seen in full.
+
+{chr(10).join(lines)}"""
+
+
+def _claims(title: str, file: str, runs: Runs, found: Iterable[Claim]) -> str:
     lines = ["| claim | from | verdict | difference in dB (compute) |", "|---|---|---|---|"]
     for claim in found:
         differences = judge(runs, claim)
@@ -216,9 +314,9 @@ def _claims(title: str, runs: Runs, found: Iterable[Claim]) -> str:
     return f"""
 ## {title}
 
-From `{GPU}`. The difference is first minus second, mean over four clips ± its standard error. *Holds* and *does not
-hold* need two standard errors at every compute that was measured, which with four clips is a weak test; for a claim of
-equality *not refuted* says that zero lies within two.
+From `{file}`. The difference is first minus second, mean over {_clips(runs)} clips ± its standard error. *Holds* and
+*does not hold* need two standard errors at every compute that was measured, which with so few clips is a weak test; for
+a claim of equality *not refuted* says that zero lies within two.
 
 {chr(10).join(lines)}"""
 
@@ -241,25 +339,34 @@ def _kept() -> str:
     return """
 ## What was kept, and what was dropped
 
-Kept: mean in place of max over means of 8 tokens, for the same scores; curve order; no tail; the first quarter dense.
+Kept: importance by means of 8 tokens, which are the rows of the pyramid's eighth level, reduced by mean; the sum of a
+row over means of 32; curve order; no tail; the first quarter dense. A sample of a quarter by mean is up to half a
+decibel closer and takes 1.45 times as long at 12 x 64800 x 128: in that time means of 8 keep 2 dB more. It is
+`importance: sampled` of the node.
 
 Dropped as defaults, still inputs of the node: the tail, a budget over the rows and heads of a call, dense blocks that
-the others pay for, tiles, levels other than 10/5/0/20.
+the others pay for, tiles, levels other than 10/5/0/20, blocks of 32 keys (closer by 0.2 to 1.1 dB, about a seventh
+slower at 12 heads of 64800 tokens, hardly at 40). `start_percent` 0.30 is closer than 0.25 from a compute of 0.50 on,
+a sparsity of about 0.70, and further away below 0.44: 0.25 stays with a slider that stands at 0.85. Levels that are
+kept for some steps (`reuse_steps`) cost nothing here and save the time of choosing; they take memory, 4 bytes for each
+pair of blocks, so 1 stays the default.
 
-Not in the node: a density that falls over the steps, which the GPU run favours (`Density 1.6 to 0.4 over the steps`).
-Threshold 70/10/10 beats topk at equal compute while the same cuts with a budget in every call lose, so what it gains
-lies between steps and layers and not between rows; the ramp asks for the same. Blocks of 32x32 with mean are closest to
-dense, and slow in the GPU kernels."""
+Not in the node: means of 4 or 2 tokens, a token in place of a mean, a second-order correction for the spread inside
+the groups, unlike numbers of queries and keys: none is ahead of means of 8 at all computes, and all cost more. Budgets
+by layer: see the verdicts. Budgets by step: a density that falls over the steps is ahead of a constant one in every
+comparison above, at no cost in time, yet by less than two standard errors in some, and on the CPU (17 frames, 10 steps)
+ahead in PSNR (0.1 and 0.3 dB) but not in SSIM; it has to be seen on real weights first, whose last steps draw detail
+that these clips do not have."""
 
 
 def _not_measured(runs: Runs) -> str:
     missing = [claim.text for claim in claims() if not judge(runs, claim)]
-    lines = "\n".join(f"- {text}" for text in missing)
+    lines = "\n".join(f"- {text}" for text in missing) + "\n" * bool(missing)
     return f"""
 ## Not measured yet
 
-{lines}
-- LPIPS (the package was not installed), real weights, and ComfyUI's own sparse attention node in this harness.
+{lines}- LPIPS (its network has to be downloaded; the path was tried with an untrained one)
+- real weights
 
 `python dev.py quality` on a GPU measures what of this is in its list."""
 

@@ -67,7 +67,7 @@ def test_the_default_is_what_its_evidence_measured():
     preset = load_presets()["module-default"]
     config = preset.config(0.85)
     assert (config.mode, config.order, config.block_q, config.block_kv) == ("topk", "curve", 128, 64)
-    assert (config.importance, config.reduction) == ("pooled", "max")
+    assert (config.importance, config.reduction) == ("pooled", "mean")
     page = Path(__file__).resolve().parents[2] / preset.evidence
     assert "`module-default`" in page.read_text(encoding="utf-8")
 

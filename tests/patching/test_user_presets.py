@@ -17,6 +17,7 @@ from comfyui_psa.patching.user_presets import (
     preset_names,
     read_preset,
     usable_presets,
+    write_preset,
 )
 
 GOOD = {"about": "Mine", "mode": "topk", "shares": {"1": 0.05, "4": 0.3}, "sparsity": 0.9, "block_kv": 32, "tail": True}
@@ -36,6 +37,16 @@ def test_a_good_file_is_listed_and_used(tmp_path):
     assert (config.shares, config.block_kv, config.tail, config.sparsity) == ({1: 0.05, 4: 0.3}, 32, True, 0.8)
     assert (config.order, config.importance) == ("curve", "pooled")
     assert preset.sparsity == 0.9
+
+
+@pytest.mark.parametrize("name", [name for name, preset in load_presets().items() if not preset.as_written])
+def test_a_preset_that_is_written_reads_the_same(tmp_path, name):
+    preset = load_presets()[name]
+    write_preset("copy", preset, where=tmp_path)
+    copy = find_preset("user/copy", tmp_path)
+    sparsity = None if preset.settings["mode"] == "threshold" else 0.8
+    assert copy.config(sparsity) == preset.config(sparsity)
+    assert copy.dense_steps == preset.dense_steps
 
 
 @pytest.mark.parametrize(
@@ -63,6 +74,10 @@ def test_a_good_file_is_listed_and_used(tmp_path):
         ({"shares": {"1": 0.5}, "command": "rm"}, "'command' is no field of a preset"),
         ({"shares": {"1": 0.5}, "mode": "budget", "as_written": True}, "as_written"),
         ({"shares": {"1": 0.5}, "about": "x" * 2000}, "about"),
+        ({"shares": {"1": 0.5}, "dense_steps": -1}, "dense_steps: -1 was given; allowed: 0 to 1000"),
+        ({"shares": {"1": 0.5}, "dense_steps": 1.5}, "dense_steps: 1.5 was given; allowed: a whole number"),
+        ({"shares": {"1": 0.5}, "sample_share": 0}, "sample_share: 0 was given"),
+        ({"shares": {"1": 0.5}, "reduction": "sum"}, "reduction: 'sum' was given; allowed: max, mean"),
     ],
 )
 def test_what_is_wrong_is_said_when_the_file_is_chosen(tmp_path, content, words):

@@ -35,3 +35,25 @@ def test_flicker_sees_errors_that_move_and_no_constant_ones():
     blinking = dense.clone()
     blinking[:, ::2] += 7
     assert metrics.flicker(dense, blinking) == pytest.approx(7)
+
+
+def test_lpips_is_left_out_without_its_package(monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    assert metrics.load_lpips(torch.device("cpu")) is None
+
+
+def test_lpips_with_an_untrained_network(monkeypatch, tmp_path):
+    """The path alone: the package's own weights over an AlexNet that has learned nothing."""
+    pytest.importorskip("lpips")
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    file = tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), file)
+    measure = metrics.load_lpips(torch.device("cpu"))
+    dense = torch.randint(256, (3, 5, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    near = (dense.float() * 0.9 + 12).byte()
+    assert measure(dense, dense) == 0
+    assert 0 < measure(dense, near) < measure(dense, dense.flip(-1))
