@@ -137,6 +137,12 @@ def block_index(options: Mapping[str, Any]) -> int | None:
     return options.get("block_index")
 
 
+def worker_of(options: Mapping[str, Any]) -> torch.device | None:
+    """Whose forward it is, where ComfyUI computes the prompts of a step on several GPUs at once, each in a thread: the
+    GPU's; None in every other run."""
+    return options.get("multigpu_thread_device")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device's memory was full."""
     import comfy.model_management

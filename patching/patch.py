@@ -17,7 +17,7 @@ from .layout import CallReader
 from .maps import RunMaps
 from .override import RUN_KEY, PSAOverride
 from .report import make_report
-from .run import Run, log
+from .run import Run, is_active, log
 from .settings import PatchSettings, make_settings
 
 KEY = "psa"
@@ -101,30 +101,44 @@ def apply_patch(
         )
         options = core.run_options(guider)
         options[RUN_KEY] = run
+        completed = False
         try:
             output = executor(*args, **kwargs)
-            _warn_if_unreached(run)
+            completed = True
             return output
         finally:
             options.pop(RUN_KEY, None)
-            run.end()
-            handle.report = make_report(run)
-            handle.maps = None if run.maps is None else run.maps.to_host()
+            _close(run, handle, completed)
 
     core.add_wrappers(patched, KEY, sampling=outer_sample, before_call=_before_call(family.read_call))
     patched.set_attachments(KEY, handle)
     return patched
 
 
+def _close(run: Run, handle: PatchHandle, completed: bool) -> None:
+    """End a run and keep its report. It waits for the device, where an error of before may come up; a run that went
+    well must not fail by its report, and one that failed must fail by its own error."""
+    try:
+        run.end()
+        if completed:
+            _warn_if_unreached(run)
+        handle.report = make_report(run)
+        handle.maps = None if run.maps is None else run.maps.to_host()
+    except Exception as error:
+        handle.report = handle.maps = None
+        log.warning("PSA: no report of this run: %s: %s", type(error).__name__, error)
+
+
 def _warn_if_unreached(run: Run) -> None:
-    """Say so when a whole run went past PSA, which no single call can notice."""
+    """Say so when all that PSA was to serve in a run went past it, which no single call can notice."""
     reason = None
+    active = [step for step in run.steps if is_active(step.sigma, run.sigma_start, run.sigma_end)]
     if not run.steps:
         reason = "no call of the model came to PSA in this run: a cache or a compiled model answered all of them"
-    elif not any(step.densities or step.dense_calls for step in run.steps):
+    elif not any(step.densities or step.dense_calls for step in active or run.steps):
         reason = (
-            "no self-attention came to PSA in this run: a node behind PSA Patch has put its own attention in place; "
-            "wire PSA Patch behind it"
+            "no self-attention came to PSA in this run: a node has put its own attention in front and computes it all; "
+            "wire PSA Patch behind that node; Model Sparse Attention always goes to the front, bypass it"
         )
     if reason is not None:
         log.warning("PSA: %s", reason)
@@ -163,6 +177,7 @@ def _before_call(read_call: CallReader) -> Any:
         """Tells the run its step and where the tokens lie."""
         run: Run | None = options.get(RUN_KEY)
         if run is not None:
+            run = options[RUN_KEY] = run.part(core.worker_of(options))
             if not run.steps:
                 run.plan(options.get("sample_sigmas"), x.device)
             sigma = core.current_sigma(options)

@@ -1,6 +1,7 @@
 """PSA together with what users put beside it. STACKING is README's table: every row names the tests that prove it."""
 
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -132,9 +133,9 @@ def test_a_later_override_that_replaces_is_named(model, sample, caplog):
     later = Counting()
     psa = overridden(patch_model(model, **PATCH), later)
     assert torch.equal(sample(psa), sample(model))
-    assert caplog.text.count("a node behind PSA Patch has put its own attention in place") == 1
+    assert caplog.text.count("a node has put its own attention in front") == 1
     assert later.calls == 2
-    assert "wire PSA Patch behind it" in report(psa)["fallbacks"][0]["reason"]
+    assert "wire PSA Patch behind that node" in report(psa)["fallbacks"][0]["reason"]
 
 
 def test_an_earlier_sparse_override_acts_in_the_dense_steps(model, sample):
@@ -353,3 +354,95 @@ def test_two_models_at_once(model, sample, tiny_wan):
     assert torch.equal(inner[0], other_alone)
     assert sparse_calls(psa) == [0, 2, 2, 2]
     assert sparse_calls(other) == [0, 5]
+
+
+def on_two_devices(model, tiny_wan):
+    """As MultiGPU CFG Split does it, with a copy of the weights; the CPU by another name stands for the second GPU."""
+    both = model.clone()
+    both.cached_patcher_init = (tiny_wan.load, ("t2v",))
+    second = both.deepclone_multigpu(new_load_device=torch.device("cpu", 0))
+    second.is_multigpu_base_clone = True
+    both.set_additional_models("multigpu", [second])
+    both.match_multigpu_clones()
+    return both
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_two_gpus(model, sample, tiny_wan, before, monkeypatch):
+    from comfyui_psa.patching import override
+
+    threads, at_once = set(), threading.Barrier(2, timeout=60)
+    real = override.pyramid_sparse_attention
+
+    def attention(*args, **kwargs):
+        threads.add(threading.get_ident())
+        at_once.wait()  # both are inside the same layer of the same step
+        return real(*args, **kwargs)
+
+    arguments = {"cfg": 5.0, "negative": tiny_wan.conditioning(seed=4), "steps": 4}
+    one = patch_model(model, **PATCH)
+    expected, stock = sample(one, **arguments), sample(on_two_devices(model, tiny_wan), **arguments)
+    assert_close(stock, sample(model, **arguments), 1e-5)
+    shown = []
+    patch = PATCH | {"on_step": shown.append}
+    two = (
+        on_two_devices(patch_model(model, **patch), tiny_wan)
+        if before
+        else patch_model(on_two_devices(model, tiny_wan), **patch)
+    )
+    with monkeypatch.context() as watching:
+        watching.setattr(override, "pyramid_sparse_attention", attention)
+        out = sample(two, **arguments)
+    assert len(threads) == 2
+    assert_close(out, expected, 1e-5)
+    assert sparse_calls(one) == [0, 2, 2, 2]
+    assert sparse_calls(two) == [0, 4, 4, 4]
+    assert report(two)["mean_sparsity"] == pytest.approx(report(one)["mean_sparsity"], abs=1e-4)
+    assert report(two)["fallbacks"] == []
+    assert [figures["step"] for figures in shown] == [0, 1, 2, 3]
+
+
+def test_a_failure_on_one_of_two_gpus_is_its_own(model, sample, tiny_wan, monkeypatch):
+    from comfyui_psa.patching import override
+
+    heads, here = {"cpu": [], "cpu:0": []}, threading.local()
+    real, real_try = override.pyramid_sparse_attention, override._try
+
+    def attempt(run, q, k, v, call):
+        here.device = str(call["transformer_options"]["multigpu_thread_device"])
+        return real_try(run, q, k, v, call)
+
+    def attention(q, *args, **kwargs):
+        heads[here.device].append(q.shape[1])
+        if here.device == "cpu:0" and q.shape[1] > 1:
+            raise torch.OutOfMemoryError("full")
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(override, "_try", attempt)
+    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    psa = patch_model(on_two_devices(model, tiny_wan), **PATCH | {"start_percent": 0.0})
+    assert torch.isfinite(sample(psa, cfg=5.0, negative=tiny_wan.conditioning(seed=4), steps=3)).all()
+    assert heads["cpu:0"] == [2, *[1] * 12], "the one whose memory is full goes on in two groups"
+    assert heads["cpu"] == [2] * 6, "the other knows nothing of it"
+    assert sparse_calls(psa) == [4, 4, 4]
+
+
+def test_two_clones_in_two_threads(model, sample, tiny_wan):
+    psa = patch_model(model, **PATCH)
+    # A model that is being sampled holds its state, so each thread has one of its own; the patch is what they share.
+    clones = [psa.clone(), psa.clone(model_override=(tiny_wan.load("t2v").model, ({}, {}, {}, set())))]
+    sizes = [(1, 16, 3, 32, 32), (1, 16, 2, 48, 32)]
+    expected = [sample(psa, steps=4, size=size) for size in sizes]
+    outputs = [None, None]
+
+    def work(number):
+        outputs[number] = sample(clones[number], steps=4, size=sizes[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for out, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(out, wanted)
+    assert sparse_calls(psa) == [0, 2, 2, 2]
