@@ -16,12 +16,13 @@ from .family import Family, find_family
 from .layout import CallReader
 from .maps import RunMaps
 from .override import RUN_KEY, PSAOverride
-from .report import make_report
+from .report import make_report, summary
 from .run import Run, is_active, log
 from .settings import PatchSettings, make_settings
 
 KEY = "psa"
 AUTO = "auto"
+STOCK = "sparsity is 0: the model is the stock one"
 ANY_SPARSITY = 0.95  # one that every pyramid reaches, to judge the other inputs where the slider is 0
 
 _SCHEDULE_BEGINS = 0.005
@@ -67,11 +68,13 @@ def patch_model(
     preset = family.preset if preset == AUTO else preset
     if sparsity == 0:
         make_settings(sparsity=ANY_SPARSITY, preset=preset, blocks=family.blocks, **inputs)
-        return _unpatched(model, "sparsity is 0: the model is the stock one")
+        log.info("PSA: %s", STOCK)
+        return _unpatched(model, STOCK)
     settings = make_settings(sparsity=sparsity, preset=preset, blocks=family.blocks, **inputs)
     if settings.config.sparsity is None:
         log.info("PSA: the levels are taken as they are written, the slider (%.2f) does not act", sparsity)
-    log.info("PSA: %s, preset %s, %s", family.name, preset, settings.config)
+    log.info("PSA: %s: %s", family.name, settings)
+    log.debug("PSA: %s", settings.config)
     if settings.dense_steps is not None:
         log.info("PSA: preset %s: dense steps: %d; start_percent does not act", preset, settings.dense_steps)
     if family.advice is not None:
@@ -123,6 +126,8 @@ def _close(run: Run, handle: PatchHandle, completed: bool) -> None:
         if completed:
             _warn_if_unreached(run)
         handle.report = make_report(run)
+        if completed and handle.report["steps"]:
+            log.info("PSA: %s", summary(handle.report))
         handle.maps = None if run.maps is None else run.maps.to_host()
     except Exception as error:
         handle.report = handle.maps = None
