@@ -171,7 +171,9 @@ AUTO = "topk 10/5/0/20 at 0.85, curve, pooled, no tail"
 
 
 def _psa_methods(precision: str, cuda: bool, full: bool) -> Iterator[Method]:
-    topk = {"mode": "topk", "shares": PUBLISHED, "importance": "pooled"}
+    from comfyui_psa.kernels.presets import RANKING
+
+    topk = {"mode": "topk", "shares": PUBLISHED} | RANKING
     settings = [("curve", False, "bf16", 0.85), ("curve", False, "bf16", 0.9), ("curve", False, "bf16", 0.95)]
     settings += [("raster", True, "bf16", 0.85), ("curve", True, "bf16", 0.85)]
     if cuda:
@@ -191,12 +193,17 @@ def _psa_methods(precision: str, cuda: bool, full: bool) -> Iterator[Method]:
         "psa", precision, "published: topk 10/5/0/20, curve, sampled, no tail",
         psa(**topk | {"importance": "sampled", "reduction": "max"}, sparsity=None, order="curve", tail=False),
     )  # fmt: skip
-    yield Method("psa", precision, "budget 40/10/10/20 at 0.85, curve, pooled, tail", psa(sparsity=0.85, order="curve"))
+    yield Method(
+        "psa",
+        precision,
+        "budget 40/10/10/20 at 0.85, curve, pooled, tail",
+        psa(sparsity=0.85, order="curve", **RANKING),
+    )
     for share in (0.01, 0.02, 0.03, 0.05, 0.08, 0.15, 0.25) if full else (0.03,):
         for number in ("bf16", "int8") if cuda else ("bf16",):
             yield Method(
                 "psa", "int8" if number == "int8" else precision, f"full {share} and tail, curve, pooled",
-                psa(mode="topk", shares={1: share}, sparsity=None, order="curve", precision=number),
+                psa(mode="topk", shares={1: share}, sparsity=None, order="curve", precision=number, **RANKING),
             )  # fmt: skip
 
 
@@ -216,4 +223,6 @@ def _rivals(dim: int, precision: str, full: bool) -> Iterator[Method]:
 
 def _binary(share: float) -> dict[str, object]:
     """Fields of `PyramidConfig` for blocks that are seen in full or not at all."""
-    return {"mode": "topk", "shares": {1: share}, "sparsity": None, "tail": False, "order": "curve"}
+    from comfyui_psa.kernels.presets import RANKING
+
+    return {"mode": "topk", "shares": {1: share}, "sparsity": None, "tail": False, "order": "curve"} | RANKING

@@ -123,42 +123,50 @@ def _measure(
 
 
 def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs: int, common: dict) -> list[dict]:
-    """Milliseconds of every stage of the Triton backend at topk 10/5/0/20, .85, pooled importance, with tail."""
+    """Milliseconds of every stage of the Triton backend with what `auto` takes, at sparsity .85, lined up as there."""
     from comfyui_psa.kernels import PyramidConfig, make_order
     from comfyui_psa.kernels.attend_triton import attend_triton
+    from comfyui_psa.kernels.importance import summed_rows
     from comfyui_psa.kernels.importance_triton import reduced_softmax_triton
     from comfyui_psa.kernels.levels_triton import choose_lists_triton
     from comfyui_psa.kernels.order_triton import apply_order_triton, undo_order_triton
+    from comfyui_psa.kernels.presets import RANKING
     from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton
-    from comfyui_psa.kernels.triton_backend import means
+    from comfyui_psa.kernels.triton_backend import FINDS_QUERIES, means
 
     rows, scale, length = [], q.shape[-1] ** -0.5, q.shape[2]
     for order_name in ("raster", "curve"):
         for precision in ("bf16", "int8"):
             config = PyramidConfig(
-                shares=methods.PUBLISHED, mode="topk", sparsity=0.85, order=order_name, precision=precision
-            )
+                shares=methods.PUBLISHED, mode="topk", sparsity=0.85, order=order_name, precision=precision, tail=False,
+                **RANKING,
+            )  # fmt: skip
             order, out = make_order(order_name, grid, device=q.device), torch.empty_like(q)
             pair = means(q, config.block_q, config, order), means(k, config.block_kv, config, order)
-            scores = reduced_softmax_triton(*pair, scale, config.reduction)
+            inside = order.index is None or q.shape[-1] <= FINDS_QUERIES
+            queries = q if inside else apply_order_triton(q, order)
+
+            def rank(p=pair, c=config):
+                return reduced_softmax_triton(*p, scale, c.reduction, summed_rows(p[1], c))
+
+            scores = rank()
             lists = choose_lists_triton(scores, config, None, length)
-            queries = apply_order_triton(q, order)
 
             def build(c=config, o=order):
                 return build_pyramid_triton(k, v, c.stored_factors, c.block_kv, o, int8=c.precision == "int8")
 
-            def attend(pyramid=build(), x=queries, li=lists, c=config, y=out):  # noqa: B008 (bound in every round)
-                attend_triton(x, pyramid, li, c.block_q, scale, None, None, y)
+            def attend(pyramid=build(), x=queries, li=lists, c=config, y=out, o=order if inside else None):  # noqa: B008
+                attend_triton(x, pyramid, li, c.block_q, scale, None, None, y, order=o)
 
-            def move(o=order, x=queries, y=out):
-                if o.index is not None:
+            def move(o=order, y=out, needed=not inside):
+                if needed:
                     undo_order_triton(apply_order_triton(q, o), o, y)
 
             calls = {
                 "means": lambda c=config, o=order: (means(q, c.block_q, c, o), means(k, c.block_kv, c, o)),
                 "pyramid": build,
                 "move_q": move,
-                "importance": lambda p=pair, c=config: reduced_softmax_triton(*p, scale, c.reduction),
+                "importance": rank,
                 "levels": lambda s=scores, c=config: choose_lists_triton(s, c, None, length),
                 "attend": attend,
             }
