@@ -51,8 +51,8 @@ class AppliedPSA:
 
     def mean_sparsity(self) -> float | None:
         """Mean sparsity of the calls that PSA computed; reads from the device."""
-        densities = [density for state in self.states for density in state.densities]
-        return None if not densities else float(1 - torch.stack(densities).mean())
+        sums = [float(state.density) for state in self.states if state.density is not None]
+        return 1 - sum(sums) / self.sparse_calls if sums else None
 
     def remove(self) -> None:
         """Take every hook away; the transformers are as they were."""

@@ -11,6 +11,7 @@ import torch
 from ..kernels.attention import pyramid_sparse_attention
 from ..kernels.config import PyramidConfig
 from ..kernels.order import TokenLayout, TokenOrder, make_order
+from ..kernels.semantic import SEMANTIC_ORDERS
 
 log = logging.getLogger("ComfyUI-PSA")
 
@@ -35,7 +36,8 @@ class CallState:
         self.sparse_calls = 0
         self.dense_calls = 0
         self.fallbacks: Counter[str] = Counter()
-        self.densities: list[torch.Tensor] = []
+        self.failure: str | None = None
+        self.density: torch.Tensor | None = None  # summed over the sparse calls, on the device
         self._orders: dict[tuple, TokenOrder] = {}
 
     def begin_call(self, layout: TokenLayout, timestep: torch.Tensor | float) -> None:
@@ -80,10 +82,13 @@ class CallState:
                     query, key, value, self.config, layout=self.layout, order=order, scale=scale, backend=self.backend
                 )
             except Exception as error:  # dense is always better than a dead pipeline
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                # Not tried again: there is a call in every block and step, and a compiler may need seconds to fail.
+                reason = self.failure = f"{told} (until apply_psa is called again)"
             else:
                 self.sparse_calls += 1
-                self.densities.append(result.density)
+                density = result.density
+                self.density = density if self.density is None else self.density + density.to(self.density.device)
                 return result.output
         if not self.fallbacks[reason]:
             log.warning("PSA: staying dense: %s", reason)
@@ -94,6 +99,8 @@ class CallState:
     def _decline_reason(
         self, block: int, q: torch.Tensor, k: torch.Tensor, mask: Any, dropout_p: float, is_causal: bool
     ) -> str | None:
+        if self.failure is not None:
+            return self.failure
         tokens = q.shape[2]
         if mask is not None or is_causal or dropout_p:
             return "the attention call carries a mask"
@@ -107,7 +114,9 @@ class CallState:
             return f"block {block} is listed in dense_blocks"
         return None
 
-    def _order(self, device: torch.device) -> TokenOrder:
+    def _order(self, device: torch.device) -> TokenOrder | None:
+        if self.config.order in SEMANTIC_ORDERS:
+            return None
         key = (self.layout.grid, device)
         if key not in self._orders:
             self._orders[key] = make_order(self.config.order, self.layout.grid, self.config.tile, device)

@@ -16,10 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .autotune import Case, choose_tile
 from .levels import BlockLists
 from .order import TokenOrder
 from .pyramid import Pyramid
-from .tiles import AttendTile, attend_tile, gpu_of
+from .tiles import AttendTile
 
 _LOG2_E = 1.4426950408889634
 # Powers of two that the reference of float16 weights lies above the first maximum: they end at 2^16.
@@ -195,16 +196,19 @@ def _attend(
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
     q = tl.load(q_base + place[:, None] * stride_ql + dims[None, :], mask=q_mask, other=0)
     fine_q, fine_scale = q, scale
+    total = tl.zeros([BLOCK_Q], tl.float32)
     if INT8:
-        # One scale for the query block; rounded half away from zero.
+        # One scale for the query block; rounded half away from zero. Numbers that are not finite stay in their row.
         wide = q.to(tl.float32)
+        finite = tl.abs(wide) < float("inf")
+        total = tl.where(tl.min(finite.to(tl.int32), 1) > 0, total, float("nan"))
+        wide = tl.where(finite, wide, 0.0)
         largest = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-20)
         wide *= 127.0 / largest
         fine_q = (wide + tl.where(wide >= 0, 0.5, -0.5)).to(tl.int8)
         fine_scale = scale * (largest / 127.0)
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
 
     if HAS_EXTRA:
@@ -288,7 +292,7 @@ def attend_triton(
     rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
     overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
     padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
-    tile = tile or attend_tile(gpu_of(q.device), padded, int8)
+    tile = tile or choose_tile(q.device, Case(padded, block_q, pyramid.block_kv, q.dtype, int8))
     coarse = [factor for factor in pyramid.keys if factor > 1]
     # A tensor that is not there is never touched; any may stand in its place.
     keys, values = (_unit_stride(level.get(1, q)) for level in (pyramid.keys, pyramid.values))

@@ -22,7 +22,7 @@ from .pyramid_triton import build_pyramid_triton, pool_triton
 from .similarity import similarity_cap
 
 # Up to this head size the attention kernel finds queries in raster order itself; larger heads leave it no registers.
-_FINDS_QUERIES = 64
+FINDS_QUERIES = 64
 
 
 def attend_video(
@@ -93,7 +93,7 @@ def _attend_part(
     if int8 and extra_k is not None:
         extra_k = (extra_k - pyramid.mean).to(q.dtype)
     inputs, uneven = (pyramid, lists, config.block_q, scale, extra_k, extra_v), config.mode != "topk"
-    if query_order.index is None or q.shape[-1] <= _FINDS_QUERIES:
+    if query_order.index is None or q.shape[-1] <= FINDS_QUERIES:
         attend_triton(q, *inputs, out, order=query_order, uneven=uneven)
     else:
         ordered = apply_order_triton(q, query_order)

@@ -54,13 +54,22 @@ def load_checkpoint(name: str, weight_dtype: str = "default", *, disable_dynamic
         disable_dynamic: ComfyUI asks for it when it loads the same checkpoint once more.
 
     Raises:
-        InputError: no such checkpoint, or not CogVideoX.
-        FileError: a file of it is missing, incomplete or not safetensors; names the file.
+        InputError: no such checkpoint, not CogVideoX, or a file of it is missing, incomplete or not safetensors; the
+            message then names the file.
     """
-    import comfy.sd
-
     if weight_dtype not in WEIGHT_DTYPES:
         raise InputError("weight_dtype", weight_dtype, ", ".join(WEIGHT_DTYPES), NODE)
+    try:
+        model = _load(name, weight_dtype, disable_dynamic)
+    except FileError as error:
+        raise InputError("checkpoint", name, f"a checkpoint that can be used; {error}", NODE) from error
+    model.cached_patcher_init = (load_checkpoint, (name, weight_dtype))
+    return model
+
+
+def _load(name: str, weight_dtype: str, disable_dynamic: bool) -> Any:
+    import comfy.sd
+
     path = find_checkpoint(name)
     tensors, metadata = read_checkpoint(path)
     given = set(tensors)
@@ -75,9 +84,7 @@ def load_checkpoint(name: str, weight_dtype: str = "default", *, disable_dynamic
         variant = find_variant(model.model.model_config.unet_config, **read_configs(path))
     except ValueError as error:
         raise FileError(path, str(error)) from error
-    model = correct_model(model, variant, NODE)
-    model.cached_patcher_init = (load_checkpoint, (name, weight_dtype))
-    return model
+    return correct_model(model, variant, NODE)
 
 
 def find_checkpoint(name: str) -> Path:
@@ -97,7 +104,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     """All tensors of a checkpoint under ComfyUI's names, and the metadata of its first file. No tensor is copied.
 
     Raises:
-        FileError: see `load_checkpoint`.
+        FileError: a file is missing, incomplete or not safetensors; names the file.
     """
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}

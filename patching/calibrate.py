@@ -148,6 +148,8 @@ def calibrate(
     family = find_family(model)
     if isinstance(family, str):
         raise InputError("model", "a model that PSA does not serve", family, NODE)
+    if core.is_on_several_gpus(model):
+        raise InputError("model", "a model on several GPUs", "one on a single GPU: put MultiGPU CFG Split behind", NODE)
     if psa_pyramid is not None and preset != AUTO:
         raise InputError("preset", preset, f"{AUTO} while PSA Pyramid is connected", NODE)
     name = family.preset if preset == AUTO else preset

@@ -137,6 +137,17 @@ def block_index(options: Mapping[str, Any]) -> int | None:
     return options.get("block_index")
 
 
+def is_on_several_gpus(model: Any) -> bool:
+    """Whether a MODEL is split over several GPUs, see `worker_of`."""
+    return bool(model.get_additional_models_with_key("multigpu"))
+
+
+def worker_of(options: Mapping[str, Any]) -> torch.device | None:
+    """Whose forward it is, where ComfyUI computes the prompts of a step on several GPUs at once, each in a thread: the
+    GPU's; None in every other run."""
+    return options.get("multigpu_thread_device")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the device's memory was full."""
     import comfy.model_management

@@ -117,9 +117,12 @@ def _try(
     returns before anything is tried again, because an error that is being handled keeps what it was computing alive.
     """
     try:
-        results = []
+        groups = list(zip(*(x.chunk(run.parts, 1) for x in (q, k, v)), strict=True))
+        results: list[AttentionResult] = []
+        # Groups write into one output: kept one by one and joined at the end, they would take its memory twice.
+        output = None if len(groups) == 1 else q.new_empty(*(q.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
         conds = tuple((call.get("transformer_options") or {}).get("cond_or_uncond", ()))
-        for number, part in enumerate(zip(*(x.chunk(run.parts, 1) for x in (q, k, v)), strict=True)):
+        for number, part in enumerate(groups):
             place = run.block, conds, run.layout, number, *part[0].shape[:2]
             kept = run.kept_lists(place)
             result = pyramid_sparse_attention(
@@ -135,8 +138,12 @@ def _try(
             run.centroids[place] = result.centroids
             if kept is None:
                 run.keep_lists(place, result.lists)
+            if output is not None:
+                heads = output.narrow(1, sum(other.output.shape[1] for other in results), result.output.shape[1])
+                heads.copy_(result.output)
+                result = dataclasses.replace(result, output=heads)
             results.append(result)
-        return results[0] if len(results) == 1 else _together(results)
+        return results[0] if output is None else _together(results, output)
     except BackendError as error:
         run.failure = str(error)
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
@@ -153,8 +160,7 @@ def _try(
     return None
 
 
-def _together(results: list[AttentionResult]) -> AttentionResult:
-    """Results of groups of heads as one; lists and orders are those of the first group."""
-    output = torch.cat([result.output for result in results], 1)
+def _together(results: list[AttentionResult], output: torch.Tensor) -> AttentionResult:
+    """Results of groups of heads as one, with the output that they share; lists and orders are the first group's."""
     density = torch.stack([result.density for result in results]).mean()
     return dataclasses.replace(results[0], output=output, density=density)

@@ -16,12 +16,13 @@ from .family import Family, find_family
 from .layout import CallReader
 from .maps import RunMaps
 from .override import RUN_KEY, PSAOverride
-from .report import make_report
-from .run import Run, log
+from .report import make_report, summary
+from .run import Run, is_active, log
 from .settings import PatchSettings, make_settings
 
 KEY = "psa"
 AUTO = "auto"
+STOCK = "sparsity is 0: the model is the stock one"
 ANY_SPARSITY = 0.95  # one that every pyramid reaches, to judge the other inputs where the slider is 0
 
 _SCHEDULE_BEGINS = 0.005
@@ -67,11 +68,13 @@ def patch_model(
     preset = family.preset if preset == AUTO else preset
     if sparsity == 0:
         make_settings(sparsity=ANY_SPARSITY, preset=preset, blocks=family.blocks, **inputs)
-        return _unpatched(model, "sparsity is 0: the model is the stock one")
+        log.info("PSA: %s", STOCK)
+        return _unpatched(model, STOCK)
     settings = make_settings(sparsity=sparsity, preset=preset, blocks=family.blocks, **inputs)
     if settings.config.sparsity is None:
         log.info("PSA: the levels are taken as they are written, the slider (%.2f) does not act", sparsity)
-    log.info("PSA: %s, preset %s, %s", family.name, preset, settings.config)
+    log.info("PSA: %s: %s", family.name, settings)
+    log.debug("PSA: %s", settings.config)
     if settings.dense_steps is not None:
         log.info("PSA: preset %s: dense steps: %d; start_percent does not act", preset, settings.dense_steps)
     if family.advice is not None:
@@ -101,30 +104,46 @@ def apply_patch(
         )
         options = core.run_options(guider)
         options[RUN_KEY] = run
+        completed = False
         try:
             output = executor(*args, **kwargs)
-            _warn_if_unreached(run)
+            completed = True
             return output
         finally:
             options.pop(RUN_KEY, None)
-            run.end()
-            handle.report = make_report(run)
-            handle.maps = None if run.maps is None else run.maps.to_host()
+            _close(run, handle, completed)
 
     core.add_wrappers(patched, KEY, sampling=outer_sample, before_call=_before_call(family.read_call))
     patched.set_attachments(KEY, handle)
     return patched
 
 
+def _close(run: Run, handle: PatchHandle, completed: bool) -> None:
+    """End a run and keep its report. It waits for the device, where an error of before may come up; a run that went
+    well must not fail by its report, and one that failed must fail by its own error."""
+    try:
+        run.end()
+        if completed:
+            _warn_if_unreached(run)
+        handle.report = make_report(run)
+        if completed and handle.report["steps"]:
+            log.info("PSA: %s", summary(handle.report))
+        handle.maps = None if run.maps is None else run.maps.to_host()
+    except Exception as error:
+        handle.report = handle.maps = None
+        log.warning("PSA: no report of this run: %s: %s", type(error).__name__, error)
+
+
 def _warn_if_unreached(run: Run) -> None:
-    """Say so when a whole run went past PSA, which no single call can notice."""
+    """Say so when all that PSA was to serve in a run went past it, which no single call can notice."""
     reason = None
+    active = [step for step in run.steps if is_active(step.sigma, run.sigma_start, run.sigma_end)]
     if not run.steps:
         reason = "no call of the model came to PSA in this run: a cache or a compiled model answered all of them"
-    elif not any(step.densities or step.dense_calls for step in run.steps):
+    elif not any(step.densities or step.dense_calls for step in active or run.steps):
         reason = (
-            "no self-attention came to PSA in this run: a node behind PSA Patch has put its own attention in place; "
-            "wire PSA Patch behind it"
+            "no self-attention came to PSA in this run: a node has put its own attention in front and computes it all; "
+            "wire PSA Patch behind that node; Model Sparse Attention always goes to the front, bypass it"
         )
     if reason is not None:
         log.warning("PSA: %s", reason)
@@ -163,6 +182,7 @@ def _before_call(read_call: CallReader) -> Any:
         """Tells the run its step and where the tokens lie."""
         run: Run | None = options.get(RUN_KEY)
         if run is not None:
+            run = options[RUN_KEY] = run.part(core.worker_of(options))
             if not run.steps:
                 run.plan(options.get("sample_sigmas"), x.device)
             sigma = core.current_sigma(options)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections import defaultdict
 from typing import Any
 
@@ -78,6 +79,17 @@ def make_report(run: Run) -> dict[str, Any]:
         "fallbacks": [{"reason": reason, "calls": count} for reason, count in run.fallbacks.items()],
         "level_map": level_map,
     }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """A run in a sentence for the log, with the median times of its sparse and of its dense steps."""
+    sparse = [step["seconds"] for step in report["steps"] if step["sparse_calls"]]
+    dense = [step["seconds"] for step in report["steps"] if not step["sparse_calls"]]
+    text = f"{len(sparse)} of {len(report['steps'])} steps sparse"
+    if not sparse:
+        return text if report["fallbacks"] else f"{text}: they lie outside of start_percent to end_percent"
+    text += f" at {report['mean_sparsity']:.2f} ({report['backend']}), {statistics.median(sparse):.2f} s each"
+    return f"{text}; the dense ones {statistics.median(dense):.2f} s" if dense else text
 
 
 def level_shares(run: Run) -> dict[str, float] | None:

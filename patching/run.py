@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -108,6 +109,24 @@ class Run:
         self._orders: dict[tuple, TokenOrder] = {}
         self._kept_lists: dict[Hashable, tuple[int, BlockLists]] = {}
         self._calls = 0
+        self._parts: dict[Hashable, Run] = {}
+        self._lock = threading.Lock()
+
+    def part(self, worker: Hashable) -> Run:
+        """The run as a worker sees it: the first one gets the run itself, every other one a run of its own beside it.
+
+        ComfyUI computes the prompts of a step on several GPUs at once, each in a thread of its own. Place in the model,
+        orders and failures are a worker's own; what was measured comes together at the end.
+        """
+        with self._lock:
+            if worker not in self._parts:
+                self._parts[worker] = self._beside() if self._parts else self
+            return self._parts[worker]
+
+    def _beside(self) -> Run:
+        run = Run(self.settings, self.sigma_start, self.sigma_end, pictured_block=-1)
+        run.fallbacks = self.fallbacks
+        return run
 
     def plan(self, schedule: torch.Tensor | None, device: torch.device) -> None:
         """Called before the first model call, with the sampler's sigmas [steps + 1], where they are known."""
@@ -198,6 +217,29 @@ class Run:
         """Close the last step; what was measured can now be read (`report.py`)."""
         self._end_step()
         self._clock = Clock()
+        for part in self._parts.values():
+            if part is not self:
+                part.end()
+                self._take_in(part)
+
+    def _take_in(self, part: Run) -> None:
+        """Add what another worker measured, step by step, on another device: from here on all is on the host."""
+        self.backend, self.levels = self.backend or part.backend, self.levels or part.levels
+        steps = {step.index: step for step in self.steps}
+        for other in part.steps:
+            step = steps.get(other.index)
+            if step is None:
+                self.steps.append(other)
+                continue
+            step.seconds = max(step.seconds, other.seconds)
+            step.attention = max((s for s in (step.attention, other.attention) if s is not None), default=None)
+            step.dense_calls += other.dense_calls
+            step.densities += other.densities
+            step.level_ends += other.level_ends
+        self.steps.sort(key=lambda step: step.started)
+        for step in self.steps:
+            step.densities = [(block, density.cpu()) for block, density in step.densities]
+            step.level_ends = [ends.cpu() for ends in step.level_ends]
 
     def _end_step(self) -> None:
         if not self.steps:

@@ -41,6 +41,21 @@ class PatchSettings:
     dense_steps: int | None = None
     reuse_steps: int = 1
 
+    def __str__(self) -> str:
+        """What a user would tell another one of them."""
+        config = self.config
+        target = "levels as written" if config.sparsity is None else f"sparsity {config.sparsity:g}"
+        begin = f"{self.start_percent:.0%}" if self.dense_steps is None else f"step {self.dense_steps + 1}"
+        shape = [
+            f"{config.mode} " + ", ".join(f"{factor}: {share:g}" for factor, share in config.shares.items()),
+            f"{config.order} order",
+            f"{config.importance} importance",
+            f"blocks of {config.block_q} and {config.block_kv}",
+            *(["tail"] if config.tail else []),
+        ]
+        part = f"from {begin} to {self.end_percent:.0%} of the schedule"
+        return f"{target} {part}; preset {self.preset} ({', '.join(shape)})"
+
 
 def make_settings(
     *,

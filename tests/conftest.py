@@ -49,18 +49,22 @@ def model_folders(comfyui, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def comfyui():
-    """The folder of a real ComfyUI, importable; tests that need it are skipped with the reason where there is none."""
+    """The folder of a real ComfyUI, importable; tests that need it are skipped with the reason where there is none.
+
+    ComfyUI takes one device for the whole process, the CPU unless PSA_TEST_DEVICE=cuda says otherwise.
+    """
     folder = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")
     if not (folder / "comfy").is_dir():
         pytest.skip(f"no ComfyUI in {folder}; `python dev.py setup` brings one")
     sys.path.insert(0, str(folder))
-    sys.argv = [sys.argv[0], "--cpu"]
+    on_cpu = os.environ.get("PSA_TEST_DEVICE", "cpu") == "cpu"
+    sys.argv = [sys.argv[0], "--cpu"] if on_cpu else sys.argv[:1]
     import comfy.options
 
     comfy.options.enable_args_parsing(False)
     import comfy.cli_args
 
-    comfy.cli_args.args.cpu = True
+    comfy.cli_args.args.cpu = on_cpu
     comfy.cli_args.args.use_pytorch_cross_attention = True
     return folder
 

@@ -181,6 +181,38 @@ def test_what_it_cannot_serve_stays_dense_with_a_reason(caplog):
     assert torch.equal(velocity(model), stock)
 
 
+def test_a_kernel_that_fails_is_tried_once(monkeypatch, caplog):
+    from comfyui_psa.for_diffusers import state
+
+    tries = []
+
+    def broken(*_, **__):
+        tries.append(1)
+        raise RuntimeError("ptxas failed\nmore lines")
+
+    model = wan()
+    stock = velocity(model)
+    with monkeypatch.context() as failing:
+        failing.setattr(state, "pyramid_sparse_attention", broken)
+        applied = apply_psa(model, 0.6, **SETTINGS)
+        for _ in range(2):
+            assert torch.equal(velocity(model), stock)
+    assert len(tries) == 1
+    assert caplog.text.count("staying dense") == 1
+    assert list(applied.fallbacks.values()) == [4]
+    applied = apply_psa(model, 0.6, **SETTINGS)
+    velocity(model)
+    assert applied.sparse_calls == 2
+
+
+def test_orders_that_follow_the_data():
+    model = wan()
+    applied = apply_psa(model, 0.6, **SETTINGS, order="hybrid", clusters=(8, 16))
+    assert torch.isfinite(velocity(model)).all()
+    assert (applied.sparse_calls, applied.fallbacks) == (2, {})
+    assert applied.mean_sparsity() == pytest.approx(0.6, abs=0.05)
+
+
 def test_an_error_inside_the_transformer_leaves_no_interception_behind():
     model = wan()
     apply_psa(model, 0.6, **SETTINGS)

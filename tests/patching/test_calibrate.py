@@ -122,3 +122,12 @@ def test_the_picture_marks_the_proposal():
         picture = draw_calibration(propose(POINTS, 1.0, goal, target).as_dict())
         assert picture.width == 1000
         assert (253, 231, 37) in {colour for _, colour in picture.getcolors(1 << 20)}
+
+
+def test_a_model_on_several_gpus_is_refused(model):
+    from comfyui_psa.patching.calibrate import calibrate
+
+    both = model.clone()
+    both.set_additional_models("multigpu", [model.clone()])
+    with pytest.raises(InputError, match=r"PSA Calibrate, input model: .*several GPUs.*single GPU"):
+        calibrate(both, sampler([]), **INPUTS)

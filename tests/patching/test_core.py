@@ -144,6 +144,21 @@ def test_sampling_is_told_its_noise_levels(model, tiny_wan):
     assert (sigmas[0], sigmas[-1]) == (1.0, 0.0)
 
 
+def test_calls_on_several_gpus_say_which(model, watched, tiny_wan):
+    # The CPU by another name stands for a second GPU.
+    both = model.clone()
+    both.cached_patcher_init = (tiny_wan.load, ("t2v",))
+    second = both.deepclone_multigpu(new_load_device=torch.device("cpu", 0))
+    second.is_multigpu_base_clone = True
+    both.set_additional_models("multigpu", [second])
+    arguments = {"steps": 1, "cfg": 5.0, "negative": tiny_wan.conditioning(seed=4)}
+    workers = [core.worker_of(options) for *_, options in watched(both, **arguments)["calls"]]
+    assert sorted(map(str, workers)) == ["cpu", "cpu:0"]
+    assert [core.worker_of(options) for *_, options in watched(**arguments)["calls"]] == [None]
+    assert core.is_on_several_gpus(both)
+    assert not core.is_on_several_gpus(model)
+
+
 def test_out_of_memory_is_recognised(comfyui):
     assert core.is_out_of_memory(torch.OutOfMemoryError("full"))
     assert not core.is_out_of_memory(RuntimeError("something else"))

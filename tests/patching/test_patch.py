@@ -1,6 +1,7 @@
 """PSA on a small random Wan model, through ComfyUI's own sampler: what it changes, and everything that it must not."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -63,6 +64,21 @@ def test_sparse_steps_meet_the_slider(model, stock, mode):
         assert step["sparsity"] == pytest.approx(0.7, abs=0.01)
     assert torch.isfinite(out).all()
     assert not torch.equal(out, stock)
+
+
+def test_the_log_says_what_was_set_and_what_came_of_it(model, caplog):
+    with caplog.at_level(logging.INFO):
+        sample(patched(model, 0.7, mode="topk"))
+        sample(patched(model, start_percent=0.9), steps=2)
+        patched(model, 0.0)
+    lines = [record.message for record in caplog.records if record.name == "ComfyUI-PSA"]
+    assert lines[0].startswith("PSA: Wan t2v, hidden size 256: sparsity 0.7 from 25% to 100% of the schedule; preset ")
+    assert lines[0].endswith("(topk 1: 0.1, 2: 0.05, 8: 0.2, curve order, pooled importance, blocks of 128 and 64)")
+    assert re.fullmatch(
+        r"PSA: 3 of 4 steps sparse at 0\.\d\d \(torch\), \d+\.\d\d s each; the dense ones \d+\.\d\d s", lines[1]
+    )
+    assert lines[3] == "PSA: 0 of 2 steps sparse: they lie outside of start_percent to end_percent"
+    assert lines[4:] == ["PSA: sparsity is 0: the model is the stock one"]
 
 
 def test_all_blocks_in_full_equal_dense(model, stock):

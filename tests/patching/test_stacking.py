@@ -1,6 +1,8 @@
 """PSA together with what users put beside it. STACKING is README's table: every row names the tests that prove it."""
 
+import functools
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from comfyui_psa.patching.patch import KEY, patch_model, remove_patch
 ROOT = Path(__file__).resolve().parents[2]
 
 STACKING = {
-    ("attention override set before (Sage, Model Attention Backend)", "it computes what PSA leaves dense"): (
+    ("attention override set before (Sage and others)", "it computes what PSA leaves dense"): (
         "test_an_earlier_override_gets_what_psa_declines",
         "test_no_growth_over_100_steps",
     ),
@@ -21,9 +23,16 @@ STACKING = {
     ("override set behind that replaces the earlier one", "it acts, PSA says so in the log"): (
         "test_a_later_override_that_replaces_is_named",
     ),
-    ("core's Model Sparse Attention before PSA Patch", "PSA acts; the other in the dense steps"): (
-        "test_an_earlier_sparse_override_acts_in_the_dense_steps",
+    ("core's Model Attention Backend before PSA Patch (stand-in)", "it computes what PSA leaves dense"): (
+        "test_the_backend_of_the_core",
     ),
+    ("core's Model Attention Backend behind PSA Patch (stand-in)", "it acts, PSA says so in the log"): (
+        "test_the_backend_of_the_core",
+    ),
+    (
+        "core's Model Sparse Attention, before or behind (stand-in)",
+        "it acts in its part of the schedule, PSA in what it leaves; PSA says so in the log where that is nothing",
+    ): ("test_the_sparse_node_of_the_core", "test_a_sparse_node_that_stays_behind_psa"),
     ("EasyCache, LazyCache", "both act, in either order"): ("test_easy_cache",),
     ("context windows", "sparse in every window"): ("test_context_windows",),
     ("TorchCompileModel", "compiled around PSA; on, bypassed, on again are right"): (
@@ -35,10 +44,16 @@ STACKING = {
     ("CFG, batched or split", "sparse"): ("test_guidance_batched_and_split",),
     ("several videos in one batch", "sparse"): ("test_batches",),
     ("fp8 weights", "sparse"): ("test_fp8_weights",),
+    ("weights in main memory (low VRAM), LoRAs too", "sparse"): ("test_weights_that_stay_in_main_memory",),
+    ("GGUF weights (stand-in)", "sparse"): ("test_packed_weights_and_a_patcher_of_their_own",),
     ("several PSA Patches in one graph", "each with its own settings; on one model the last"): (
         "test_several_patches_in_one_graph",
     ),
-    ("two models at once", "kept apart"): ("test_two_models_at_once",),
+    ("two models at once", "kept apart"): ("test_two_models_at_once", "test_two_clones_in_two_threads"),
+    ("MultiGPU CFG Split", "sparse on every GPU, before or behind"): (
+        "test_two_gpus",
+        "test_a_failure_on_one_of_two_gpus_is_its_own",
+    ),
 }
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
@@ -61,6 +76,10 @@ def report(model):
 
 def sparse_calls(model):
     return [step["sparse_calls"] for step in report(model)["steps"]]
+
+
+def reports_nothing(model):
+    return report(model)["fallbacks"] == []
 
 
 def assert_close(one, other, tolerance=1e-4):
@@ -132,21 +151,99 @@ def test_a_later_override_that_replaces_is_named(model, sample, caplog):
     later = Counting()
     psa = overridden(patch_model(model, **PATCH), later)
     assert torch.equal(sample(psa), sample(model))
-    assert caplog.text.count("a node behind PSA Patch has put its own attention in place") == 1
+    assert caplog.text.count("a node has put its own attention in front") == 1
     assert later.calls == 2
-    assert "wire PSA Patch behind it" in report(psa)["fallbacks"][0]["reason"]
+    assert "wire PSA Patch behind that node" in report(psa)["fallbacks"][0]["reason"]
 
 
-def test_an_earlier_sparse_override_acts_in_the_dense_steps(model, sample):
-    def sparse_of_the_core(func, q, k, v, heads, *args, **kwargs):
-        acted.append(q.shape == k.shape)
-        return func(q, k, v, heads, *args, **kwargs)
+def backend_of_the_core(model):
+    """Core's Model Attention Backend, which the ComfyUI of these tests does not have: another dense attention for all
+    calls, in place of whatever override was there."""
+    from comfy.ldm.modules.attention import attention_pytorch
 
-    acted = []
-    psa = patch_model(overridden(model, sparse_of_the_core), **PATCH)
+    def backend(_, *args, **kwargs):
+        backend.calls += args[0].shape == args[1].shape
+        return attention_pytorch(*args, **kwargs)
+
+    backend.calls = 0
+    return overridden(model, backend), backend
+
+
+def test_the_backend_of_the_core(model, sample, caplog):
+    chosen, backend = backend_of_the_core(model)
+    psa = patch_model(chosen, **PATCH)
     sample(psa, steps=4)
-    assert acted.count(True) == 2
-    assert sparse_calls(psa) == [0, 2, 2, 2]
+    assert (backend.calls, sparse_calls(psa)) == (2, [0, 2, 2, 2])
+    assert reports_nothing(psa)
+
+    psa = patch_model(model, **PATCH)
+    behind, backend = backend_of_the_core(psa)
+    sample(behind, steps=4)
+    assert backend.calls == 8
+    assert caplog.text.count("a node has put its own attention in front") == 1
+    assert "wire PSA Patch behind that node" in report(psa)["fallbacks"][0]["reason"]
+
+
+class SparseOfTheCore:
+    """Core's Model Sparse Attention, which the ComfyUI of these tests does not have, as far as others notice it: its
+    override hands what it declines to the one that was there, and moves to the front again before every step."""
+
+    def __init__(self, start):
+        self.start, self.installed, self.calls = start, set(), 0
+
+    def on(self, model, *, moves=True):
+        from comfy.patcher_extension import CallbacksMP
+
+        clone = model.clone()
+        self.sigma = clone.get_model_object("model_sampling").percent_to_sigma(self.start)
+        self.install(clone.model_options["transformer_options"])
+        if moves:
+            clone.add_callback_with_key(
+                CallbacksMP.ON_PREPARE_STATE,
+                "sparse",
+                lambda patcher, timestep, options, *_: self.install(options["transformer_options"]),
+            )
+        return clone
+
+    def install(self, options):
+        previous = options.get(core.OVERRIDE_KEY)
+        if previous in self.installed:
+            return
+
+        def override(func, q, k, v, heads, **kwargs):
+            if q.shape == k.shape and float(kwargs["transformer_options"]["sigmas"][0]) <= self.sigma:
+                self.calls += 1
+                return func(q, k, v, heads, **kwargs)
+            return (func if previous is None else functools.partial(previous, func))(q, k, v, heads, **kwargs)
+
+        self.installed.add(override)
+        options[core.OVERRIDE_KEY] = override
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_sparse_node_of_the_core(model, sample, caplog, before):
+    def both(sparse):
+        return patch_model(sparse.on(model), **PATCH) if before else sparse.on(patch_model(model, **PATCH))
+
+    early, late = SparseOfTheCore(0.2), SparseOfTheCore(0.7)
+    psa = both(late)
+    sample(psa, steps=4)
+    assert (late.calls, sparse_calls(psa)) == (2, [0, 2, 2, 0]), "it takes its part, PSA the rest"
+    assert "in front" not in caplog.text
+
+    psa = both(early)
+    assert torch.equal(sample(psa, steps=4), sample(model, steps=4))
+    assert (early.calls, sparse_calls(psa)) == (6, [0] * 4)
+    assert caplog.text.count("a node has put its own attention in front") == 1
+    assert "Model Sparse Attention always goes to the front" in report(psa)["fallbacks"][0]["reason"]
+    assert len(early.installed) <= 2, "no chain that grows with the steps"
+
+
+def test_a_sparse_node_that_stays_behind_psa(model, sample):
+    sparse = SparseOfTheCore(0.0)
+    psa = patch_model(sparse.on(model, moves=False), **PATCH)
+    sample(psa, steps=4)
+    assert (sparse.calls, sparse_calls(psa)) == (2, [0, 2, 2, 2]), "it acts in the steps that PSA leaves dense"
 
 
 @pytest.mark.parametrize("first", ["cache", "psa"])
@@ -328,6 +425,112 @@ def test_fp8_weights(tiny_wan, sample):
     assert sparse_calls(psa) == [0, 2, 2, 2]
 
 
+@pytest.mark.parametrize("with_loras", [False, True])
+@pytest.mark.parametrize("kept", [0.0, 0.8])
+def test_weights_that_stay_in_main_memory(tiny_wan, sample, monkeypatch, kept, with_loras):
+    """As ComfyUI loads a model for a GPU that is full: a part of the layers, or none, the others layer by layer."""
+    import comfy.model_patcher
+
+    def load(self, device_to=None, lowvram_model_memory=0, *args, **kwargs):
+        return real(self, device_to, max(0.1, kept * self.model_size()), *args, **kwargs | {"full_load": False})
+
+    def loaded():
+        model = tiny_wan.load("t2v")
+        return with_lora(model) if with_loras else model
+
+    expected = sample(patch_model(loaded(), **PATCH), steps=4)
+    real = comfy.model_patcher.ModelPatcher.load
+    monkeypatch.setattr(comfy.model_patcher.ModelPatcher, "load", load)
+    offloaded = loaded()
+    psa, cast = patch_model(offloaded, **PATCH), set()
+
+    def look(step, *_):
+        linear = (x for x in core.network_of(psa).modules() if isinstance(x, torch.nn.Linear))
+        cast.update(layer.comfy_cast_weights for layer in linear)
+
+    out = sample(psa, steps=4, callback=look)
+    assert psa.model.model_lowvram
+    assert cast == ({False, True} if kept else {True})
+    if not kept:
+        assert bool(psa.lowvram_patch_counter()) == with_loras, "LoRAs are added in every call"
+    assert_close(out, expected, 1e-5)
+    assert sparse_calls(psa) == [0, 2, 2, 2]
+    assert_close(sample(patch_model(offloaded, **FULL)), sample(offloaded))
+
+
+def packed(model_state):
+    """A MODEL as GGUF loaders make it: layers that hold packed weights and unpack them in every call, and a
+    ModelPatcher of its own class, which hands LoRAs to the layers instead of adding them to the weights."""
+    import comfy.lora
+    import comfy.model_patcher
+    import comfy.ops
+    import comfy.sd
+    import comfy.utils
+
+    class Operations(comfy.ops.manual_cast):
+        class Linear(comfy.ops.manual_cast.Linear):
+            patches = ()
+
+            def _load_from_state_dict(self, state, prefix, *_):
+                weight, bias = state[prefix + "weight"], state.get(prefix + "bias")
+                self.step = weight.abs().amax(1, keepdim=True) / 127
+                values = (weight / self.step).round().to(torch.int8)
+                self.weight = torch.nn.Parameter(values, requires_grad=False)
+                self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+
+            def forward(self, x):
+                weight = self.weight.to(x) * self.step.to(x)
+                if self.patches:
+                    weight = comfy.lora.calculate_weight(self.patches, weight, "")
+                return torch.nn.functional.linear(x, weight.to(x), None if self.bias is None else self.bias.to(x))
+
+    class PackedPatcher(comfy.model_patcher.ModelPatcher):
+        def patch_weight_to_device(self, key, *args, **kwargs):
+            layer = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
+            if not key.endswith(".weight") or not isinstance(layer, Operations.Linear):
+                return super().patch_weight_to_device(key, *args, **kwargs)
+            if key in self.patches:
+                layer.patches = self.patches[key]
+            return None
+
+        def unpatch_model(self, device_to=None, unpatch_weights=True):
+            for layer in self.model.modules() if unpatch_weights else ():
+                if isinstance(layer, Operations.Linear):
+                    layer.patches = ()
+            return super().unpatch_model(device_to=device_to, unpatch_weights=unpatch_weights)
+
+        def load(self, *args, force_patch_weights=False, **kwargs):
+            super().load(*args, force_patch_weights=True, **kwargs)
+
+        def clone(self, *args, **kwargs):
+            own, self.__class__ = self.__class__, PackedPatcher
+            clone = super().clone(*args, **kwargs)
+            self.__class__ = own
+            return clone
+
+    model = comfy.sd.load_diffusion_model_state_dict(model_state, model_options={"custom_operations": Operations})
+    return PackedPatcher.clone(model)
+
+
+def test_packed_weights_and_a_patcher_of_their_own(tiny_wan, sample):
+    model = packed(tiny_wan.state_dict("t2v"))
+    assert core.network_of(model).blocks[0].self_attn.q.weight.dtype == torch.int8
+    stock = sample(model)
+    assert_close(stock, sample(tiny_wan.load("t2v")), 0.05)
+    psa = patch_model(model, **PATCH)
+    assert type(psa) is type(model)
+    assert_close(sample(patch_model(model, **FULL)), stock)
+    plain = sample(psa, steps=4)
+    assert sparse_calls(psa) == [0, 2, 2, 2]
+    before, behind = patch_model(with_lora(model, 8.0), **PATCH), with_lora(patch_model(model, **PATCH), 8.0)
+    with_it = sample(before, steps=4)
+    assert torch.equal(with_it, sample(behind, steps=4))
+    assert sparse_calls(before) == sparse_calls(behind) == [0, 2, 2, 2]
+    assert not torch.equal(with_it, plain)
+    assert torch.equal(sample(psa, steps=4), plain)
+    assert torch.equal(sample(model), stock)
+
+
 def test_several_patches_in_one_graph(model, sample):
     high, low = patch_model(model, **PATCH), patch_model(model, **PATCH | {"sparsity": 0.3})
     twice = patch_model(high, **PATCH | {"sparsity": 0.8})
@@ -353,3 +556,95 @@ def test_two_models_at_once(model, sample, tiny_wan):
     assert torch.equal(inner[0], other_alone)
     assert sparse_calls(psa) == [0, 2, 2, 2]
     assert sparse_calls(other) == [0, 5]
+
+
+def on_two_devices(model, tiny_wan):
+    """As MultiGPU CFG Split does it, with a copy of the weights; the CPU by another name stands for the second GPU."""
+    both = model.clone()
+    both.cached_patcher_init = (tiny_wan.load, ("t2v",))
+    second = both.deepclone_multigpu(new_load_device=torch.device("cpu", 0))
+    second.is_multigpu_base_clone = True
+    both.set_additional_models("multigpu", [second])
+    both.match_multigpu_clones()
+    return both
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_two_gpus(model, sample, tiny_wan, before, monkeypatch):
+    from comfyui_psa.patching import override
+
+    threads, at_once = set(), threading.Barrier(2, timeout=60)
+    real = override.pyramid_sparse_attention
+
+    def attention(*args, **kwargs):
+        threads.add(threading.get_ident())
+        at_once.wait()  # both are inside the same layer of the same step
+        return real(*args, **kwargs)
+
+    arguments = {"cfg": 5.0, "negative": tiny_wan.conditioning(seed=4), "steps": 4}
+    one = patch_model(model, **PATCH)
+    expected, stock = sample(one, **arguments), sample(on_two_devices(model, tiny_wan), **arguments)
+    assert_close(stock, sample(model, **arguments), 1e-5)
+    shown = []
+    patch = PATCH | {"on_step": shown.append}
+    two = (
+        on_two_devices(patch_model(model, **patch), tiny_wan)
+        if before
+        else patch_model(on_two_devices(model, tiny_wan), **patch)
+    )
+    with monkeypatch.context() as watching:
+        watching.setattr(override, "pyramid_sparse_attention", attention)
+        out = sample(two, **arguments)
+    assert len(threads) == 2
+    assert_close(out, expected, 1e-5)
+    assert sparse_calls(one) == [0, 2, 2, 2]
+    assert sparse_calls(two) == [0, 4, 4, 4]
+    assert report(two)["mean_sparsity"] == pytest.approx(report(one)["mean_sparsity"], abs=1e-4)
+    assert report(two)["fallbacks"] == []
+    assert [figures["step"] for figures in shown] == [0, 1, 2, 3]
+
+
+def test_a_failure_on_one_of_two_gpus_is_its_own(model, sample, tiny_wan, monkeypatch):
+    from comfyui_psa.patching import override
+
+    heads, here = {"cpu": [], "cpu:0": []}, threading.local()
+    real, real_try = override.pyramid_sparse_attention, override._try
+
+    def attempt(run, q, k, v, call):
+        here.device = str(call["transformer_options"]["multigpu_thread_device"])
+        return real_try(run, q, k, v, call)
+
+    def attention(q, *args, **kwargs):
+        heads[here.device].append(q.shape[1])
+        if here.device == "cpu:0" and q.shape[1] > 1:
+            raise torch.OutOfMemoryError("full")
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(override, "_try", attempt)
+    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    psa = patch_model(on_two_devices(model, tiny_wan), **PATCH | {"start_percent": 0.0})
+    assert torch.isfinite(sample(psa, cfg=5.0, negative=tiny_wan.conditioning(seed=4), steps=3)).all()
+    assert heads["cpu:0"] == [2, *[1] * 12], "the one whose memory is full goes on in two groups"
+    assert heads["cpu"] == [2] * 6, "the other knows nothing of it"
+    assert sparse_calls(psa) == [4, 4, 4]
+
+
+def test_two_clones_in_two_threads(model, sample, tiny_wan):
+    psa = patch_model(model, **PATCH)
+    # A model that is being sampled holds its state, so each thread has one of its own; the patch is what they share.
+    clones = [psa.clone(), psa.clone(model_override=(tiny_wan.load("t2v").model, ({}, {}, {}, set())))]
+    sizes = [(1, 16, 3, 32, 32), (1, 16, 2, 48, 32)]
+    expected = [sample(psa, steps=4, size=size) for size in sizes]
+    outputs = [None, None]
+
+    def work(number):
+        outputs[number] = sample(clones[number], steps=4, size=sizes[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for out, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(out, wanted)
+    assert sparse_calls(psa) == [0, 2, 2, 2]
