@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def draw(folder: Path) -> int:
-    """Draw `error-<shape>.png` and `length.png` from the CSV files in `folder`."""
+    """Draw `error-<shape>.png` and `length.png` from `attention-gpu.csv` in `folder`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,12 +25,14 @@ def draw(folder: Path) -> int:
             continue
         figure, axes = plt.subplots(figsize=(7, 5))
         for method, precision in sorted({(row["method"], row["precision"]) for row in rows}):
-            chosen = [
-                r for r in rows if (r["method"], r["precision"]) == (method, precision) and float(r["rel_l1"] or 0)
-            ]
-            if chosen:
-                points = sorted((float(r["ms"]), float(r["rel_l1"])) for r in chosen)
-                axes.plot(*zip(*points, strict=True), "o", label=f"{method}, {precision}")
+            points = sorted(
+                (float(row["ms"]), float(row["rel_l1"]))
+                for row in rows
+                if (row["method"], row["precision"]) == (method, precision) and float(row["rel_l1"] or 0)
+            )
+            if points:
+                (dots,) = axes.plot(*zip(*points, strict=True), "o", label=f"{method}, {precision}")
+                axes.plot(*zip(*_front(points), strict=True), "-", color=dots.get_color(), alpha=0.5)
         axes.axvline(float(rows[0]["dense_ms"]), color="grey", linestyle=":", label="dense, cuDNN")
         axes.set(xlabel="ms per call", ylabel="relative L1 error", yscale="log", xscale="log")
         axes.set_title(f"{shape}, {rows[0]['gpu']}, {rows[0]['date']}")
@@ -42,9 +44,14 @@ def draw(folder: Path) -> int:
         print(f"written to {folder / f'error-{shape}.png'}")
     if lengths:
         figure, axes = plt.subplots(figsize=(7, 5))
-        for method in ("sdpa-cudnn", "psa"):
-            points = [(n, float(r["ms"])) for n, rows in sorted(lengths.items()) for r in rows if r["method"] == method]
-            axes.plot(*zip(*points, strict=True), "o-", label=method)
+        for method, setting in dict.fromkeys((r["method"], r["setting"]) for rows in lengths.values() for r in rows):
+            points = [
+                (n, float(row["ms"]))
+                for n, rows in sorted(lengths.items())
+                for row in rows
+                if (row["method"], row["setting"]) == (method, setting)
+            ]
+            axes.plot(*zip(*points, strict=True), "o-", label=f"{method}, {setting}")
         axes.set(xlabel="tokens", ylabel="ms per call, 4 heads of 128", xscale="log", yscale="log")
         axes.grid(True, which="both", alpha=0.3)
         axes.legend()
@@ -53,3 +60,12 @@ def draw(folder: Path) -> int:
         plt.close(figure)
         print(f"written to {folder / 'length.png'}")
     return 0
+
+
+def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (time, error) sorted by time, those that no faster one beats."""
+    front: list[tuple[float, float]] = []
+    for point in points:
+        if not front or point[1] < front[-1][1]:
+            front.append(point)
+    return front

@@ -1,7 +1,8 @@
 """`python dev.py bench`: attention methods against dense attention in the same run, with error beside time.
 
-On a CPU one shape (the demo's), on a GPU the shapes of the models. Medians; ratios within one run are what counts. Rows
-go to `benchmarks/results/attention-gpu.csv` or `-cpu.csv`, the split of the PSA call to `stages-gpu.csv`; what a run
+On a CPU the demo's shape, on a GPU the shapes of the models too. Data are smooth and synthetic, or captured from the
+demo model (`demo`). Medians; ratios within one run are what counts. Errors are against float64, see `truth.py`. Rows go
+to `benchmarks/results/attention-gpu.csv` or `-cpu.csv`, the split of the PSA call to `stages-gpu.csv`; what a run
 measures replaces the rows of its shapes. `python dev.py bench --plot` draws error against time from them.
 """
 
@@ -10,15 +11,18 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import fnmatch
 import importlib.util
 import sys
 from pathlib import Path
 
+import compile_ahead
 import methods
 import torch
+from captured import demo_qkv
 from synthetic import smooth_qkv
 from timing import extra_mb, median_ms
-from torch.nn.attention import SDPBackend
+from truth import exact_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,10 +47,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", choices=methods.SHAPES, help="shape to measure; may be repeated")
     parser.add_argument("--runs", type=int, help="timed runs of every method (default: 10 on a GPU, 5 on a CPU)")
-    parser.add_argument("--full", action="store_true", help="also the curve of error against time, and slower rivals")
+    parser.add_argument("--full", action="store_true", help="also the curves of error against time")
+    parser.add_argument("--only", help="methods whose name or setting fits: 'sol-attn', '*tail*'; dense always")
     parser.add_argument("--lengths", action="store_true", help="only cost against length, 4k to 260k tokens, 4 heads")
     parser.add_argument("--plot", action="store_true", help="only draw the pictures from the results that are there")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.plot:
         from plot import draw
@@ -57,9 +63,17 @@ def main() -> int:
     runs = arguments.runs or (10 if cuda else 5)
     shapes = {name: methods.SHAPES[name] for name in arguments.shape or _all_shapes(cuda)}
     if arguments.lengths:
-        shapes = {f"length-{n}": (4, (n // 1024, 32, 32), 128) for n in LENGTHS}
+        lengths = LENGTHS if cuda else LENGTHS[:2]
+        shapes = {f"length-{n}": (4, (n // 1024, 32, 32), 128) for n in lengths}
+    if arguments.compile_part:
+        compile_ahead.compile_part(
+            {dim: _chosen(dim, arguments) for _, _, dim in shapes.values()}, arguments.compile_part
+        )
+        return 0
+    if cuda:
+        compile_ahead.compile_all(sys.argv[1:])
     for name, shape in shapes.items():
-        rows, stages = _measure(name, shape, runs, arguments.full, arguments.lengths)
+        rows, stages = _measure(name, shape, runs, _chosen(shape[2], arguments), not arguments.lengths)
         _write(arguments.out / f"attention-{'gpu' if cuda else 'cpu'}.csv", COLUMNS, rows)
         if stages:
             _write(arguments.out / "stages-gpu.csv", STAGE_COLUMNS, stages)
@@ -67,45 +81,45 @@ def main() -> int:
 
 
 def _all_shapes(cuda: bool) -> list[str]:
-    return [name for name in methods.SHAPES if (name == "synthetic") != cuda]
+    return [name for name in methods.SHAPES if name == "demo" or (name == "synthetic") != cuda]
 
 
-def _measure(name: str, shape: tuple, runs: int, full: bool, short: bool) -> tuple[list[dict], list[dict]]:
+def _chosen(dim: int, arguments: argparse.Namespace) -> list[methods.Method]:
+    """The methods to measure, the dense one that all are compared with first."""
+    cuda = torch.cuda.is_available()
+    every = methods.length_methods(dim, cuda) if arguments.lengths else methods.methods(dim, cuda, arguments.full)
+    first, *others = every
+    fits = arguments.only or "*"
+    return [first, *(m for m in others if fnmatch.fnmatch(m.name, fits) or fnmatch.fnmatch(m.setting, fits))]
+
+
+def _measure(
+    name: str, shape: tuple, runs: int, chosen: list[methods.Method], stages: bool
+) -> tuple[list[dict], list[dict]]:
     heads, grid, dim = shape
     cuda = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    q, k, v = smooth_qkv(heads, grid, dim, dtype, device)
-    common = _machine(cuda) | {"shape": name}
-    backend = SDPBackend.CUDNN_ATTENTION if cuda else SDPBackend.FLASH_ATTENTION
-    call, _ = methods.dense(backend)(q, k, v, grid)
-    reference = call().float()
-    norm = reference.abs().mean()
-    dense_ms = median_ms(call, runs)
-    label, precision = ("sdpa-cudnn" if cuda else "sdpa"), str(dtype).removeprefix("torch.")
-    rows = [common | {"method": label, "precision": precision, "density": 1, "ms": round(dense_ms, 3)}]
-    rows[0] |= {"dense_ms": round(dense_ms, 3), "speedup": 1, "rel_l1": 0, "extra_mb": "", "setting": "dense"}
-    print(f"{name:16s} {label:18s} {dense_ms:9.2f} ms", flush=True)
-    chosen = list(methods.methods(dim, cuda, full))
-    if short:
-        first = "topk 10/5/0/20 at 0.85, curve, pooled, no tail"
-        chosen = [m for m in chosen if m.setting == first and m.precision != "int8"]
+    q, k, v = demo_qkv(dtype, device) if name == "demo" else smooth_qkv(heads, grid, dim, dtype, device)
+    truth = exact_rows(q, k, v)
+    common, rows, dense_ms = _machine(cuda) | {"shape": name}, [], None
     for method in chosen:
         try:
             call, density = method.make(q, k, v, grid)
-            out = getattr(call, "restore", lambda x: x)(call()).float()
-            error = ((out - reference[:, :, : out.shape[2]]).abs().mean() / norm).item()
-            del out
+            error = truth.error(getattr(call, "restore", lambda x: x)(call()))
             memory, ms = extra_mb(call), median_ms(call, runs)
         except Exception as failure:  # a rival that does not run here must not end the run
-            print(f"{name:16s} {method.name:18s} left out: {type(failure).__name__}: {str(failure)[:100]}", flush=True)
+            if dense_ms is None:
+                raise
+            reason = " ".join(str(failure).split())[:140]
+            print(f"{name:16s} {method.name:15s} left out: {type(failure).__name__}: {reason}", flush=True)
             continue
+        dense_ms = dense_ms or ms
         row = {"method": method.name, "precision": method.precision, "density": round(density(), 4), "ms": round(ms, 3)}
         row |= {"dense_ms": round(dense_ms, 3), "speedup": round(dense_ms / ms, 3), "rel_l1": round(error, 5)}
         rows.append(common | row | {"extra_mb": "" if memory is None else memory, "setting": method.setting})
         figures = f"{ms:9.2f} ms {dense_ms / ms:6.2f}x  error {error:.4f}"
-        print(f"{name:16s} {method.name:18s} {figures}  {method.precision:9s} {method.setting}", flush=True)
-    stages = [] if short or not cuda else _stages(q, k, v, grid, runs, common)
-    return rows, stages
+        print(f"{name:16s} {method.name:15s} {figures}  {method.precision:9s} {method.setting}", flush=True)
+    return rows, _stages(q, k, v, grid, runs, common) if stages and cuda else []
 
 
 def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs: int, common: dict) -> list[dict]:

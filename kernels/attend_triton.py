@@ -16,13 +16,17 @@ import torch
 import triton
 import triton.language as tl
 
+from .autotune import Case, choose_tile
 from .levels import BlockLists
+from .order import TokenOrder
 from .pyramid import Pyramid
-from .tiles import AttendTile, attend_tile, gpu_of
+from .tiles import AttendTile
 
 _LOG2_E = 1.4426950408889634
 # Powers of two that the reference of float16 weights lies above the first maximum: they end at 2^16.
 _HEADROOM_FLOAT16 = 8
+# 3 * 2^22 as float32: an integer below 2^22 added to its bits is added to its value.
+_MAGIC_BITS, _MAGIC = tl.constexpr(0x4B400000), tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -51,7 +55,16 @@ def _careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr,
 @triton.jit
 def _fast_tile(q, k, v, scale, shift, total, acc, INT8: tl.constexpr, WAIT: tl.constexpr):
     """One full tile with a fixed reference: the weights are 2^(logit - shift)."""
-    weights = tl.exp2(_logits(q, k, INT8) * scale - shift[:, None])
+    reference = shift[:, None]
+    if INT8:
+        # Sums that begin at the magic number are floats when they are done; converting them would take as long as a
+        # quarter of the exponentials. What they are too large by goes into the reference.
+        start = tl.full([q.shape[0], k.shape[0]], _MAGIC_BITS, tl.int32)
+        logits = tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+        reference += _MAGIC * scale
+    else:
+        logits = _logits(q, k, False)
+    weights = tl.exp2(logits * scale - reference)
     total += tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     if WAIT:
@@ -59,6 +72,15 @@ def _fast_tile(q, k, v, scale, shift, total, acc, INT8: tl.constexpr, WAIT: tl.c
         # product's registers are cleared makes ptxas run all of them one after the other (its note C7515).
         acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return total, acc
+
+
+@triton.jit
+def _offsets(row, stride, dims, FACTOR: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Places of rows [N] in a head: pooled ones lie close together, so that 32 bits hold them and spare registers."""
+    if FACTOR == 1:
+        return row[:, None].to(tl.int64) * stride + dims[None, :]
+    else:
+        return row[:, None] * HEAD_DIM + dims[None, :]
 
 
 @triton.jit
@@ -88,18 +110,20 @@ def _attend_level(
         block = tl.load(list_ptr + start + position // ROWS, mask=seen, other=0)
         row = block * ROWS + position % ROWS
         tokens = tl.minimum(tl.maximum(length_k - row * FACTOR, 0), FACTOR)
-        exists = seen & (tokens > 0)
-        mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-        k = tl.load(k_ptr + row[:, None].to(tl.int64) * stride_k + dims[None, :], mask=mask, other=0)
-        v = tl.load(v_ptr + row[:, None].to(tl.int64) * stride_v + dims[None, :], mask=mask, other=0)
-        bias = tl.where(exists, tl.log2(tl.maximum(tokens, 1).to(tl.float32)), float("-inf"))
+        tokens = tl.where(seen, tokens, 0)
+        mask = (tokens > 0)[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + _offsets(row, stride_k, dims, FACTOR, HEAD_DIM), mask=mask, other=0)
+        v = tl.load(v_ptr + _offsets(row, stride_v, dims, FACTOR, HEAD_DIM), mask=mask, other=0)
         tile_scale = scale
         if INT8:
             tile_scale = scale * tl.load(scale_ptr + block, mask=seen, other=0)[None, :]
         if SETS_TOP:
+            bias = tl.where(tokens > 0, 0.0, float("-inf"))
+            if FACTOR > 1:
+                bias += tl.log2(tl.maximum(tokens, 1).to(tl.float32))
             top, total, acc = _careful_tile(q, k, v, tile_scale, bias, top, total, acc, HEADROOM, INT8)
         else:
-            weights = tl.exp2(_logits(q, k, INT8) * tile_scale + (bias[None, :] - top[:, None]))
+            weights = tl.exp2(_logits(q, k, INT8) * tile_scale - top[:, None]) * tokens[None, :].to(tl.float32)
             total += tl.sum(weights, 1)
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
@@ -117,31 +141,42 @@ def _attend_level(
             else:
                 position = first + lanes
                 block = tl.load(list_ptr + start + position // ROWS)
-                row = (block * ROWS + position % ROWS).to(tl.int64)
+                row = block * ROWS + position % ROWS
+                k_address = k_ptr + _offsets(row, stride_k, dims, FACTOR, HEAD_DIM)
+                v_address = v_ptr + _offsets(row, stride_v, dims, FACTOR, HEAD_DIM)
                 if DIM == HEAD_DIM:
-                    k = tl.load(k_ptr + row[:, None] * stride_k + dims[None, :])
-                    v = tl.load(v_ptr + row[:, None] * stride_v + dims[None, :])
+                    k = tl.load(k_address)
+                    v = tl.load(v_address)
                 else:
                     mask = (dims < HEAD_DIM)[None, :]
-                    k = tl.load(k_ptr + row[:, None] * stride_k + dims[None, :], mask=mask, other=0)
-                    v = tl.load(v_ptr + row[:, None] * stride_v + dims[None, :], mask=mask, other=0)
-                if INT8:
+                    k = tl.load(k_address, mask=mask, other=0)
+                    v = tl.load(v_address, mask=mask, other=0)
+                if INT8 and ROWS >= TILE:
+                    tile_scale = scale * tl.load(scale_ptr + tl.load(list_ptr + start + first // ROWS))
+                elif INT8:
                     tile_scale = scale * tl.load(scale_ptr + block)[None, :]
             total, acc = _fast_tile(q, k, v, tile_scale, shift, total, acc, INT8, WAIT)
     return top, total, acc
 
 
-@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "extra", "n_q", "n_k"])
+@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "length_order", "extra", "n_q", "n_k"])
 def _attend(
     q_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, scales_ptr,
-    blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr,
+    blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr, from_ptr, to_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_cb, stride_ch, stride_cl, stride_eb, stride_eh, stride_el, stride_ob, stride_oh, stride_ol,
-    heads, length_q, length_k, extra, n_q, n_k, scale,
+    heads, length_q, length_k, length_order, extra, n_q, n_k, scale,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr, INT8: tl.constexpr,
-    HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr,
+    INT8: tl.constexpr, HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
+    """Query block `program_id(0)` of head `program_id(1)`.
+
+    from_ptr, to_ptr: the index of the queries' order, twice: the places that queries are read from, were they known to
+    be those that the output goes to, would be kept through the loops, whose own values then do not fit the registers.
+    length_order: entries of the index before those of the next head; 0 where all share one.
+    """
     head_index = tl.program_id(1)
     block = tl.program_id(0)
     if SORTED:
@@ -155,20 +190,25 @@ def _attend(
     lanes = tl.arange(0, TILE)
     exists = position < length_q
     q_mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    place = position.to(tl.int64)
+    if ORDERED:
+        place = tl.load(from_ptr + head_index * length_order + position, mask=exists, other=0)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
-    q = tl.load(q_base + position[:, None].to(tl.int64) * stride_ql + dims[None, :], mask=q_mask, other=0)
-    extra_q = q
-    extra_scale = scale
+    q = tl.load(q_base + place[:, None] * stride_ql + dims[None, :], mask=q_mask, other=0)
+    fine_q, fine_scale = q, scale
+    total = tl.zeros([BLOCK_Q], tl.float32)
     if INT8:
-        # One scale for the query block; rounded half away from zero.
+        # One scale for the query block; rounded half away from zero. Numbers that are not finite stay in their row.
         wide = q.to(tl.float32)
+        finite = tl.abs(wide) < float("inf")
+        total = tl.where(tl.min(finite.to(tl.int32), 1) > 0, total, float("nan"))
+        wide = tl.where(finite, wide, 0.0)
         largest = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-20)
         wide *= 127.0 / largest
-        q = (wide + tl.where(wide >= 0, 0.5, -0.5)).to(tl.int8)
-        scale *= largest / 127.0
+        fine_q = (wide + tl.where(wide >= 0, 0.5, -0.5)).to(tl.int8)
+        fine_scale = scale * (largest / 127.0)
 
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
     acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
 
     if HAS_EXTRA:
@@ -180,9 +220,7 @@ def _attend(
             k = tl.load(extra_k_ptr + address, mask=mask, other=0)
             v = tl.load(extra_v_ptr + address, mask=mask, other=0)
             bias = tl.where(there, 0.0, float("-inf"))
-            top, total, acc = _careful_tile(
-                extra_q, k, v, extra_scale, bias, top, total, acc, HEADROOM, False
-            )  # fmt: skip
+            top, total, acc = _careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM, False)
 
     # Addresses are made where they are needed: kept through the loops, they would push the loops' own values out of the
     # registers.
@@ -190,12 +228,12 @@ def _attend(
     for level in tl.static_range(LEVELS):
         end = tl.load(ends_ptr + row * LEVELS + level)
         list_ptr = blocks_ptr + row * n_k
-        scale_ptr = scales_ptr + (head_index.to(tl.int64) * LEVELS + level) * n_k
+        scale_ptr = scales_ptr + head_index.to(tl.int64) * n_k
         if FACTORS[level] == 1:
             top, total, acc = _attend_level(
-                q, k_desc, v_desc, k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh,
+                fine_q, k_desc, v_desc, k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh,
                 v_ptr + b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh, stride_kl, stride_vl,
-                b, h, list_ptr, scale_ptr, start, end, length_k, scale, top, total, acc,
+                b, h, list_ptr, scale_ptr, start, end, length_k, fine_scale, top, total, acc,
                 1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, HEADROOM, STAGES, WAIT,
                 CAREFUL or HEADROOM > 0 or level == 0,
             )  # fmt: skip
@@ -205,7 +243,7 @@ def _attend(
             top, total, acc = _attend_level(
                 q, None, None, coarse_k_ptr + first, coarse_v_ptr + first, stride_cl, stride_cl,
                 b, h, list_ptr, scale_ptr, start, end, length_k, scale, top, total, acc,
-                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, INT8, CAREFUL, HEADROOM, STAGES, WAIT,
+                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, False, CAREFUL, HEADROOM, STAGES, WAIT,
                 CAREFUL or HEADROOM > 0 or level == 0,
             )  # fmt: skip
             coarse_row += BLOCK_KV // FACTORS[level]
@@ -219,7 +257,10 @@ def _attend(
         q_mask &= finite > 0
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     out_base = out_ptr + b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
-    address = out_base + position[:, None].to(tl.int64) * stride_ol + dims[None, :]
+    place = position.to(tl.int64)
+    if ORDERED:
+        place = tl.load(to_ptr + head_index * length_order + position, mask=exists, other=0)
+    address = out_base + place[:, None] * stride_ol + dims[None, :]
     tl.store(address, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
 
 
@@ -233,23 +274,25 @@ def attend_triton(
     extra_v: torch.Tensor | None,
     out: torch.Tensor,
     *,
+    order: TokenOrder | None = None,
     uneven: bool = False,
     tile: AttendTile | None = None,
 ) -> None:
     """As `attend.attend_reference`, written to `out` [B, H, Lq, D], which may be q itself.
 
-    q: [B, H, Lq, D], float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key
-    where the pyramid's keys are int8. uneven: rows differ in cost; the longest of each head then start first. tile: by
-    default that of the GPU.
+    q: [B, H, Lq, D], float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key where the
+    pyramid's keys are. order: that of the query blocks, where q and `out` themselves are in raster order (with heads of
+    128 the kernel then lacks registers and loses more than `order_triton` takes). uneven: rows differ in cost; the
+    longest of each head then start first. tile: by default that of the GPU.
     """
     batch, heads, length_q, dim = q.shape
     n_q, n_k = lists.blocks.shape[-2:]
-    int8 = pyramid.scales is not None
+    int8 = pyramid.scales is not None and 1 in pyramid.keys
     q = _unit_stride(q)
     rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
     overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
     padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
-    tile = tile or attend_tile(gpu_of(q.device), padded, int8)
+    tile = tile or choose_tile(q.device, Case(padded, block_q, pyramid.block_kv, q.dtype, int8))
     coarse = [factor for factor in pyramid.keys if factor > 1]
     # A tensor that is not there is never touched; any may stand in its place.
     keys, values = (_unit_stride(level.get(1, q)) for level in (pyramid.keys, pyramid.values))
@@ -257,7 +300,9 @@ def attend_triton(
     coarse_keys, coarse_values = (level[coarse[0] if coarse else 1] for level in (pyramid.keys, pyramid.values))
     has_extra = extra_k is not None and extra_k.shape[2] > 0
     extra_k, extra_v = (x.contiguous() if has_extra else q for x in (extra_k, extra_v))
-    scales = torch.stack(list(pyramid.scales.values()), 2) if int8 else q
+    scales = pyramid.scales if int8 else q
+    index = q if order is None or order.index is None else order.index.contiguous()
+    length_order = length_q if index is not q and index.ndim > 1 else 0
     for careful in (False, True):
         bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows and 1 in pyramid.keys
         descriptors = [_descriptor(x, tile.rows, padded) if bulk else None for x in (keys, values)]
@@ -265,12 +310,12 @@ def attend_triton(
         _attend[(n_q, batch * heads)](
             q, *(descriptors if bulk else (None, None)),
             keys, values, coarse_keys, coarse_values, extra_k, extra_v, scales, lists.blocks, lists.ends,
-            lists.ends if rows is None else rows, overflow, out,
+            lists.ends if rows is None else rows, overflow, out, index, index,
             *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
             *extra_k.stride()[:3], *out.stride()[:3],
-            heads, length_q, pyramid.length, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,
+            heads, length_q, pyramid.length, length_order, extra_k.shape[2], n_q, n_k, scale * _LOG2_E,
             FACTORS=lists.levels, LEVELS=len(lists.levels), BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv,
-            TILE=tile.rows, HEAD_DIM=dim, DIM=padded, SORTED=uneven, BULK=bulk,
+            TILE=tile.rows, HEAD_DIM=dim, DIM=padded, ORDERED=index is not q, SORTED=uneven, BULK=bulk,
             INT8=int8, HAS_EXTRA=has_extra, CAREFUL=careful,
             HEADROOM=_HEADROOM_FLOAT16 if q.dtype == torch.float16 and not careful else 0, STAGES=tile.stages,
             WAIT=tile.wait,

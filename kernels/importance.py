@@ -21,6 +21,8 @@ from .pyramid import pool
 _SCORES_AT_ONCE = 2**24
 # Tokens of one mean in `pooled` importance: 8 neighbours still share most of their RoPE phases.
 POOLED = 8
+# Rows of `pooled` that are taken together in the sum that a row of the softmax is divided by.
+_SUMMED = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,12 @@ class Representatives:
         """Rows that the storage holds for each block."""
         return 1 << (self.count - 1).bit_length()
 
+    def coarser(self, factor: int) -> Representatives:
+        """Means of `factor` rows of every block, a power of two up to `count`; the last one over those that exist."""
+        there = -(-self.length // self.group)
+        rows = pool(self.rows[:, :, :there], factor, self.count)
+        return Representatives(rows, self.length, self.block, self.group * factor, self.count // factor)
+
     def tokens(self) -> torch.Tensor:
         """How many tokens each row stands for, 0 for none: int64 [blocks, padded]."""
         device = self.rows.device
@@ -72,12 +80,23 @@ def importance(
         chosen = [sampled(x, b, config.sample_share, generator) for x, b in ((q, config.block_q), (k, config.block_kv))]
     else:
         chosen = [pooled(x, b, group_size(config, b)) for x, b in ((q, config.block_q), (k, config.block_kv))]
-    return reduced_softmax(*chosen, scale, config.reduction)
+    return reduced_softmax(*chosen, scale, config.reduction, summed_rows(chosen[1], config))
 
 
 def group_size(config: PyramidConfig, block: int) -> int:
     """Tokens of one mean: 8 in `pooled` importance, the whole block in `means`."""
     return POOLED if config.importance == "pooled" else block
+
+
+def summed_rows(k: Representatives, config: PyramidConfig) -> Representatives:
+    """The key rows whose sum the weights of a query row are divided by.
+
+    Coarser ones than are compared, where they are means: the sum only weighs the query rows of a block against each
+    other, and a quarter of the rows gives it nearly as well.
+    """
+    if config.importance == "pooled" and k.count % _SUMMED == 0:
+        return k.coarser(_SUMMED)
+    return k
 
 
 def default_generator(config: PyramidConfig, device: torch.device) -> torch.Generator:
@@ -116,21 +135,25 @@ def sample_rows(
     return rows.clamp_max(length - 1)
 
 
-def reduced_softmax(q: Representatives, k: Representatives, scale: float, reduction: str) -> torch.Tensor:
+def reduced_softmax(
+    q: Representatives, k: Representatives, scale: float, reduction: str, norm: Representatives | None = None
+) -> torch.Tensor:
     """Softmax of every query row over all key rows, then max or mean over the rows of each block pair.
 
-    A key row counts for the tokens it stands for: bias ln(tokens). Result float32 [B, H, n_q, n_k].
+    A key row counts for the tokens it stands for: bias ln(tokens). norm: the key rows whose sum the weights are divided
+    by, in place of k. Result float32 [B, H, n_q, n_k].
     """
     q_there, k_tokens = q.tokens() > 0, k.tokens()
-    bias = torch.where(k_tokens > 0, k_tokens.clamp_min(1).float().log(), -math.inf).flatten()
     (n_q, m), (n_k, s) = q_there.shape, k_tokens.shape
-    keys = k.rows.float().transpose(-1, -2)
+    keys, bias = k.rows.float().transpose(-1, -2), _bias(k)
+    summed, summed_bias = (keys, bias) if norm is None else (norm.rows.float().transpose(-1, -2), _bias(norm))
     chunk = max(1, _SCORES_AT_ONCE // (n_k * s * m))
     result = []
     for start in range(0, n_q, chunk):
         there = q_there[start : start + chunk]
         queries = q.rows[:, :, start * m : (start + len(there)) * m].float()
-        weights = torch.softmax(queries @ keys * scale + bias, -1)
+        total = torch.logsumexp(queries @ summed * scale + summed_bias, -1, keepdim=True)
+        weights = torch.exp(queries @ keys * scale + bias - total)
         weights = weights.view(*weights.shape[:2], len(there), m, n_k, s)
         pair = (there[:, :, None, None] & (k_tokens > 0)).to(weights)
         if reduction == "max":
@@ -138,3 +161,9 @@ def reduced_softmax(q: Representatives, k: Representatives, scale: float, reduct
         else:
             result.append((weights * pair).sum((3, 5)) / pair.sum((1, 3)).clamp_min(1))
     return torch.cat(result, 2)
+
+
+def _bias(k: Representatives) -> torch.Tensor:
+    """ln of the tokens that each key row stands for, -inf for none: float32 [blocks * padded]."""
+    tokens = k.tokens().flatten()
+    return torch.where(tokens > 0, tokens.clamp_min(1).float().log(), -math.inf)

@@ -124,7 +124,7 @@ def _reduce(
 def reduced_softmax_triton(
     q: Representatives, k: Representatives, scale: float, reduction: str, norm: Representatives | None = None
 ) -> torch.Tensor:
-    """As `importance.reduced_softmax`: float32 [B, H, n_q, n_k]."""
+    """As `importance.reduced_softmax`: float32 [B, H, n_q, n_k]; all rows contiguous in D."""
     batch, heads, _, dim = q.rows.shape
     n_q, n_k = q.blocks, k.blocks
     norm = norm or k

@@ -1,8 +1,10 @@
-"""Keys and queries in eight bits: symmetric rounding with one scale a block, the mean key taken off first.
+"""Keys and queries in eight bits at full resolution: symmetric rounding with one scale a block, the mean key taken off
+first.
 
 Taking any vector off all keys shifts the logits of a query equally at every level, so that the softmax does not change;
 what is left of smooth keys is small and rounds well (J. Zhang et al., SageAttention, arXiv 2410.02367, section 4.2).
-Values and weights keep their type.
+Values, weights and pooled keys keep their type: pooled blocks do not fill a tile each, so that every column of a tile
+would have a scale of its own, which costs more than the shorter numbers save.
 """
 
 from __future__ import annotations
@@ -42,20 +44,23 @@ def dequantise(rows: torch.Tensor, scales: torch.Tensor, rows_per_block: int) ->
 
 
 def quantise_keys(pyramid: Pyramid, mean: torch.Tensor) -> Pyramid:
-    """The pyramid with int8 keys, `mean` [B, H, 1, D] taken off every row that stands for a token."""
-    rows, scales = {}, {}
+    """The pyramid with `mean` [B, H, 1, D] taken off every key that stands for a token, and int8 keys at level 1."""
+    rows, scales = {}, None
     for factor, keys in pyramid.keys.items():
         there = (pyramid.tokens(factor) > 0)[: keys.shape[2], None]
-        shifted = torch.where(there, keys.float() - mean, 0.0)
-        rows[factor], scales[factor] = quantise(shifted, pyramid.block_kv // factor)
+        rows[factor] = torch.where(there, keys.float() - mean, 0.0)
+        if factor == 1:
+            rows[factor], scales = quantise(rows[factor], pyramid.block_kv)
     coarse = [factor for factor in rows if factor > 1]
     if coarse:  # one storage, as everywhere
-        storage = torch.cat([rows[factor] for factor in coarse], 2)
+        storage = torch.cat([rows[factor] for factor in coarse], 2).to(pyramid.keys[coarse[0]].dtype)
         rows |= zip(coarse, storage.split([rows[factor].shape[2] for factor in coarse], 2), strict=True)
     return dataclasses.replace(pyramid, keys=rows, scales=scales, mean=mean)
 
 
 def dequantise_keys(pyramid: Pyramid) -> Pyramid:
     """The pyramid with the float32 keys that its int8 keys stand for, still without their mean."""
-    keys = {f: dequantise(rows, pyramid.scales[f], pyramid.block_kv // f) for f, rows in pyramid.keys.items()}
+    keys = dict(pyramid.keys)
+    if 1 in keys:
+        keys[1] = dequantise(keys[1], pyramid.scales, pyramid.block_kv)
     return dataclasses.replace(pyramid, keys=keys, scales=None)

@@ -21,10 +21,13 @@ _BUDGET_ROWS = 1024
 @triton.jit
 def _by_count(keys, wanted):
     """Mask of the `wanted` largest keys, among equals the lower index first; keys are non-negative, padding is -1."""
-    cut = 0
-    for step in range(31):
-        trial = cut | (1 << (30 - step))
-        cut = tl.where(tl.sum((keys >= trial).to(tl.int32), 0) >= wanted, trial, cut)
+    cut, count, bit = tl.full([], 0, tl.int32), tl.full([], -1, tl.int32), tl.full([], 1 << 30, tl.int32)
+    while (bit > 0) & (count != wanted):  # where the count is met exactly no further bit matters
+        trial_count = tl.sum((keys >= (cut | bit)).to(tl.int32), 0)
+        stays = trial_count >= wanted
+        cut = tl.where(stays, cut | bit, cut)
+        count = tl.where(stays, trial_count, count)
+        bit >>= 1
     above = keys > cut
     equal = keys == cut
     room = wanted - tl.sum(above.to(tl.int32), 0)

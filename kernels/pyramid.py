@@ -22,15 +22,15 @@ class Pyramid:
             each other in one storage.
         block_kv: tokens per key block.
         length: number of key tokens.
-        scales, mean: where the keys are int8 (`int8.py`): pooling factor -> float32 [B, H, n_blocks], and the key
-            [B, H, 1, D] that was taken off; else None.
+        scales, mean: where the keys at factor 1 are int8 (`int8.py`): float32 [B, H, n_blocks], and the key
+            [B, H, 1, D] that was taken off all levels; else None.
     """
 
     keys: dict[int, torch.Tensor]
     values: dict[int, torch.Tensor]
     block_kv: int
     length: int
-    scales: dict[int, torch.Tensor] | None = None
+    scales: torch.Tensor | None = None
     mean: torch.Tensor | None = None
 
     @property

@@ -1,4 +1,5 @@
-"""The pyramid in Triton: one pass over keys or values that puts them in order, pools them and, for int8, rounds them.
+"""The pyramid in Triton: one pass over keys or values that puts them in order, pools them and, for int8, rounds them
+at full resolution.
 
 The kernel beside `pyramid.build_pyramid` and `int8.quantise_keys`, whose results it reproduces. A program reads some
 blocks of one head, eight neighbouring tokens to a thread, and pools them in registers in float32.
@@ -16,12 +17,9 @@ from .pyramid import Pyramid
 
 
 @triton.jit
-def _write(rows, ptr, first, step, there, INT8: tl.constexpr, scale, HEAD_DIM: tl.constexpr):
-    """Write rows [N, DIM] to the rows first, first + step, ... of a level; with int8, rounded half away from zero."""
+def _write(rows, ptr, first, step, there, HEAD_DIM: tl.constexpr):
+    """Write rows [N, DIM] to the rows first, first + step, ... of a level."""
     dims = tl.arange(0, rows.shape[1])
-    if INT8:
-        rows = rows / scale[:, None]
-        rows += tl.where(rows >= 0, 0.5, -0.5)
     address = (first + tl.arange(0, rows.shape[0]) * step)[:, None].to(tl.int64) * HEAD_DIM + dims[None, :]
     tl.store(ptr + address, rows.to(ptr.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
 
@@ -38,11 +36,9 @@ def _block_scale(largest, ptr, first_block, blocks, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _largest(rows, mean, there, INT8: tl.constexpr):
-    """Rows without the mean key, and the largest absolute value of each."""
-    if INT8:
-        rows = tl.where(there[:, None], rows - mean[None, :], 0.0)
-    return rows, tl.max(tl.abs(rows), 1)
+def _shifted(rows, mean, there):
+    """Rows without the mean key, where there are any."""
+    return tl.where(there[:, None], rows - mean[None, :], 0.0)
 
 
 @triton.jit(do_not_specialize=["heads", "length", "length_index", "blocks", "coarse_rows"])
@@ -57,8 +53,8 @@ def _pool(
     x: [B, H, L, D] with unit stride in D. length_index: entries of the index before those of the next head; 0 where all
     share one. FACTORS: pooling factors of the levels, finest first; those above 1 lie in
     `coarse` [B, H, coarse_rows, D], level after level. FINE: whether level 1 is written, to `fine` [B, H, L, D].
-    SUMMARY: a factor whose means are also written to `summary` [B, H, blocks * BLOCK / SUMMARY, D], with the mean key
-    and never rounded to int8; 0 for none.
+    SUMMARY: a factor whose means are also written to `summary` [B, H, blocks * BLOCK / SUMMARY, D], with the mean key;
+    0 for none. INT8: the mean key is taken off all levels, and level 1 is rounded with a scale for each block.
     """
     GROUPS: tl.constexpr = BLOCKS * BLOCK // 8
     first_block = tl.program_id(0) * BLOCKS
@@ -73,7 +69,7 @@ def _pool(
         mean = tl.load(mean_ptr + head * HEAD_DIM + dims, mask=dim_exists, other=0)
     fine_ptr += head * length * HEAD_DIM
     coarse_ptr += head * coarse_rows * HEAD_DIM
-    scales_ptr += head * LEVELS * blocks
+    scales_ptr += head * blocks
     summary_ptr += head * blocks * (BLOCK // tl.maximum(SUMMARY, 1)) * HEAD_DIM
     # Rows of the blocks behind the last one are never written.
     inside = first + group * 8 < blocks * BLOCK
@@ -92,12 +88,16 @@ def _pool(
         scale = largest
         if INT8:
             for i in tl.static_range(8):
-                there = first + group * 8 + i < length
-                largest = tl.maximum(largest, _largest(rows[i], mean, there, INT8)[1])
+                row = _shifted(rows[i], mean, first + group * 8 + i < length)
+                largest = tl.maximum(largest, tl.max(tl.abs(row), 1))
             scale = _block_scale(largest, scales_ptr, first_block, blocks, BLOCKS)
         for i in tl.static_range(8):
             there = first + group * 8 + i < length
-            _write(_largest(rows[i], mean, there, INT8)[0], fine_ptr, first + i, 8, there, INT8, scale, HEAD_DIM)
+            row = rows[i]
+            if INT8:  # rounded half away from zero
+                row = _shifted(row, mean, there) / scale[:, None]
+                row += tl.where(row >= 0, 0.5, -0.5)
+            _write(row, fine_ptr, first + i, 8, there, HEAD_DIM)
 
     coarse_row = 0
     for halving in tl.static_range(3):  # factors 2, 4, 8: sums of rows of one thread
@@ -107,26 +107,18 @@ def _pool(
         rows = sums
         for level in tl.static_range(LEVELS):
             if FACTORS[level] == 2 << halving:
-                largest = tl.zeros([GROUPS], tl.float32)
-                scale = largest
-                if INT8:
-                    for i in tl.static_range(4 >> halving):
-                        held = _held(first, group * (4 >> halving) + i, 2 << halving, length)
-                        means = rows[i] / tl.maximum(held, 1).to(tl.float32)[:, None]
-                        largest = tl.maximum(largest, _largest(means, mean, held > 0, INT8)[1])
-                    scale = _block_scale(largest, scales_ptr + level * blocks, first_block, blocks, BLOCKS)
                 for i in tl.static_range(4 >> halving):
                     held = _held(first, group * (4 >> halving) + i, 2 << halving, length)
                     means = rows[i] / tl.maximum(held, 1).to(tl.float32)[:, None]
-                    shifted = _largest(means, mean, held > 0, INT8)[0]
-                    _write(shifted, coarse_ptr, coarse_row + first // (2 << halving) + i, 4 >> halving, inside,
-                           INT8, scale, HEAD_DIM)  # fmt: skip
+                    if INT8:
+                        means = _shifted(means, mean, held > 0)
+                    _write(means, coarse_ptr, coarse_row + first // (2 << halving) + i, 4 >> halving, inside, HEAD_DIM)
                 coarse_row += blocks * (BLOCK // (2 << halving))
         if 2 << halving == SUMMARY:
             for i in tl.static_range(4 >> halving):
                 held = _held(first, group * (4 >> halving) + i, 2 << halving, length)
                 means = rows[i] / tl.maximum(held, 1).to(tl.float32)[:, None]
-                _write(means, summary_ptr, first // (2 << halving) + i, 4 >> halving, inside, False, held, HEAD_DIM)
+                _write(means, summary_ptr, first // (2 << halving) + i, 4 >> halving, inside, HEAD_DIM)
 
     sums = rows[0]
     for halving in tl.static_range(4):  # factors 16 to 128: sums of neighbouring groups
@@ -138,16 +130,13 @@ def _pool(
             row_inside = first + row * (16 << halving) < blocks * BLOCK
             for level in tl.static_range(LEVELS):
                 if FACTORS[level] == 16 << halving:
-                    shifted, largest = _largest(means, mean, held > 0, INT8)
-                    scale = largest
+                    shifted = means
                     if INT8:
-                        scale = _block_scale(largest, scales_ptr + level * blocks, first_block, blocks, BLOCKS)
-                    _write(
-                        shifted, coarse_ptr, coarse_row + first // (16 << halving), 1, row_inside, INT8, scale, HEAD_DIM
-                    )
+                        shifted = _shifted(means, mean, held > 0)
+                    _write(shifted, coarse_ptr, coarse_row + first // (16 << halving), 1, row_inside, HEAD_DIM)
                     coarse_row += blocks * (BLOCK // (16 << halving))
             if 16 << halving == SUMMARY:
-                _write(means, summary_ptr, first // (16 << halving), 1, row_inside, False, held, HEAD_DIM)
+                _write(means, summary_ptr, first // (16 << halving), 1, row_inside, HEAD_DIM)
 
 
 @triton.jit
@@ -178,7 +167,7 @@ def build_pyramid_triton(
     rows = [blocks * (block_kv // factor) for factor in coarse]
 
     def level(x: torch.Tensor, dtype: torch.dtype, **more: object) -> dict[int, torch.Tensor]:
-        storage = torch.empty(*x.shape[:2], sum(rows), x.shape[3], dtype=dtype, device=x.device)
+        storage = x.new_empty(*x.shape[:2], sum(rows), x.shape[3])
         copied = 1 in factors and (dtype != x.dtype or order.index is not None)
         fine = torch.empty(x.shape, dtype=dtype, device=x.device) if copied else None
         _launch(x, order, block_kv, factors=factors, fine=fine, coarse=storage, **more)
@@ -188,9 +177,8 @@ def build_pyramid_triton(
     mean, scales, more = None, None, {}
     if int8:
         mean = mean_key(k)
-        scales = torch.empty(*k.shape[:2], len(factors), blocks, dtype=torch.float32, device=k.device)
+        scales = torch.empty(*k.shape[:2], blocks, dtype=torch.float32, device=k.device)
         more = {"mean": mean, "scales": scales}
-        scales = {factor: scales[:, :, i] for i, factor in enumerate(factors)}
     keys = level(k, torch.int8 if int8 else k.dtype, **more)
     return Pyramid(keys, level(v, v.dtype), block_kv, k.shape[2], scales, mean)
 

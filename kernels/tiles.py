@@ -1,7 +1,7 @@
 """How the attention kernel is cut for a GPU: rows of a tile, warps, tiles in flight.
 
-What was measured where stands in `benchmarks/`; other GPUs take what fits their shared memory
-(tests/kernels/test_compile.py).
+What was measured where stands in `benchmarks/`. Other GPUs have a tile here that fits their shared memory
+(tests/kernels/test_compile.py), from which `autotune.py` begins to search on the GPU itself.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import dataclasses
 import importlib.util
 
 import torch
+
+MEASURED = ("sm90",)
+"""GPUs, named as by `gpu_of`, whose tile below is the fastest that we have found; no search there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ def gpu_of(device: torch.device) -> str:
 
 
 def attend_tile(gpu: str, dim: int, int8: bool = False) -> AttendTile:
-    """The tile for heads of `dim`, a power of two, on a GPU named as by `gpu_of`; int8: with keys of 8 bits."""
+    """The built-in tile for heads of `dim`, a power of two, on a GPU as named by `gpu_of`; int8: keys of 8 bits."""
     if gpu == "interpreter":
         return AttendTile(rows=32, warps=4, stages=1)
     if gpu == "hip":

@@ -12,7 +12,7 @@ import torch
 
 from .attend_triton import attend_triton
 from .config import PyramidConfig
-from .importance import Representatives, default_generator, group_size, sample_count, sample_rows
+from .importance import Representatives, default_generator, group_size, sample_count, sample_rows, summed_rows
 from .importance_triton import reduced_softmax_triton
 from .levels import BlockLists
 from .levels_triton import choose_lists_triton
@@ -20,6 +20,9 @@ from .order import TokenOrder
 from .order_triton import apply_order_triton, undo_order_triton
 from .pyramid_triton import build_pyramid_triton, pool_triton
 from .similarity import similarity_cap
+
+# Up to this head size the attention kernel finds queries in raster order itself; larger heads leave it no registers.
+_FINDS_QUERIES = 64
 
 
 def attend_video(
@@ -64,7 +67,7 @@ def _choose(
         chosen_k = _sampled(k, config.block_kv, config.sample_share, generator, key_order)
     else:
         chosen_q, chosen_k = means(q, config.block_q, config, query_order), means(k, config.block_kv, config, key_order)
-    scores = reduced_softmax_triton(chosen_q, chosen_k, scale, config.reduction)
+    scores = reduced_softmax_triton(chosen_q, chosen_k, scale, config.reduction, summed_rows(chosen_k, config))
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
@@ -89,11 +92,12 @@ def _attend_part(
     pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
     if int8 and extra_k is not None:
         extra_k = (extra_k - pyramid.mean).to(q.dtype)
-    ordered = apply_order_triton(q, query_order)
-    result = out if ordered is q else ordered
-    uneven = config.mode != "topk"
-    attend_triton(ordered, pyramid, lists, config.block_q, scale, extra_k, extra_v, result, uneven=uneven)
-    if ordered is not q:
+    inputs, uneven = (pyramid, lists, config.block_q, scale, extra_k, extra_v), config.mode != "topk"
+    if query_order.index is None or q.shape[-1] <= _FINDS_QUERIES:
+        attend_triton(q, *inputs, out, order=query_order, uneven=uneven)
+    else:
+        ordered = apply_order_triton(q, query_order)
+        attend_triton(ordered, *inputs, ordered, uneven=uneven)
         undo_order_triton(ordered, query_order, out)
 
 

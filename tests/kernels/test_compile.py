@@ -18,7 +18,8 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65_536),
 }
-INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "extra", "n_q", "n_k", "blocks", "coarse_rows"}
+INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "length_order", "extra", "n_q", "n_k", "blocks"}
+INTEGERS |= {"coarse_rows"}
 
 
 def compile_for(gpu, kernel, pointers, constants, floats=("scale",), **options):
@@ -58,12 +59,11 @@ def test_attend(gpu, dim, int8):
     tile = attend_tile("hip" if gpu.startswith("gfx") else gpu, dim, int8)
     factors, key = (1, 8, 64), "i8" if int8 else "bf16"
     pointers = {p.name: "*bf16" for p in _attend.params if p.name.endswith("_ptr")}
-    pointers |= {name: f"*{key}" for name in ("k_ptr", "coarse_k_ptr")}
-    pointers |= {"scales_ptr": "*fp32"}
+    pointers |= {"k_ptr": f"*{key}", "scales_ptr": "*fp32", "from_ptr": "*i64", "to_ptr": "*i64"}
     pointers |= {name: "*i32" for name in ("blocks_ptr", "ends_ptr", "rows_ptr", "overflow_ptr")}
     constants = {
         "FACTORS": factors, "LEVELS": len(factors), "BLOCK_Q": 128, "BLOCK_KV": 64, "TILE": tile.rows, "HEAD_DIM": dim,
-        "DIM": dim, "SORTED": False, "BULK": tile.bulk, "INT8": int8, "HAS_EXTRA": False,
+        "DIM": dim, "ORDERED": dim == 64, "SORTED": False, "BULK": tile.bulk, "INT8": int8, "HAS_EXTRA": False,
         "CAREFUL": False, "HEADROOM": 0, "STAGES": tile.stages, "WAIT": tile.wait,
     }  # fmt: skip
     if tile.bulk:

@@ -37,12 +37,13 @@ def test_what_follows_the_data_is_not_promised():
 
 
 def test_the_range_of_the_speedup_holds_what_was_measured():
-    """Every row of the default setting lies in the range within a tenth, which is what a straight line leaves."""
+    """Every row of the default at a model's shape lies in the range within a tenth, which a straight line leaves."""
     with RESULTS.open(newline="", encoding="utf-8") as file:
         rows = [
             row
             for row in csv.DictReader(file)
-            if row["precision"] == "bfloat16"
+            if row["shape"].startswith(("wan", "cogvideox"))
+            and row["precision"] == "bfloat16"
             and "curve, pooled, no tail" in row["setting"]
             and "topk" in row["setting"]
         ]

@@ -57,6 +57,16 @@ def test_sampling_everything_is_the_exact_softmax(
         torch.testing.assert_close(scores[0, h].double(), expected, atol=1e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize(("length_q", "length_k", "block_q", "block_kv"), SHAPES)
+def test_pooled_rows_are_divided_by_the_sum_over_means_of_32(random_tensor, length_q, length_k, block_q, block_kv):
+    """Exact where 32 neighbours are alike; elsewhere a quarter of the rows stands for all."""
+    config = PyramidConfig(importance="pooled", reduction="max", block_q=block_q, block_kv=block_kv)
+    q, k = random_tensor(1, 2, length_q, 8, seed=3), random_tensor(1, 2, -(-length_k // 32), 8, seed=4)
+    alike = k.repeat_interleave(32, 2)[:, :, :length_k]
+    exact = reduced_softmax(pooled(q, block_q, 8), pooled(alike, block_kv, 8), 0.35, "max")
+    torch.testing.assert_close(importance(q, alike, config, 0.35), exact, atol=1e-6, rtol=2e-5)
+
+
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.5])
 def test_a_sample_finds_the_needle_block(share):
     """Blocks that are alike inside are ranked right by any sample."""
@@ -116,14 +126,18 @@ def test_similarity_cap_extremes():
 
 
 def test_pooled_is_the_block_max_of_the_softmax_over_means_of_eight(random_tensor):
-    """Written out in float64: means of the tokens that exist, bias ln of their number, max over the block pair."""
+    """Written out in float64: means of the tokens that exist, bias ln of their number, max over the block pair; the sum
+    that weights are divided by is that over means of four of the means."""
     q, k = random_tensor(1, 2, 70, 16), random_tensor(1, 2, 101, 16)
     scale = 0.25
     groups_q = [q[0, :, i : i + 8].double().mean(1) for i in range(0, 70, 8)]
     groups_k = [k[0, :, i : i + 8].double().mean(1) for i in range(0, 101, 8)]
     bias = torch.tensor([min(8, 101 - i) for i in range(0, 101, 8)], dtype=torch.float64).log()
     logits = torch.stack(groups_q, 1) @ torch.stack(groups_k, 1).transpose(1, 2) * scale + bias
-    weights = torch.softmax(logits, -1)
+    summed_k = torch.stack([torch.stack(groups_k[i : i + 4]).mean(0) for i in range(0, 13, 4)], 1)
+    summed_bias = torch.tensor([32, 32, 32, 5], dtype=torch.float64).log()
+    sums = (torch.stack(groups_q, 1) @ summed_k.transpose(1, 2) * scale + summed_bias).exp().sum(-1, keepdim=True)
+    weights = logits.exp() / sums
     expected = torch.stack(
         [
             torch.stack([weights[:, a : a + 4, b : b + 8].amax((1, 2)) for b in range(0, 13, 8)], -1)

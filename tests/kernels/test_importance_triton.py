@@ -37,10 +37,11 @@ def test_reduced_softmax(triton_device, half_types, random_tensor, shape, kind, 
             (2 * random_tensor(1, 2, n, 16, seed=n)).to(triton_device, dtype) for n in (length_q, length_k)
         )  # fmt: skip
         chosen = representatives(kind, q, block_q), representatives(kind, k, block_kv)
-        scores = reduced_softmax_triton(*chosen, 0.25, reduction)
-        expected = reduced_softmax(*chosen, 0.25, reduction)
-        assert scores.dtype == torch.float32
-        torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-4 if dtype == torch.float32 else 1e-2)
+        for norm in [None, chosen[1].coarser(4)] if kind == "pooled" else [None]:
+            scores = reduced_softmax_triton(*chosen, 0.25, reduction, norm)
+            expected = reduced_softmax(*chosen, 0.25, reduction, norm)
+            assert scores.dtype == torch.float32
+            torch.testing.assert_close(scores, expected, atol=1e-6, rtol=1e-4 if dtype == torch.float32 else 1e-2)
 
 
 def test_head_sizes_are_padded(triton_device, random_tensor):

@@ -1,0 +1,244 @@
+"""The search for a tile: what it chooses, what it keeps, and that nothing about it can break a call."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from comfyui_psa.kernels import autotune
+from comfyui_psa.kernels.attend import attend_streaming
+from comfyui_psa.kernels.tiles import AttendTile, attend_tile
+
+CASE = autotune.Case(dim=128, block_q=128, block_kv=64, dtype=torch.bfloat16, int8=False)
+CUDA = torch.device("cuda", 0)
+TILES = [AttendTile(rows, 4, stages) for rows, stages in itertools.product((32, 64, 128), (1, 2))]
+GPUS = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448, "sm120": 101_376}
+
+
+@pytest.fixture
+def other_gpu(monkeypatch, tmp_path):
+    """A GPU that nobody has measured, whose searches are counted: `searched` holds their cases."""
+    searched = []
+
+    def tune(device, case):
+        searched.append(case)
+        return TILES[3]
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv(autotune.SWITCH, raising=False)
+    monkeypatch.setattr(autotune, "gpu_of", lambda _: "sm86")
+    monkeypatch.setattr(autotune, "tune", tune)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    autotune._tuned.cache_clear()
+    yield SimpleNamespace(searched=searched, file=tmp_path / autotune.FILE)
+    autotune._tuned.cache_clear()
+
+
+@pytest.mark.parametrize("place", range(len(TILES)))
+def test_the_fastest_is_taken(place):
+    assert autotune.fastest(TILES, lambda tile: 1.0 if tile == TILES[place] else 2.0) == TILES[place]
+
+
+def test_among_equals_the_first_is_taken():
+    assert autotune.fastest(TILES, lambda tile: 1.0) == TILES[0]
+
+
+def test_tiles_that_fail_are_skipped():
+    def time_of(tile):
+        if tile.stages == 1:
+            raise RuntimeError("out of resources: shared memory")
+        return float(tile.rows)
+
+    assert autotune.fastest(TILES, time_of) == AttendTile(32, 4, 2)
+    assert autotune.fastest([tile for tile in TILES if tile.stages == 1], time_of) is None
+
+
+def test_no_tile_begins_that_would_end_too_late():
+    """With tiles of 5 s and 16 s in all, the fourth would end after 20."""
+    now, tried = [0.0], []
+
+    def time_of(tile):
+        tried.append(tile)
+        now[0] += 5.0
+        return -float(len(tried))
+
+    assert autotune.fastest(TILES, time_of, 16.0, lambda: now[0]) == TILES[2]
+    assert tried == TILES[:3]
+
+
+def test_slow_failures_do_not_end_the_search_before_anything_was_measured():
+    now = [0.0]
+
+    def time_of(tile):
+        now[0] += 30.0
+        if tile != TILES[2]:
+            raise RuntimeError
+        return 1.0
+
+    assert autotune.fastest(TILES, time_of, 16.0, lambda: now[0]) == TILES[2]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_candidates_begin_with_the_built_in_tile_and_fit(gpu, dim, int8):
+    case = dataclasses.replace(CASE, dim=dim, int8=int8)
+    tiles = autotune.candidates(gpu, case, GPUS[gpu])
+    assert tiles[0] == attend_tile(gpu, dim, int8)
+    assert len(tiles) == len(set(tiles)) >= 4
+    # Keys and values that wait lie in shared memory.
+    bytes_of_a_row = dim * (3 if int8 else 4)
+    assert all(tile.rows * max(1, tile.stages - 1) * bytes_of_a_row <= GPUS[gpu] for tile in tiles[1:])
+
+
+@pytest.mark.parametrize("gpu", ["interpreter", "hip", "sm90"])
+def test_no_search_where_the_tile_is_known(other_gpu, monkeypatch, gpu):
+    monkeypatch.setattr(autotune, "gpu_of", lambda _: gpu)
+    assert autotune.choose_tile(CUDA, CASE) == attend_tile(gpu, 128)
+    assert not other_gpu.searched
+
+
+def test_the_switch_and_a_stream_that_records_a_graph_leave_the_built_in_tile(other_gpu, monkeypatch):
+    monkeypatch.setenv(autotune.SWITCH, "0")
+    assert autotune.choose_tile(CUDA, CASE) == attend_tile("sm86", 128)
+    monkeypatch.delenv(autotune.SWITCH)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert autotune.choose_tile(CUDA, CASE) == attend_tile("sm86", 128)
+    assert not other_gpu.searched
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert autotune.choose_tile(CUDA, CASE) == TILES[3]
+
+
+def test_one_search_for_a_kind_of_call_in_this_process_and_in_the_next(other_gpu):
+    cases = [CASE, *(dataclasses.replace(CASE, **change) for change in CHANGES)]
+    for _ in range(2):
+        assert [autotune.choose_tile(CUDA, case) for case in cases] == [TILES[3]] * len(cases)
+    assert other_gpu.searched == cases
+    assert len(json.loads(other_gpu.file.read_text())) == len(cases)
+    autotune._tuned.cache_clear()  # as in a new process
+    assert autotune.choose_tile(CUDA, CASE) == TILES[3]
+    assert other_gpu.searched == cases
+
+
+CHANGES = [{"dim": 64}, {"block_q": 64}, {"block_kv": 128}, {"dtype": torch.float16}, {"int8": True}]
+
+
+def test_the_key_holds_all_that_a_tile_depends_on(monkeypatch):
+    triton = pytest.importorskip("triton")
+    keys = [autotune.cache_key("A", CASE), autotune.cache_key("B", CASE)]
+    keys += [autotune.cache_key("A", dataclasses.replace(CASE, **change)) for change in CHANGES]
+    monkeypatch.setattr(triton, "__version__", "0.0.1")
+    keys.append(autotune.cache_key("A", CASE))
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "not json", "[1]", "null", '{"KEY": 3}', '{"KEY": {"rows": 64}}',
+        '{"KEY": {"rows": "64", "warps": 4, "stages": 2, "bulk": false, "wait": false}}',
+        '{"KEY": {"rows": -1, "warps": 4, "stages": 2, "bulk": false, "wait": false}}',
+        '{"KEY": {"rows": 64, "warps": 4, "stages": 2, "bulk": false, "wait": false, "colour": 1}}',
+    ],
+)  # fmt: skip
+def test_a_file_that_makes_no_sense_is_written_anew(other_gpu, content):
+    other_gpu.file.write_text(content.replace("KEY", autotune.cache_key("Some GPU", CASE)))
+    assert autotune.choose_tile(CUDA, CASE) == TILES[3]
+    assert other_gpu.searched == [CASE]
+    assert autotune.read_tile(other_gpu.file, autotune.cache_key("Some GPU", CASE)) == TILES[3]
+    assert [path.name for path in other_gpu.file.parent.iterdir()] == [autotune.FILE]
+
+
+def test_a_folder_that_cannot_be_written_costs_only_the_next_search(other_gpu, monkeypatch, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(blocked / "folder"))
+    assert [autotune.choose_tile(CUDA, CASE) for _ in range(2)] == [TILES[3]] * 2
+    assert other_gpu.searched == [CASE]
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="nothing is read-only to this user")
+def test_a_read_only_folder(other_gpu, monkeypatch, tmp_path):
+    tmp_path.chmod(0o500)
+    assert autotune.choose_tile(CUDA, CASE) == TILES[3]
+    tmp_path.chmod(0o700)
+    assert not other_gpu.file.exists()
+
+
+def test_a_search_without_a_result_leaves_the_built_in_tile_and_no_file(other_gpu, monkeypatch):
+    """The call then fails as it would have without a search."""
+    monkeypatch.setattr(autotune, "tune", lambda *_: None)
+    assert autotune.choose_tile(CUDA, CASE) == attend_tile("sm86", 128)
+    assert not other_gpu.file.exists()
+
+
+def test_a_search_that_cannot_begin_says_so_once_and_raises_nothing(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(autotune, "_problem", no_memory)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    with caplog.at_level("INFO", logger="ComfyUI-PSA"):
+        assert autotune.tune(CUDA, CASE) is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "PSA tunes its attention kernel for Some GPU, heads of 128, bfloat16: up to 20 s, once per GPU",
+        "PSA could not tune its attention kernel: no memory left",
+    ]
+
+
+def test_the_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    assert autotune.cache_folder() == tmp_path / "triton"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    assert autotune.cache_folder() == tmp_path / "xdg" / "comfyui-psa"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert autotune.cache_folder() == tmp_path / ".cache" / "comfyui-psa"
+
+
+def test_the_problem_has_the_density_of_the_presets(monkeypatch):
+    lists = autotune._lists(torch.Generator().manual_seed(0), CASE, torch.device("cpu"))
+    assert lists.levels == (1, 2, 8)
+    assert float(lists.density.mean()) == pytest.approx(0.15, abs=0.003)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_real_search(triton_device, monkeypatch, tmp_path, dim, int8):
+    """Under 20 s with nothing compiled, and the tile that it finds computes what the reference does."""
+    if triton_device == "cpu":
+        pytest.skip("needs a GPU")
+    from comfyui_psa.kernels.attend_triton import attend_triton
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = dataclasses.replace(CASE, dim=dim, int8=int8)
+    before = torch.cuda.get_rng_state()
+    began = time.monotonic()
+    tile = autotune.tune(CUDA, case)
+    assert time.monotonic() - began < 20
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+    assert tile is not None
+    monkeypatch.setattr(autotune, "_TOKENS", 1000)
+    generator = torch.Generator(CUDA).manual_seed(1)
+    q, k, v = (torch.randn(1, 4, 1000, dim, device=CUDA, generator=generator).bfloat16() for _ in range(3))
+    lists = autotune._lists(generator, case, CUDA)
+    out = torch.empty_like(q)
+    attend_triton(q, autotune._pyramid(k, v, case), lists, 128, dim**-0.5, None, None, out, tile=tile)
+    expected = attend_streaming(
+        q, autotune._pyramid(k, v, dataclasses.replace(case, int8=False)), lists.factors(), 128, dim**-0.5
+    )
+    tolerance = 6e-2 if int8 else 3e-2
+    torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
