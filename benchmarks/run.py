@@ -126,7 +126,7 @@ def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs
     """Milliseconds of every stage of the Triton backend with what `auto` takes, at sparsity .85, lined up as there."""
     from comfyui_psa.kernels import PyramidConfig, make_order
     from comfyui_psa.kernels.attend_triton import attend_triton
-    from comfyui_psa.kernels.importance import summed_rows
+    from comfyui_psa.kernels.importance import group_size, key_groups
     from comfyui_psa.kernels.importance_triton import reduced_softmax_triton
     from comfyui_psa.kernels.levels_triton import choose_lists_triton
     from comfyui_psa.kernels.order_triton import apply_order_triton, undo_order_triton
@@ -142,12 +142,17 @@ def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs
                 **RANKING,
             )  # fmt: skip
             order, out = make_order(order_name, grid, device=q.device), torch.empty_like(q)
-            pair = means(q, config.block_q, config, order), means(k, config.block_kv, config, order)
+
+            def pool(c=config, o=order):
+                queries = means(q, c.block_q, (group_size(c, c.block_q),), o)
+                return queries + means(k, c.block_kv, key_groups(c), o)
+
+            pooled = pool()
             inside = order.index is None or q.shape[-1] <= FINDS_QUERIES
             queries = q if inside else apply_order_triton(q, order)
 
-            def rank(p=pair, c=config):
-                return reduced_softmax_triton(*p, scale, c.reduction, summed_rows(p[1], c))
+            def rank(p=pooled, c=config):
+                return reduced_softmax_triton(p[0], p[1], scale, c.reduction, p[-1])
 
             scores = rank()
             lists = choose_lists_triton(scores, config, None, length)
@@ -163,7 +168,7 @@ def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs
                     undo_order_triton(apply_order_triton(q, o), o, y)
 
             calls = {
-                "means": lambda c=config, o=order: (means(q, c.block_q, c, o), means(k, c.block_kv, c, o)),
+                "means": pool,
                 "pyramid": build,
                 "move_q": move,
                 "importance": rank,

@@ -21,8 +21,9 @@ from .pyramid import pool
 _SCORES_AT_ONCE = 2**24
 # Tokens of one mean in `pooled` importance: 8 neighbours still share most of their RoPE phases.
 POOLED = 8
-# Rows of `pooled` that are taken together in the sum that a row of the softmax is divided by.
-_SUMMED = 4
+# Tokens of one mean in the sum that a row of `pooled` weights is divided by. It only weighs the query rows of a block
+# against each other, which a quarter of the rows does nearly as well.
+_SUMMED = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,6 @@ class Representatives:
         """Rows that the storage holds for each block."""
         return 1 << (self.count - 1).bit_length()
 
-    def coarser(self, factor: int) -> Representatives:
-        """Means of `factor` rows of every block, a power of two up to `count`; the last one over those that exist."""
-        there = -(-self.length // self.group)
-        rows = pool(self.rows[:, :, :there], factor, self.count)
-        return Representatives(rows, self.length, self.block, self.group * factor, self.count // factor)
-
     def tokens(self) -> torch.Tensor:
         """How many tokens each row stands for, 0 for none: int64 [blocks, padded]."""
         device = self.rows.device
@@ -78,9 +73,10 @@ def importance(
     if config.importance == "sampled":
         generator = generator or default_generator(config, q.device)
         chosen = [sampled(x, b, config.sample_share, generator) for x, b in ((q, config.block_q), (k, config.block_kv))]
-    else:
-        chosen = [pooled(x, b, group_size(config, b)) for x, b in ((q, config.block_q), (k, config.block_kv))]
-    return reduced_softmax(*chosen, scale, config.reduction, summed_rows(chosen[1], config))
+        return reduced_softmax(*chosen, scale, config.reduction)
+    queries = pooled(q, config.block_q, group_size(config, config.block_q))
+    keys = [pooled(k, config.block_kv, group) for group in key_groups(config)]
+    return reduced_softmax(queries, keys[0], scale, config.reduction, keys[-1])
 
 
 def group_size(config: PyramidConfig, block: int) -> int:
@@ -88,15 +84,10 @@ def group_size(config: PyramidConfig, block: int) -> int:
     return POOLED if config.importance == "pooled" else block
 
 
-def summed_rows(k: Representatives, config: PyramidConfig) -> Representatives:
-    """The key rows whose sum the weights of a query row are divided by.
-
-    Coarser ones than are compared, where they are means: the sum only weighs the query rows of a block against each
-    other, and a quarter of the rows gives it nearly as well.
-    """
-    if config.importance == "pooled" and k.count % _SUMMED == 0:
-        return k.coarser(_SUMMED)
-    return k
+def key_groups(config: PyramidConfig) -> tuple[int, ...]:
+    """Tokens of one mean of keys: of those that are ranked and, where they are others, of those that are summed."""
+    group = group_size(config, config.block_kv)
+    return (group, _SUMMED) if group < _SUMMED <= config.block_kv else (group,)
 
 
 def default_generator(config: PyramidConfig, device: torch.device) -> torch.Generator:

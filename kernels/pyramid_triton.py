@@ -43,9 +43,9 @@ def _shifted(rows, mean, there):
 
 @triton.jit(do_not_specialize=["heads", "length", "length_index", "blocks", "coarse_rows"])
 def _pool(
-    x_ptr, index_ptr, mean_ptr, fine_ptr, coarse_ptr, scales_ptr, summary_ptr,
+    x_ptr, index_ptr, mean_ptr, fine_ptr, coarse_ptr, scales_ptr,
     stride_b, stride_h, stride_l, heads, length, length_index, blocks, coarse_rows,
-    FACTORS: tl.constexpr, LEVELS: tl.constexpr, SUMMARY: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, FINE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
     """Blocks BLOCKS * program_id(0) and on of head `program_id(1)`, read as groups of 8 neighbouring tokens.
@@ -53,8 +53,7 @@ def _pool(
     x: [B, H, L, D] with unit stride in D. length_index: entries of the index before those of the next head; 0 where all
     share one. FACTORS: pooling factors of the levels, finest first; those above 1 lie in
     `coarse` [B, H, coarse_rows, D], level after level. FINE: whether level 1 is written, to `fine` [B, H, L, D].
-    SUMMARY: a factor whose means are also written to `summary` [B, H, blocks * BLOCK / SUMMARY, D], with the mean key;
-    0 for none. INT8: the mean key is taken off all levels, and level 1 is rounded with a scale for each block.
+    INT8: the mean key is taken off all levels, and level 1 is rounded with a scale for each block.
     """
     GROUPS: tl.constexpr = BLOCKS * BLOCK // 8
     first_block = tl.program_id(0) * BLOCKS
@@ -70,7 +69,6 @@ def _pool(
     fine_ptr += head * length * HEAD_DIM
     coarse_ptr += head * coarse_rows * HEAD_DIM
     scales_ptr += head * blocks
-    summary_ptr += head * blocks * (BLOCK // tl.maximum(SUMMARY, 1)) * HEAD_DIM
     # Rows of the blocks behind the last one are never written.
     inside = first + group * 8 < blocks * BLOCK
 
@@ -114,11 +112,6 @@ def _pool(
                         means = _shifted(means, mean, held > 0)
                     _write(means, coarse_ptr, coarse_row + first // (2 << halving) + i, 4 >> halving, inside, HEAD_DIM)
                 coarse_row += blocks * (BLOCK // (2 << halving))
-        if 2 << halving == SUMMARY:
-            for i in tl.static_range(4 >> halving):
-                held = _held(first, group * (4 >> halving) + i, 2 << halving, length)
-                means = rows[i] / tl.maximum(held, 1).to(tl.float32)[:, None]
-                _write(means, summary_ptr, first // (2 << halving) + i, 4 >> halving, inside, HEAD_DIM)
 
     sums = rows[0]
     for halving in tl.static_range(4):  # factors 16 to 128: sums of neighbouring groups
@@ -135,8 +128,6 @@ def _pool(
                         shifted = _shifted(means, mean, held > 0)
                     _write(shifted, coarse_ptr, coarse_row + first // (16 << halving), 1, row_inside, HEAD_DIM)
                     coarse_row += blocks * (BLOCK // (16 << halving))
-            if 16 << halving == SUMMARY:
-                _write(means, summary_ptr, first // (16 << halving), 1, row_inside, HEAD_DIM)
 
 
 @triton.jit
@@ -145,11 +136,13 @@ def _held(first, row, FACTOR: tl.constexpr, length):
     return tl.minimum(tl.maximum(length - first - row * FACTOR, 0), FACTOR)
 
 
-def pool_triton(x: torch.Tensor, factor: int, block: int, order: TokenOrder) -> torch.Tensor:
-    """As `pyramid.pool` of the ordered x [B, H, L, D], for factors from 2 to `block`."""
-    out = x.new_empty(*x.shape[:2], -(-x.shape[2] // block) * (block // factor), x.shape[3])
-    _launch(x, order, block, summary=out, summary_factor=factor)
-    return out
+def pool_triton(x: torch.Tensor, factors: tuple[int, ...], block: int, order: TokenOrder) -> list[torch.Tensor]:
+    """As `pyramid.pool` of the ordered x [B, H, L, D], for factors from 2 to `block`, ascending, all in one pass."""
+    blocks = -(-x.shape[2] // block)
+    rows = [blocks * (block // factor) for factor in factors]
+    storage = x.new_empty(*x.shape[:2], sum(rows), x.shape[3])
+    _launch(x, order, block, factors=factors, coarse=storage)
+    return list(storage.split(rows, 2))
 
 
 def build_pyramid_triton(
@@ -188,13 +181,11 @@ def _launch(
     order: TokenOrder,
     block: int,
     *,
-    factors: tuple[int, ...] = (),
+    factors: tuple[int, ...],
     fine: torch.Tensor | None = None,
     coarse: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
-    summary: torch.Tensor | None = None,
-    summary_factor: int = 0,
 ) -> None:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
@@ -202,14 +193,14 @@ def _launch(
     at_once = max(1, 128 // block)
     # A tensor that is not there is never touched; any may stand in its place.
     index = None if order.index is None else order.index.contiguous()
-    index_, mean_, fine_, coarse_, scales_, summary_ = (
-        x if tensor is None else tensor for tensor in (index, mean, fine, coarse, scales, summary)
+    index_, mean_, fine_, coarse_, scales_ = (
+        x if tensor is None else tensor for tensor in (index, mean, fine, coarse, scales)
     )
     _pool[(-(-blocks // at_once), batch * heads)](
-        x, index_, mean_, fine_, coarse_, scales_, summary_,
+        x, index_, mean_, fine_, coarse_, scales_,
         *x.stride()[:3], heads, length, length if index is not None and index.ndim > 1 else 0, blocks,
         0 if coarse is None else coarse.shape[2],
-        FACTORS=factors or (0,), LEVELS=len(factors), SUMMARY=summary_factor, BLOCK=block, BLOCKS=at_once, HEAD_DIM=dim,
+        FACTORS=factors, LEVELS=len(factors), BLOCK=block, BLOCKS=at_once, HEAD_DIM=dim,
         DIM=max(16, triton.next_power_of_2(dim)), ORDERED=index is not None, FINE=fine is not None,
         INT8=scales is not None, num_warps=4,
     )  # fmt: skip

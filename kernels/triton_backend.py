@@ -12,7 +12,7 @@ import torch
 
 from .attend_triton import attend_triton
 from .config import PyramidConfig
-from .importance import Representatives, default_generator, group_size, sample_count, sample_rows, summed_rows
+from .importance import Representatives, default_generator, group_size, key_groups, sample_count, sample_rows
 from .importance_triton import reduced_softmax_triton
 from .levels import BlockLists
 from .levels_triton import choose_lists_triton
@@ -64,10 +64,12 @@ def _choose(
     if config.importance == "sampled":
         generator = generator or default_generator(config, q.device)
         chosen_q = _sampled(q, config.block_q, config.sample_share, generator, query_order)
-        chosen_k = _sampled(k, config.block_kv, config.sample_share, generator, key_order)
+        chosen_k = summed_k = _sampled(k, config.block_kv, config.sample_share, generator, key_order)
     else:
-        chosen_q, chosen_k = means(q, config.block_q, config, query_order), means(k, config.block_kv, config, key_order)
-    scores = reduced_softmax_triton(chosen_q, chosen_k, scale, config.reduction, summed_rows(chosen_k, config))
+        (chosen_q,) = means(q, config.block_q, (group_size(config, config.block_q),), query_order)
+        keys = means(k, config.block_kv, key_groups(config), key_order)
+        chosen_k, summed_k = keys[0], keys[-1]
+    scores = reduced_softmax_triton(chosen_q, chosen_k, scale, config.reduction, summed_k)
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
@@ -113,10 +115,13 @@ def _parts(batch: int, heads: int, *, whole: bool) -> Iterator[tuple[slice, slic
         yield slice(None), slice(heads // 2, None)
 
 
-def means(x: torch.Tensor, block: int, config: PyramidConfig, order: TokenOrder) -> Representatives:
-    """As `importance.pooled` of the ordered x."""
-    group = group_size(config, block)
-    return Representatives(pool_triton(x, group, block, order), x.shape[2], block, group, block // group)
+def means(x: torch.Tensor, block: int, groups: tuple[int, ...], order: TokenOrder) -> list[Representatives]:
+    """As `importance.pooled` of the ordered x, for every group size."""
+    rows = pool_triton(x, groups, block, order)
+    return [
+        Representatives(part, x.shape[2], block, group, block // group)
+        for part, group in zip(rows, groups, strict=True)
+    ]
 
 
 def _sampled(

@@ -87,7 +87,7 @@ def test_pool(gpu, int8):
     if int8:
         pointers |= {"fine_ptr": "*i8", "coarse_ptr": "*i8"}
     constants = {
-        "FACTORS": (1, 2, 8, 64), "LEVELS": 4, "SUMMARY": 8, "BLOCK": 64, "BLOCKS": 2, "HEAD_DIM": 128, "DIM": 128,
+        "FACTORS": (1, 2, 8, 64), "LEVELS": 4, "BLOCK": 64, "BLOCKS": 2, "HEAD_DIM": 128, "DIM": 128,
         "ORDERED": True, "FINE": int8, "INT8": int8,
     }  # fmt: skip
     compile_for(gpu, _pool, pointers, constants, num_warps=4)

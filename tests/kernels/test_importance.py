@@ -127,14 +127,14 @@ def test_similarity_cap_extremes():
 
 def test_pooled_is_the_block_max_of_the_softmax_over_means_of_eight(random_tensor):
     """Written out in float64: means of the tokens that exist, bias ln of their number, max over the block pair; the sum
-    that weights are divided by is that over means of four of the means."""
+    that weights are divided by is that over means of 32."""
     q, k = random_tensor(1, 2, 70, 16), random_tensor(1, 2, 101, 16)
     scale = 0.25
     groups_q = [q[0, :, i : i + 8].double().mean(1) for i in range(0, 70, 8)]
     groups_k = [k[0, :, i : i + 8].double().mean(1) for i in range(0, 101, 8)]
     bias = torch.tensor([min(8, 101 - i) for i in range(0, 101, 8)], dtype=torch.float64).log()
     logits = torch.stack(groups_q, 1) @ torch.stack(groups_k, 1).transpose(1, 2) * scale + bias
-    summed_k = torch.stack([torch.stack(groups_k[i : i + 4]).mean(0) for i in range(0, 13, 4)], 1)
+    summed_k = torch.stack([k[0, :, i : i + 32].double().mean(1) for i in range(0, 101, 32)], 1)
     summed_bias = torch.tensor([32, 32, 32, 5], dtype=torch.float64).log()
     sums = (torch.stack(groups_q, 1) @ summed_k.transpose(1, 2) * scale + summed_bias).exp().sum(-1, keepdim=True)
     weights = logits.exp() / sums

@@ -37,7 +37,7 @@ def test_reduced_softmax(triton_device, half_types, random_tensor, shape, kind, 
             (2 * random_tensor(1, 2, n, 16, seed=n)).to(triton_device, dtype) for n in (length_q, length_k)
         )  # fmt: skip
         chosen = representatives(kind, q, block_q), representatives(kind, k, block_kv)
-        for norm in [None, chosen[1].coarser(4)] if kind == "pooled" else [None]:
+        for norm in [None, pooled(k, block_kv, 32)] if kind == "pooled" else [None]:
             scores = reduced_softmax_triton(*chosen, 0.25, reduction, norm)
             expected = reduced_softmax(*chosen, 0.25, reduction, norm)
             assert scores.dtype == torch.float32

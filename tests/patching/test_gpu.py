@@ -231,7 +231,7 @@ def test_a_kernel_that_cannot_run_here_is_tried_once(model, sample, monkeypatch,
     expected = sample(psa, steps=4)
     tries = []
     with monkeypatch.context() as broken:
-        broken.setattr(attend_triton, "attend_tile", lambda *_: tries.append(1) or tile)
+        broken.setattr(attend_triton, "choose_tile", lambda *_: tries.append(1) or tile)
         assert torch.equal(sample(psa, steps=4), stock)
     assert len(tries) == 1, "remembered for the run"
     (line,) = [record.message for record in caplog.records if "staying dense" in record.message]
