@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 
 from .importance import Representatives
+from .tiles import gpu_of, importance_stages
 
 _LOG2_E = 1.4426950408889634
+# Powers of two that weights are lifted by while they are added, so that the small ones are not lost in float16.
+LIFT = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -48,15 +51,19 @@ def _reduce_tile(
     logits, scores_ptr, out_q, first, length_q, length_k, n_q, n_k,
     GROUP_Q: tl.constexpr, BLOCK_Q: tl.constexpr, COUNT_Q: tl.constexpr, PADDED_Q: tl.constexpr,
     GROUP_K: tl.constexpr, BLOCK_K: tl.constexpr, COUNT_K: tl.constexpr, PADDED_K: tl.constexpr,
-    TILE: tl.constexpr, MEAN: tl.constexpr,
+    TILE: tl.constexpr, MEAN: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Reduce normalised logits [ROWS, TILE] over each block pair and write the scores."""
+    """Reduce normalised logits [ROWS, TILE], with MEAN too large by LIFT, over each block pair and write the scores."""
     BLOCKS_Q: tl.constexpr = logits.shape[0] // PADDED_Q
     BLOCKS_K: tl.constexpr = TILE // PADDED_K
-    out_k = first // PADDED_K + tl.arange(0, BLOCKS_K)
+    COLUMNS: tl.constexpr = max(BLOCKS_K, 16) if MEAN else BLOCKS_K
+    column = tl.arange(0, COLUMNS)
+    out_k = first // PADDED_K + column
     if MEAN:
-        weights = tl.reshape(tl.exp2(logits), [BLOCKS_Q, PADDED_Q, BLOCKS_K, PADDED_K])
-        result = tl.sum(tl.sum(weights, 3), 1)
+        # Tensor cores add the keys of a block.
+        member = (tl.arange(0, TILE)[:, None] // PADDED_K == column[None, :]).to(dtype)
+        sums = tl.dot(tl.exp2(logits).to(dtype), member, input_precision="ieee")
+        result = tl.sum(tl.reshape(sums, [BLOCKS_Q, PADDED_Q, COLUMNS]), 1) * tl.exp2(-LIFT)
         held_q = tl.minimum(tl.maximum(length_q - out_q * BLOCK_Q, 0), BLOCK_Q)
         held_k = tl.minimum(tl.maximum(length_k - out_k * BLOCK_K, 0), BLOCK_K)
         pairs_q = tl.minimum((held_q + GROUP_Q - 1) // GROUP_Q, COUNT_Q)
@@ -66,7 +73,7 @@ def _reduce_tile(
         grouped = tl.reshape(logits, [BLOCKS_Q, PADDED_Q, BLOCKS_K, PADDED_K])
         result = tl.exp2(tl.max(tl.max(grouped, 3), 1))
     address = out_q[:, None].to(tl.int64) * n_k + out_k[None, :]
-    tl.store(scores_ptr + address, result, mask=(out_q < n_q)[:, None] & (out_k < n_k)[None, :])
+    tl.store(scores_ptr + address, result, mask=(out_q < n_q)[:, None] & ((out_k < n_k) & (column < BLOCKS_K))[None, :])
 
 
 @triton.jit(do_not_specialize=["heads", "length_q", "length_k", "n_q", "n_k"])
@@ -105,6 +112,8 @@ def _reduce(
         # Held at 2^100 so that no sum overflows; so far above the reference nothing else counts.
         total += tl.sum(tl.exp2(tl.minimum(logits - top[:, None], 100.0)), 1)
     norm = tl.where(there, top + tl.log2(total), float("inf"))
+    if MEAN:
+        norm -= LIFT
 
     out_q = first_row // PADDED_Q + tl.arange(0, ROWS // PADDED_Q)
     scores_ptr += head * n_q * n_k
@@ -114,11 +123,11 @@ def _reduce(
         logits = _logits(q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
                          TILE, HEAD_DIM, DIM, full) - norm[:, None]  # fmt: skip
         _reduce_tile(logits, scores_ptr, out_q, first, length_q, length_k, n_q, n_k, GROUP_Q, BLOCK_Q, COUNT_Q,
-                     PADDED_Q, GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN)  # fmt: skip
+                     PADDED_Q, GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN, q.dtype)  # fmt: skip
     logits = _logits(q, k_ptr, last, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
                      TILE, HEAD_DIM, DIM, False) - norm[:, None]  # fmt: skip
     _reduce_tile(logits, scores_ptr, out_q, last, length_q, length_k, n_q, n_k, GROUP_Q, BLOCK_Q, COUNT_Q, PADDED_Q,
-                 GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN)  # fmt: skip
+                 GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN, q.dtype)  # fmt: skip
 
 
 def reduced_softmax_triton(
@@ -129,7 +138,7 @@ def reduced_softmax_triton(
     n_q, n_k = q.blocks, k.blocks
     norm = norm or k
     scores = torch.empty(batch, heads, n_q, n_k, dtype=torch.float32, device=q.rows.device)
-    rows = max(128, q.padded)
+    rows, padded = max(128, q.padded), max(16, triton.next_power_of_2(dim))
     tile = max(64, k.padded)
     _reduce[(triton.cdiv(n_q * q.padded, rows), batch * heads)](
         q.rows, k.rows, norm.rows, scores, *q.rows.stride()[:3], *k.rows.stride()[:3], *norm.rows.stride()[:3],
@@ -137,7 +146,7 @@ def reduced_softmax_triton(
         GROUP_Q=q.group, BLOCK_Q=q.block, COUNT_Q=q.count, PADDED_Q=q.padded,
         GROUP_K=k.group, BLOCK_K=k.block, COUNT_K=k.count, PADDED_K=k.padded,
         GROUP_N=norm.group, COUNT_N=norm.count, PADDED_N=norm.padded,
-        ROWS=rows, TILE=tile, HEAD_DIM=dim, DIM=max(16, triton.next_power_of_2(dim)), MEAN=reduction == "mean",
-        num_warps=8, num_stages=3,
+        ROWS=rows, TILE=tile, HEAD_DIM=dim, DIM=padded, MEAN=reduction == "mean",
+        num_warps=8, num_stages=importance_stages(gpu_of(q.rows.device), padded),
     )  # fmt: skip
     return scores

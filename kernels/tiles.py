@@ -52,3 +52,10 @@ def attend_tile(gpu: str, dim: int, int8: bool = False) -> AttendTile:
         # Two stages fetch the next tile, three also the list of the one behind it, for some registers more.
         return AttendTile(rows=64, warps=4, stages=3 if int8 or dim <= 64 else 2, bulk=bulk, wait=True)
     return AttendTile(rows=64, warps=4, stages=2 if dim <= 128 else 1)
+
+
+def importance_stages(gpu: str, dim: int) -> int:
+    """Tiles in flight of the importance kernel, for heads of `dim`, a power of two, on a GPU named as by `gpu_of`."""
+    if gpu in ("interpreter", "hip"):
+        return 1
+    return 3 if gpu in ("sm80", "sm90") or dim <= 128 else 1
