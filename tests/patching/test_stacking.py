@@ -50,7 +50,7 @@ STACKING = {
         "test_several_patches_in_one_graph",
     ),
     ("two models at once", "kept apart"): ("test_two_models_at_once", "test_two_clones_in_two_threads"),
-    ("MultiGPU CFG Split", "sparse on every GPU, before or behind"): (
+    ("MultiGPU CFG Split (the CPU as two devices)", "sparse on every GPU, before or behind"): (
         "test_two_gpus",
         "test_a_failure_on_one_of_two_gpus_is_its_own",
     ),
