@@ -14,6 +14,7 @@ import torch
 
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError
+from ..kernels.falling import check_falling
 from ..kernels.presets import load_presets
 from .interception import AttentionInterception
 from .layout import MODELS, TransformerFamily
@@ -73,6 +74,7 @@ def apply_psa(
     dense_blocks: tuple[int, ...] = (),
     min_tokens: int = 12288,
     backend: str = "auto",
+    falling: float = 0.0,
     **changes: Any,
 ) -> AppliedPSA:
     """Let a diffusers pipeline attend with PSA. Applying it again replaces the setting.
@@ -84,7 +86,10 @@ def apply_psa(
         warm_up: how many of the first steps stay dense: a share of the steps (a float) or their number (an int). A
             transformer without its pipeline knows no steps: there it must be 0. Presets that state steps win.
         dense_blocks: transformer blocks that stay dense. min_tokens: shorter sequences stay dense.
-        backend: auto, triton or torch. changes: other fields of `kernels.config.PyramidConfig`, such as block_kv.
+        backend: auto, triton or torch.
+        falling: how far the density falls over the sparse steps, 0 to 0.8, see `kernels/falling.py`; a transformer
+            without its pipeline knows no steps and keeps it.
+        changes: other fields of `kernels.config.PyramidConfig`, such as block_kv.
 
     Returns:
         What was done, with figures and `remove()`.
@@ -112,10 +117,13 @@ def apply_psa(
         chosen = presets[family.preset(transformer) if preset == "auto" else preset]
         try:
             config = chosen.config(sparsity or 0.5, **changes)
+            check_falling(falling, config)
         except (ConfigError, TypeError) as error:
             raise ValueError(f"apply_psa, {error}") from error
         steps = warm_up if chosen.dense_steps is None or scheduler is None else chosen.dense_steps
-        state = CallState(config, scheduler, steps, frozenset(dense_blocks), min_tokens, backend, off=sparsity == 0)
+        state = CallState(
+            config, scheduler, steps, frozenset(dense_blocks), min_tokens, backend, falling, off=sparsity == 0
+        )
         planned.append((transformer, family, state))
     remove_psa(pipe)
     hooks = [hook for transformer, family, state in planned for hook in _add_hooks(transformer, family, state)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ..kernels.attention import pyramid_sparse_attention
 from ..kernels.config import PyramidConfig
+from ..kernels.falling import config_at, place_among
 from ..kernels.order import TokenLayout, TokenOrder, make_order
 from ..kernels.semantic import SEMANTIC_ORDERS
 
@@ -27,9 +29,11 @@ class CallState:
         dense_blocks: frozenset[int],
         min_tokens: int,
         backend: str,
+        falling: float,
         off: bool,
     ) -> None:
         self.config, self.scheduler, self.warm_up = config, scheduler, warm_up
+        self.falling, self._mean_config = falling, config
         self.dense_blocks, self.min_tokens, self.backend, self.off = dense_blocks, min_tokens, backend, off
         self.layout: TokenLayout | None = None
         self.active = False
@@ -41,19 +45,18 @@ class CallState:
         self._orders: dict[tuple, TokenOrder] = {}
 
     def begin_call(self, layout: TokenLayout, timestep: torch.Tensor | float) -> None:
-        """Before a forward of the transformer. One read from the device where there is a warm-up."""
+        """Before a forward of the transformer. One read from the device where steps are told apart."""
         self.layout = layout
-        self.active = not self.off and self._past_warm_up(timestep)
-
-    def _past_warm_up(self, timestep: torch.Tensor | float) -> bool:
-        if not self.warm_up:
-            return True
+        self.active = not self.off
+        if self.off or self.scheduler is None or not (self.warm_up or self.falling):
+            return
         # A timestep of Wan2.2 5B is one per token, zero where an image is given.
         now = float(torch.as_tensor(timestep).max())
-        listed = self.scheduler.timesteps.double().unique()
-        done = int((listed > now * (1 + 1e-6)).sum())
+        listed = sorted(self.scheduler.timesteps.double().unique().tolist(), reverse=True)
         steps = self.warm_up if isinstance(self.warm_up, int) else self.warm_up * len(listed)
-        return done >= steps - 1e-6
+        sparse = listed[math.ceil(steps - 1e-6) :]
+        self.active = bool(sparse) and now <= sparse[0] * (1 + 1e-6)
+        self.config = config_at(self._mean_config, self.falling, place_among(sparse, now))
 
     def attend(
         self,

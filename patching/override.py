@@ -127,7 +127,7 @@ def _try(
             kept = run.kept_lists(place)
             result = pyramid_sparse_attention(
                 *part,
-                run.settings.config,
+                run.config,
                 layout=run.layout,
                 order=run.order(q.device),
                 scale=call.get("scale"),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 from ..kernels.attention import AttentionResult
+from ..kernels.falling import config_at, place_among
 from ..kernels.levels import BlockLists
 from ..kernels.order import TokenLayout, TokenOrder, make_order
 from ..kernels.semantic import SEMANTIC_ORDERS, Centroids
@@ -68,9 +69,12 @@ def is_active(sigma: float, sigma_start: float, sigma_end: float) -> bool:
 
 
 class Run:
-    """State of one run. `active` says whether the current model call lies in PSA's part of the schedule; `failure` why
-    the rest of the run is dense; `parts` in how many groups of heads a call is computed, more than one where memory is
-    short; `centroids` where k-means goes on in the next step, per call of a step, in orders that follow the data.
+    """State of one run.
+
+    `active` says whether the current model call lies in PSA's part of the schedule, `config` the pyramid at its step;
+    `failure` why the rest of the run is dense; `parts` in how many groups of heads a call is computed, more than one
+    where memory is short; `centroids` where k-means goes on in the next step, per call of a step, in orders that follow
+    the data.
 
     `on_step` gets the figures of every step when it has ended, see `_figures`; without it nothing is read from the
     device before the run has ended.
@@ -90,6 +94,7 @@ class Run:
         self.sigma_start = sigma_start
         self.sigma_end = sigma_end
         self.pictured_block = pictured_block
+        self.config = settings.config
         self.layout: TokenLayout | None = None
         self.context_tokens: tuple[int, ...] = ()
         self.active = False
@@ -103,6 +108,7 @@ class Run:
         self.steps: list[Step] = []
         self.planned_steps: int | None = None
         self.last_sparse_step: int | None = None
+        self._sparse_sigmas: list[float] = []
         self.fallbacks: Counter[str] = Counter()
         self._clock = Clock()
         self.centroids: dict[Hashable, Centroids | None] = {}
@@ -137,11 +143,13 @@ class Run:
         self.planned_steps = len(sigmas)
         sparse = [i for i, sigma in enumerate(sigmas) if is_active(sigma, self.sigma_start, self.sigma_end)]
         self.last_sparse_step = sparse[-1] if sparse else None
+        self._sparse_sigmas = [sigmas[i] for i in sparse]
 
     def begin_model_call(self, sigma: float, step: int, layout: TokenLayout, context_tokens: tuple[int, ...]) -> None:
         """Called once per forward of the diffusion model, before its first attention call."""
         self.layout, self.context_tokens = layout, context_tokens
         self.active = is_active(sigma, self.sigma_start, self.sigma_end)
+        self.config = config_at(self.settings.config, self.settings.falling, place_among(self._sparse_sigmas, sigma))
         self._calls = 0
         if not self.steps or self.steps[-1].index != step:
             self._end_step()

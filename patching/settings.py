@@ -8,6 +8,7 @@ import re
 from ..errors import InputError
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError, PyramidConfig
+from ..kernels.falling import check_falling
 from ..kernels.presets import Preset
 from ..kernels.semantic import SEMANTIC_ORDERS
 from .user_presets import find_preset
@@ -28,6 +29,7 @@ class PatchSettings:
         min_tokens: shorter sequences stay dense.
         backend: auto, triton or torch; verbose: log every step.
         reuse_steps: levels are chosen in every such step and kept in between; 1 chooses them in every step.
+        falling: how far the density falls over the sparse steps, see `kernels/falling.py`; 0 keeps it.
     """
 
     config: PyramidConfig
@@ -40,6 +42,7 @@ class PatchSettings:
     verbose: bool = False
     dense_steps: int | None = None
     reuse_steps: int = 1
+    falling: float = 0.0
 
     def __str__(self) -> str:
         """What a user would tell another one of them."""
@@ -52,6 +55,7 @@ class PatchSettings:
             f"{config.importance} importance",
             f"blocks of {config.block_q} and {config.block_kv}",
             *(["tail"] if config.tail else []),
+            *([f"density falling by {self.falling:g}"] if self.falling else []),
         ]
         part = f"from {begin} to {self.end_percent:.0%} of the schedule"
         return f"{target} {part}; preset {self.preset} ({', '.join(shape)})"
@@ -76,6 +80,7 @@ def make_settings(
     verbose: bool = False,
     precision: str = "auto",
     reuse_steps: int = 1,
+    falling: float = 0.0,
     psa_pyramid: Preset | None = None,
     blocks: int | None = None,
 ) -> PatchSettings:
@@ -112,6 +117,7 @@ def make_settings(
             raise InputError(field, value, f"nothing here while PSA Pyramid is connected: set {field} there")
     try:
         config = shape.config(sparsity, **changes)
+        check_falling(falling, config)
     except ConfigError as error:
         field = {"shares": "pyramid"}.get(error.field, error.field)
         raise InputError(field, error.given, error.allowed) from error
@@ -128,6 +134,7 @@ def make_settings(
         verbose=verbose,
         dense_steps=shape.dense_steps,
         reuse_steps=reuse_steps,
+        falling=falling,
     )
 
 

@@ -151,6 +151,23 @@ def test_warm_up_in_steps_and_as_a_share(warm_up, dense):
     assert not applied.fallbacks
 
 
+def test_the_density_falls_over_the_sparse_steps(monkeypatch):
+    from comfyui_psa.for_diffusers import state
+
+    asked = []
+    genuine = state.pyramid_sparse_attention
+
+    def recording(q, k, v, config, **more):
+        asked.append(1 - config.sparsity)
+        return genuine(q, k, v, config, **more)
+
+    monkeypatch.setattr(state, "pyramid_sparse_attention", recording)
+    pipe = pipeline(wan())
+    apply_psa(pipe, 0.6, min_tokens=0, warm_up=1, falling=0.5)
+    run(pipe)
+    assert asked == pytest.approx([0.6, 0.6, 0.4, 0.4, 0.2, 0.2])
+
+
 def test_the_4_step_preset_and_both_experts_of_wan_22():
     pipe = pipeline(wan(), wan(seed=1))
     stock = run(pipe)
@@ -230,6 +247,7 @@ def test_an_error_inside_the_transformer_leaves_no_interception_behind():
         ({"sparsity": 1.0}, "sparsity: 1.0 was given; allowed: 0 to 0.97"),
         ({"preset": "none such"}, "preset: 'none such' was given; allowed: auto, "),
         ({"warm_up": -1}, "warm_up: -1 was given"),
+        ({"falling": 0.9}, "falling: 0.9 was given; allowed: 0 to 0.8"),
         ({"warm_up": 0.5}, "a bare transformer knows no steps"),
         ({"backend": "cuda"}, "backend: 'cuda' was given"),
         ({"block_q": 100}, "block_q: 100 was given"),

@@ -226,3 +226,19 @@ def test_levels_are_kept_for_the_steps_asked_for(model, monkeypatch, steps, expe
     for place, lists in enumerate(given):
         if lists is not None:
             assert lists is results[place - LAYERS].lists
+
+
+def test_the_density_falls_over_the_sparse_steps_and_its_mean_is_the_sliders(model):
+    from comfyui_psa.patching.patch import patch_model
+
+    psa = patch_model(
+        model, sparsity=0.6, preset="auto", start_percent=0.25, end_percent=1.0, min_tokens=0, falling=0.5,
+    )  # fmt: skip
+    sample(psa)
+    report = psa.get_attachment("psa").report
+    sparsities = [step["sparsity"] for step in report["steps"] if step["sparse_calls"]]
+    assert len(sparsities) == 3
+    for sparsity, expected in zip(sparsities, (0.4, 0.6, 0.8), strict=True):
+        assert sparsity == pytest.approx(expected, abs=0.05), "as closely as whole blocks allow"
+    assert report["mean_sparsity"] == pytest.approx(0.6, abs=0.05)
+    assert not report["fallbacks"]

@@ -37,6 +37,8 @@ def test_published_preset_is_unchanged_and_ignores_the_slider():
         ({"backend": "cuda"}, "backend"),
         ({"reuse_steps": 0}, "reuse_steps"),
         ({"reuse_steps": 2, "order": "semantic"}, "reuse_steps"),
+        ({"falling": 0.9}, "falling"),
+        ({"falling": 0.5, "sparsity": 0.2}, "falling"),
         ({"sparsity": 0.97, "block_kv": "32", "tail": "on"}, "sparsity"),
     ],
 )
