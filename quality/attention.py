@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.attention import pyramid_sparse_attention
+from ..kernels.config import PyramidConfig
+from ..kernels.falling import config_at, place_among
 from ..kernels.levels import BlockLists
 from ..kernels.order import TokenLayout, TokenOrder, make_order
 from ..patching.override import RUN_KEY, PSAOverride
@@ -52,6 +54,7 @@ class SparseAttention:
             for step, on in enumerate(schedule.active(settings.start_percent, settings.end_percent))
             if on and step not in self.prototype.get("dense_steps", ())
         ]
+        self._config = settings.config
         self._step = self._block = 0
         self._lists: dict[int, BlockLists] = {}
 
@@ -60,6 +63,9 @@ class SparseAttention:
         self._step, self._block = step, 0
         self.run.begin_model_call(float(self.schedule.sigmas[step]), step, self.layout, ())
         self.run.active = step in self._active
+        sigmas = [self.schedule.sigmas[sparse] for sparse in self._active]
+        place = place_among(sigmas, self.schedule.sigmas[step])
+        self._config = self.run.config = config_at(self.settings.config, self.settings.falling, place)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Output [B, H, L, D] of q, k, v [B, H, L, D]."""
@@ -77,9 +83,9 @@ class SparseAttention:
                 return order.undo(output)
             if "rank" in self.prototype:
                 order = self.run.order(q.device)
-                lists = ranked_lists(order.apply(q), order.apply(k), self.settings.config, self.prototype["rank"])
+                lists = ranked_lists(order.apply(q), order.apply(k), self._config, self.prototype["rank"])
                 return self._with_lists(q, k, v, block, order, lists)
-            self.run.settings = self._here(block)
+            self.run.config = self._here(block)
         options = {RUN_KEY: self.run}
         return self._override(
             _dense, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
@@ -107,9 +113,9 @@ class SparseAttention:
         blocks = sorted({block for block, _ in calls})
         return {block: _mean([density for b, density in calls if b == block]) for block in blocks}
 
-    def _here(self, block: int) -> PatchSettings:
-        """The settings of this call, where a prototype changes them from step to step or block to block."""
-        config, changes = self.settings.config, {}
+    def _here(self, block: int) -> PyramidConfig:
+        """The pyramid of this call, where a prototype changes it from step to step or block to block."""
+        config, changes = self._config, {}
         if self.prototype.get("fresh"):
             changes["seed"] = config.seed + 7919 * (self._step + 1) + block
         factor = 1.0
@@ -122,9 +128,7 @@ class SparseAttention:
             factor *= multiples[block] / _mean(multiples)
         if factor != 1.0:
             changes["sparsity"] = 1 - (1 - config.sparsity) * factor
-        if not changes:
-            return self.settings
-        return dataclasses.replace(self.settings, config=dataclasses.replace(config, **changes))
+        return dataclasses.replace(config, **changes) if changes else config
 
     def _reused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
         chosen_now = self._active.index(self._step) % int(self.prototype["reuse"]) == 0
@@ -132,7 +136,7 @@ class SparseAttention:
         return self._with_lists(q, k, v, block, self.run.order(q.device), kept)
 
     def _static(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
-        config = self.settings.config
+        config = self._config
         lists = next(iter(self._lists.values()), None)  # the same for all blocks
         if lists is None:
             kind = self.prototype["static"]
@@ -151,7 +155,7 @@ class SparseAttention:
     ) -> torch.Tensor:
         """Attention with the given levels, or with those that it chooses and keeps for the block."""
         result = pyramid_sparse_attention(
-            q, k, v, self.settings.config, layout=self.layout, order=order, backend=self.settings.backend, lists=lists
+            q, k, v, self._config, layout=self.layout, order=order, backend=self.settings.backend, lists=lists
         )
         self._lists[block] = result.lists
         self.run.steps[-1].densities.append((block, result.density))

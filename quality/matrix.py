@@ -203,7 +203,7 @@ def _front() -> list[Setting]:
         Setting("all blocks in full", "front", full),  # what the precision alone costs
         *_at("default", "front", ALL, {}, sheet=True),
         *_at("pooled by max", "front", ALL, PAPER | {"importance": "pooled"}, config={"reduction": "max"}),
-        *_at("default, falling", "front", ALL, {}, prototype={"ramp": (1.6, 0.4)}),
+        *_at("default, falling", "front", ALL, {"falling": 0.6}),
         *_at("paper", "front", ALL, PAPER, sheet=True),
         *_at("block-sparse", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, sheet=True),
         *_at("radial mask", "front", ALL, PAPER | {"pyramid": "1: 0.25"}, prototype={"static": "radial"}, sheet=True),
@@ -227,9 +227,8 @@ def _published(presets: tuple[str, ...], ramp: bool = False) -> list[Setting]:
         found.append(Setting(f"{preset} (published)", "published", node))
         found.append(Setting(f"default = {preset}", "published", match=f"{preset} (published)"))
         if ramp:
-            falling = {"prototype": {"ramp": (1.6, 0.4)}}
             name = f"default, falling = {preset}"
-            found.append(Setting(name, "published", match=f"{preset} (published)", **falling))
+            found.append(Setting(name, "published", {"falling": 0.6}, match=f"{preset} (published)"))
     return found
 
 

@@ -63,6 +63,7 @@ def test_equals_comfyui(comfyui, model):
         Setting("budget", "test", {"preset": "wan2.1-14b", "start_percent": 0.25}),
         Setting("dense block", "test", {"preset": "wan2.1-14b", "dense_blocks": "3"}),
         Setting("ramp", "test", {"preset": "wan2.1-14b"}, prototype={"ramp": (1.4, 0.6)}),
+        Setting("falling", "test", {"preset": "wan2.1-14b", "falling": 0.4}),
         Setting("layers", "test", {"preset": "wan2.1-14b"}, prototype={"layers": {"0": 1.5, "5": 0.5}}),
         Setting("reuse", "test", {"preset": "wan2.1-14b"}, prototype={"reuse": 2}),
         Setting("ranked", "test", {"preset": "wan2.1-14b"}, prototype={"rank": {"q": "spread 8", "k": "pooled 4"}}),
@@ -79,6 +80,18 @@ def test_a_run_takes_the_compute_that_was_asked_for(model, setting):
     assert densities[0] == 1
     assert max(densities[1:]) < 1
     assert sum(densities) / len(densities) == pytest.approx(0.55, abs=0.01)
+
+
+def test_the_input_falling_is_the_ramp(model):
+    schedule = simple_schedule(4, model.blocks)
+    densities = []
+    for node, prototype in (({"falling": 0.4}, {}), ({}, {"ramp": (1.4, 0.6)})):
+        settings = resolve(Setting("falls", "test", {"preset": "wan2.1-14b"} | node), schedule, "auto", 0.55)
+        attention = SparseAttention(settings, schedule, VIDEO.grid, prototype)
+        model.sample([CLIP], VIDEO, schedule, attention)
+        densities.append(attention.step_densities())
+    assert densities[0] == densities[1]
+    assert densities[0][1:] == pytest.approx([0.56, 0.4, 0.24], abs=0.01)
 
 
 def test_levels_that_are_kept_are_those_of_the_first_step(model):
