@@ -311,8 +311,8 @@ What is left of the error in the mean video of several draws is bias.
 
 {chr(10).join(lines)}
 
-Most of the error is left in the mean of the draws: it is not the dice that cost. The claim that a fresh sample is closer
-or calmer was not seen to hold.
+Most of the error is left in the mean of the draws: it is not the randomness that costs. That a fresh sample is closer
+or calmer was not seen.
 
 As a control, a radial mask is {control.psnr:+.2f}{_error(control)} dB from a random one of the same size, there."""
 
