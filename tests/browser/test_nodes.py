@@ -80,7 +80,7 @@ def test_saving_and_loading_loses_nothing(frontend):
     saved = frontend.serialized()
     seen = frontend.picture(patch)
     by_type = {node["type"]: node for node in saved["nodes"]}
-    assert len(by_type["PSAPatch"]["widgets_values"]) == 17, "the picture is not saved"
+    assert len(by_type["PSAPatch"]["widgets_values"]) == 18, "the picture is not saved"
     assert len(by_type["PSAPyramid"]["widgets_values"]) == 16
 
     frontend.clear()
