@@ -258,8 +258,8 @@ seconds beside other work.
 {chr(10).join(lines)}
 
 By the call max is closer than mean, over means of 8 and over the sample; by whole runs mean is, over both. What counts
-is the video, so the whole runs decide. Clips differ: the demo's own (16 steps, CPU, slider 0.85) has 22.6 dB by mean and
-had 26.6 dB by max.
+is the video, so the whole runs decide. Clips differ: the demo's own (16 steps, CPU, slider 0.85) has 22.6 dB by mean
+and had 26.6 dB by max; with a dense start of 0.30 in place of 0.25 it has 30.8 dB by mean (2026-11-25).
 """
 
 
@@ -390,7 +390,8 @@ a sparsity of about 0.70, and further away below 0.44: 0.25 stays with a slider 
 kept for some steps (`reuse_steps`) cost nothing here and save the time of choosing; they take memory, 4 bytes for each
 pair of blocks, so 1 stays the default. A density that falls over the steps (`falling`; 1.6 to 0.4 is 0.6) is ahead of
 a constant one in every comparison above, at no cost in time, yet by less than two standard errors in some, and on the
-CPU (17 frames, 10 steps) ahead in PSNR (0.1 and 0.3 dB) but not in SSIM. The last steps of real weights draw detail
+CPU (17 frames, 10 steps) ahead in PSNR (0.1 and 0.3 dB) but not in SSIM; on the demo's own clip it is 1.7 dB behind
+(CPU, 16 steps). The last steps of real weights draw detail
 that these clips do not have: 0 stays the default until it has been seen on them.
 
 Not in the node: means of 4 or 2 tokens, a token in place of a mean, a second-order correction for the spread inside
