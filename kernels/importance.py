@@ -75,8 +75,8 @@ def importance(
         chosen = [sampled(x, b, config.sample_share, generator) for x, b in ((q, config.block_q), (k, config.block_kv))]
         return reduced_softmax(*chosen, scale, config.reduction)
     queries = pooled(q, config.block_q, group_size(config, config.block_q))
-    keys = [pooled(k, config.block_kv, group) for group in key_groups(config)]
-    return reduced_softmax(queries, keys[0], scale, config.reduction, keys[-1])
+    keys, *norm = (pooled(k, config.block_kv, group) for group in key_groups(config))
+    return reduced_softmax(queries, keys, scale, config.reduction, *norm)
 
 
 def group_size(config: PyramidConfig, block: int) -> int:
@@ -137,14 +137,16 @@ def reduced_softmax(
     q_there, k_tokens = q.tokens() > 0, k.tokens()
     (n_q, m), (n_k, s) = q_there.shape, k_tokens.shape
     keys, bias = k.rows.float().transpose(-1, -2), _bias(k)
-    summed, summed_bias = (keys, bias) if norm is None else (norm.rows.float().transpose(-1, -2), _bias(norm))
+    if norm is not None:
+        summed, summed_bias = norm.rows.float().transpose(-1, -2), _bias(norm)
     chunk = max(1, _SCORES_AT_ONCE // (n_k * s * m))
     result = []
     for start in range(0, n_q, chunk):
         there = q_there[start : start + chunk]
         queries = q.rows[:, :, start * m : (start + len(there)) * m].float()
-        total = torch.logsumexp(queries @ summed * scale + summed_bias, -1, keepdim=True)
-        weights = torch.exp(queries @ keys * scale + bias - total)
+        logits = queries @ keys * scale + bias
+        total = torch.logsumexp(logits if norm is None else queries @ summed * scale + summed_bias, -1, keepdim=True)
+        weights = torch.exp(logits - total)
         weights = weights.view(*weights.shape[:2], len(there), m, n_k, s)
         pair = (there[:, :, None, None] & (k_tokens > 0)).to(weights)
         if reduction == "max":
