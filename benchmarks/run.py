@@ -21,13 +21,13 @@ import methods
 import torch
 from captured import demo_qkv
 from synthetic import smooth_qkv
-from timing import extra_mb, median_ms
+from timing import extra_mb, host_ms, median_ms
 from truth import exact_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 COLUMNS = ["gpu", "date", "torch", "triton", "shape", "method", "precision", "density", "ms", "dense_ms", "speedup"]
-COLUMNS += ["rel_l1", "extra_mb", "setting"]
+COLUMNS += ["rel_l1", "extra_mb", "setting", "host_ms"]
 STAGE_COLUMNS = ["gpu", "date", "torch", "triton", "shape", "precision", "order", "means", "pyramid", "move_q"]
 STAGE_COLUMNS += ["importance", "levels", "attend", "preparation_share"]
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
@@ -106,7 +106,7 @@ def _measure(
         try:
             call, density = method.make(q, k, v, grid)
             error = truth.error(getattr(call, "restore", lambda x: x)(call()))
-            memory, ms = extra_mb(call), median_ms(call, runs)
+            memory, ms, host = extra_mb(call), median_ms(call, runs), host_ms(call, runs)
         except Exception as failure:  # a rival that does not run here must not end the run
             if dense_ms is None:
                 raise
@@ -116,7 +116,8 @@ def _measure(
         dense_ms = dense_ms or ms
         row = {"method": method.name, "precision": method.precision, "density": round(density(), 4), "ms": round(ms, 3)}
         row |= {"dense_ms": round(dense_ms, 3), "speedup": round(dense_ms / ms, 3), "rel_l1": round(error, 5)}
-        rows.append(common | row | {"extra_mb": "" if memory is None else memory, "setting": method.setting})
+        row |= {"extra_mb": "" if memory is None else memory, "setting": method.setting}
+        rows.append(common | row | {"host_ms": "" if host is None else round(host, 3)})
         figures = f"{ms:9.2f} ms {dense_ms / ms:6.2f}x  error {error:.4f}"
         print(f"{name:16s} {method.name:15s} {figures}  {method.precision:9s} {method.setting}", flush=True)
     return rows, _stages(q, k, v, grid, runs, common) if stages and cuda else []

@@ -130,7 +130,7 @@ def pyramid_sparse_attention(
     )
     if query_layout.before or query_layout.after:
         # Text and reference queries are few: they see everything at full resolution.
-        others = F.scaled_dot_product_attention(_others(q, query_layout), k, v, scale=scale)
+        others = F.scaled_dot_product_attention(_others(q, query_layout), _aligned(k), _aligned(v), scale=scale)
         output[:, :, : query_layout.before] = others[:, :, : query_layout.before]
         output[:, :, query_layout.before + query_layout.video :] = others[:, :, query_layout.before :]
     return AttentionResult(output, lists, lists.density.mean(), name, query_order, order, centroids)
@@ -149,6 +149,12 @@ def _others(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor | None:
     if not layout.before and not layout.after:
         return None
     return torch.cat([x[:, :, : layout.before], x[:, :, x.shape[2] - layout.after :]], 2)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, copied where its rows do not all begin at multiples of 16 bytes: torch's kernels misread those (2.11, H100)."""
+    starts = [x.storage_offset(), *x.stride()[:3]]
+    return x if not any(start * x.element_size() % 16 for start in starts) else x.contiguous()
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout | None) -> None:

@@ -1,7 +1,8 @@
 """How far the Triton kernels are from the mathematics: the whole call against float64 with the same map.
 
 16 bits: at most twice the error of dense attention in the same type, plus 1e-3. int8: relative L2 error at most 1.5e-2.
-The data are the benchmark's, smooth as a video's, with heads from flat to peaky.
+The data are the benchmark's, smooth as a video's, with heads from flat to peaky. A head so peaky that dense attention
+hands on single values, exact in any type, counts with what rounding the exact result of its map costs.
 """
 
 import importlib.util
@@ -62,7 +63,8 @@ def relative_l2(got, expected):
 
 
 def errors(smooth_qkv, random_factors, grid, dim, heads, device, dtype, precision, most_rows):
-    """Relative L2 error of every head: of the call, and of dense attention in the same type against dense float64."""
+    """Relative L2 error of every head: of the call, and of dense attention in the same type against dense float64 (no
+    less than that of the call's exact result rounded to the type)."""
     q, k, v = smooth_qkv(heads, grid, dim, dtype, device)
     length = q.shape[2]
     n_q, n_k = -(-length // BLOCK_Q), -(-length // BLOCK_KV)
@@ -77,9 +79,10 @@ def errors(smooth_qkv, random_factors, grid, dim, heads, device, dtype, precisio
     full = torch.ones(n_q, n_k, dtype=torch.int16, device=device)
     for h in range(heads):
         parts = q[0, h], k[0, h], v[0, h]
+        expected = exact(*parts, factors[0, h], rows)
         yield (
-            relative_l2(out[0, h, tokens], exact(*parts, factors[0, h], rows)),
-            relative_l2(dense[0, h, tokens], exact(*parts, full, rows)),
+            relative_l2(out[0, h, tokens], expected),
+            max(relative_l2(dense[0, h, tokens], exact(*parts, full, rows)), relative_l2(expected.to(dtype), expected)),
         )
 
 
