@@ -8,6 +8,10 @@ The running maximum of the streaming softmax moves only in the first tile of a l
 was then: any reference gives the same softmax as long as nothing overflows, and bfloat16 weights span as many powers
 of two as float32. A query block in which something did overflow is known by its result, and a second launch computes
 it again with a running maximum in every tile (`CAREFUL`).
+
+On compute capability 9.0 a query block is computed in two halves (`HALVES`): while the tensor cores multiply the
+weights of one with the values, the exponentials of the other are taken (as J. Shah et al., FlashAttention-3, arXiv
+2407.08608, section 3.1, do with two warp groups; here one warp group serves both halves).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import triton
 import triton.language as tl
 
 from .autotune import Case, choose_tile
+from .int8_triton import quantise_queries_triton
 from .levels import BlockLists
 from .order import TokenOrder
 from .pyramid import Pyramid
@@ -39,6 +44,20 @@ def _logits(q, k, INT8: tl.constexpr):
 
 
 @triton.jit
+def _raw_logits(q, k, INT8: tl.constexpr):
+    """`_logits` for a full tile; with INT8 too large by _MAGIC.
+
+    Sums that begin at the magic number are floats when they are done; converting them would take as long as a quarter
+    of the exponentials. What they are too large by goes into the reference.
+    """
+    if INT8:
+        start = tl.full([q.shape[0], k.shape[0]], _MAGIC_BITS, tl.int32)
+        return tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return _logits(q, k, False)
+
+
+@triton.jit
 def _careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr, INT8: tl.constexpr):
     """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row, `top` the reference."""
     logits = _logits(q, k, INT8) * scale + bias[None, :]
@@ -53,25 +72,43 @@ def _careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr,
 
 
 @triton.jit
-def _fast_tile(q, k, v, scale, shift, total, acc, INT8: tl.constexpr, WAIT: tl.constexpr):
-    """One full tile with a fixed reference: the weights are 2^(logit - shift)."""
-    reference = shift[:, None]
-    if INT8:
-        # Sums that begin at the magic number are floats when they are done; converting them would take as long as a
-        # quarter of the exponentials. What they are too large by goes into the reference.
-        start = tl.full([q.shape[0], k.shape[0]], _MAGIC_BITS, tl.int32)
-        logits = tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
-        reference += _MAGIC * scale
-    else:
-        logits = _logits(q, k, False)
-    weights = tl.exp2(logits * scale - reference)
+def _edge_tile(q, k, v, scale, tokens, top, total, acc, INT8: tl.constexpr):
+    """One tile with a fixed reference whose rows stand for `tokens` tokens each, 0 where there is none."""
+    weights = tl.exp2(_logits(q, k, INT8) * scale - top[:, None]) * tokens[None, :].to(tl.float32)
     total += tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-    if WAIT:
-        # No instruction: it makes this product end inside the iteration. One that is still under way when the next
-        # product's registers are cleared makes ptxas run all of them one after the other (its note C7515).
-        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
     return total, acc
+
+
+@triton.jit
+def _fast_tile(
+    q_a, q_b, k, v, scale, shift_a, shift_b, total_a, acc_a, total_b, acc_b,
+    INT8: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """One full tile with fixed references: the weights are 2^(logit - shift)."""
+    reference_a, reference_b = shift_a[:, None], shift_b[:, None]
+    if INT8:
+        reference_a += _MAGIC * scale
+        reference_b += _MAGIC * scale
+    logits_a = _raw_logits(q_a, k, INT8)
+    if HALVES:
+        logits_b = _raw_logits(q_b, k, INT8)
+    weights = tl.exp2(logits_a * scale - reference_a)
+    total_a += tl.sum(weights, 1)
+    acc_a = tl.dot(weights.to(v.dtype), v, acc_a, input_precision="ieee")
+    if HALVES:
+        weights = tl.exp2(logits_b * scale - reference_b)
+        total_b += tl.sum(weights, 1)
+        acc_b = tl.dot(weights.to(v.dtype), v, acc_b, input_precision="ieee")
+    # Products must end inside the iteration. With one still under way when the next begins, ptxas keeps more registers
+    # than there are, or runs all products one after the other (its note C7515).
+    if WAIT and HALVES:
+        wait: tl.constexpr = "wgmma.wait_group.sync.aligned 0;"
+        total_b = tl.inline_asm_elementwise(wait, "=f,0", [total_b], dtype=tl.float32, is_pure=False, pack=1)
+    elif WAIT:
+        # No instruction: that its result is used is enough.
+        acc_a = tl.inline_asm_elementwise("", "=f,0", [acc_a], dtype=tl.float32, is_pure=True, pack=1)
+    return total_a, acc_a, total_b, acc_b
 
 
 @triton.jit
@@ -85,11 +122,11 @@ def _offsets(row, stride, dims, FACTOR: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _attend_level(
-    q, k_desc, v_desc, k_ptr, v_ptr, stride_k, stride_v, b, h, list_ptr, scale_ptr, start, end, length_k, scale,
-    top, total, acc,
+    q_a, q_b, k_desc, v_desc, k_ptr, v_ptr, stride_k, stride_v, b, h, list_ptr, scale_ptr, start, end, length_k, scale,
+    top_a, total_a, acc_a, top_b, total_b, acc_b,
     FACTOR: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BULK: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
-    WAIT: tl.constexpr, SETS_TOP: tl.constexpr,
+    WAIT: tl.constexpr, HALVES: tl.constexpr, SETS_TOP: tl.constexpr,
 ):  # fmt: skip
     """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it.
 
@@ -121,15 +158,24 @@ def _attend_level(
             bias = tl.where(tokens > 0, 0.0, float("-inf"))
             if FACTOR > 1:
                 bias += tl.log2(tl.maximum(tokens, 1).to(tl.float32))
-            top, total, acc = _careful_tile(q, k, v, tile_scale, bias, top, total, acc, HEADROOM, INT8)
+            top_a, total_a, acc_a = _careful_tile(
+                q_a, k, v, tile_scale, bias, top_a, total_a, acc_a, HEADROOM, INT8
+            )  # fmt: skip
+            if HALVES:
+                top_b, total_b, acc_b = _careful_tile(
+                    q_b, k, v, tile_scale, bias, top_b, total_b, acc_b, HEADROOM, INT8
+                )  # fmt: skip
         else:
-            weights = tl.exp2(_logits(q, k, INT8) * tile_scale - top[:, None]) * tokens[None, :].to(tl.float32)
-            total += tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+            total_a, acc_a = _edge_tile(q_a, k, v, tile_scale, tokens, top_a, total_a, acc_a, INT8)
+            if HALVES:
+                total_b, acc_b = _edge_tile(q_b, k, v, tile_scale, tokens, top_b, total_b, acc_b, INT8)
 
     if not CAREFUL:
         # Every row of a full block stands for FACTOR tokens: the bias becomes part of the reference.
-        shift = tl.where(top == float("-inf"), 0.0, top) - tl.log2(FACTOR * 1.0)
+        shift_a = tl.where(top_a == float("-inf"), 0.0, top_a) - tl.log2(FACTOR * 1.0)
+        shift_b = shift_a
+        if HALVES:
+            shift_b = tl.where(top_b == float("-inf"), 0.0, top_b) - tl.log2(FACTOR * 1.0)
         for first in tl.range(0, full, TILE, num_stages=STAGES):
             tile_scale = scale
             if BULK:
@@ -155,24 +201,81 @@ def _attend_level(
                     tile_scale = scale * tl.load(scale_ptr + tl.load(list_ptr + start + first // ROWS))
                 elif INT8:
                     tile_scale = scale * tl.load(scale_ptr + block)[None, :]
-            total, acc = _fast_tile(q, k, v, tile_scale, shift, total, acc, INT8, WAIT)
-    return top, total, acc
+            if HALVES:
+                total_a, acc_a, total_b, acc_b = _fast_tile(
+                    q_a, q_b, k, v, tile_scale, shift_a, shift_b, total_a, acc_a, total_b, acc_b, INT8, WAIT, True
+                )  # fmt: skip
+            else:
+                total_a, acc_a, _, _ = _fast_tile(
+                    q_a, q_a, k, v, tile_scale, shift_a, shift_a, total_a, acc_a, total_a, acc_a, INT8, WAIT, False
+                )  # fmt: skip
+    return top_a, total_a, acc_a, top_b, total_b, acc_b
+
+
+@triton.jit
+def _load_queries(
+    base_ptr, from_ptr, first, length_q, stride,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """Queries first..first + ROWS of a head [ROWS, DIM], 0 where there is none."""
+    position = first + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    exists = position < length_q
+    place = position.to(tl.int64)
+    if ORDERED:
+        place = tl.load(from_ptr + position, mask=exists, other=0)
+    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(base_ptr + place[:, None] * stride + dims[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _store_output(
+    acc, total, base_ptr, to_ptr, first, length_q, stride, write, HEAD_DIM: tl.constexpr, ORDERED: tl.constexpr
+):
+    """Write acc / total [ROWS, DIM] to the places of the queries first..first + ROWS of a head."""
+    position = first + tl.arange(0, acc.shape[0])
+    dims = tl.arange(0, acc.shape[1])
+    exists = position < length_q
+    place = position.to(tl.int64)
+    if ORDERED:
+        place = tl.load(to_ptr + position, mask=exists, other=0)
+    rows = acc / tl.where(total > 0, total, 1.0)[:, None]
+    mask = (exists & write)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(base_ptr + place[:, None] * stride + dims[None, :], rows.to(base_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _is_finite(acc, total):
+    """1 where all of acc [ROWS, DIM] and total [ROWS] is finite, else 0: a scalar."""
+    finite = (tl.abs(acc) < float("inf")) & (total < float("inf"))[:, None]
+    return tl.min(tl.min(finite.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def _first_total(q, INT8: tl.constexpr):
+    """The sum that a softmax row begins with: NaN where eight bits cannot say that the query is not finite."""
+    total = tl.zeros([q.shape[0]], tl.float32)
+    if INT8:
+        finite = tl.abs(q.to(tl.float32)) < float("inf")
+        total = tl.where(tl.min(finite.to(tl.int32), 1) > 0, total, float("nan"))
+    return total
 
 
 @triton.jit(do_not_specialize=["heads", "length_q", "length_k", "length_order", "extra", "n_q", "n_k"])
 def _attend(
-    q_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr, scales_ptr,
-    blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr, from_ptr, to_ptr,
+    q_ptr, q8_ptr, q_scales_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr,
+    scales_ptr, blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr, from_ptr, to_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_cb, stride_ch, stride_cl, stride_eb, stride_eh, stride_el, stride_ob, stride_oh, stride_ol,
     heads, length_q, length_k, length_order, extra, n_q, n_k, scale,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr,
     INT8: tl.constexpr, HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
-    WAIT: tl.constexpr,
+    WAIT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Query block `program_id(0)` of head `program_id(1)`.
+    """Query block `program_id(0)` of head `program_id(1)`; its rows are a, or the first half of them a and the rest b.
 
+    q8: int8 queries [B, H, Lq, D] in block order with a scale for each block, used at level 1 alone.
     from_ptr, to_ptr: the index of the queries' order, twice: the places that queries are read from, were they known to
     be those that the output goes to, would be kept through the loops, whose own values then do not fit the registers.
     length_order: entries of the index before those of the next head; 0 where all share one.
@@ -185,31 +288,28 @@ def _attend(
     if CAREFUL and tl.load(overflow_ptr + row) == 0:
         return
     b, h = head_index // heads, head_index % heads
-    position = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    ROWS: tl.constexpr = BLOCK_Q // 2 if HALVES else BLOCK_Q
+    first_a = block * BLOCK_Q
+    first_b = first_a + ROWS
     dims = tl.arange(0, DIM)
     lanes = tl.arange(0, TILE)
-    exists = position < length_q
-    q_mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    place = position.to(tl.int64)
-    if ORDERED:
-        place = tl.load(from_ptr + head_index * length_order + position, mask=exists, other=0)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
-    q = tl.load(q_base + place[:, None] * stride_ql + dims[None, :], mask=q_mask, other=0)
-    fine_q, fine_scale = q, scale
-    total = tl.zeros([BLOCK_Q], tl.float32)
+    from_ptr += head_index * length_order
+    q_a = _load_queries(q_base, from_ptr, first_a, length_q, stride_ql, ROWS, HEAD_DIM, DIM, ORDERED)
+    top_a = tl.full([ROWS], float("-inf"), tl.float32)
+    total_a = _first_total(q_a, INT8)
+    acc_a = tl.zeros([ROWS, DIM], tl.float32)
+    q_b, top_b, total_b, acc_b = q_a, top_a, total_a, acc_a
+    if HALVES:
+        q_b = _load_queries(q_base, from_ptr, first_b, length_q, stride_ql, ROWS, HEAD_DIM, DIM, ORDERED)
+        total_b = _first_total(q_b, INT8)
+    fine_a, fine_b, fine_scale = q_a, q_b, scale
     if INT8:
-        # One scale for the query block; rounded half away from zero. Numbers that are not finite stay in their row.
-        wide = q.to(tl.float32)
-        finite = tl.abs(wide) < float("inf")
-        total = tl.where(tl.min(finite.to(tl.int32), 1) > 0, total, float("nan"))
-        wide = tl.where(finite, wide, 0.0)
-        largest = tl.maximum(tl.max(tl.max(tl.abs(wide), 1), 0), 1e-20)
-        wide *= 127.0 / largest
-        fine_q = (wide + tl.where(wide >= 0, 0.5, -0.5)).to(tl.int8)
-        fine_scale = scale * (largest / 127.0)
-
-    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    acc = tl.zeros([BLOCK_Q, DIM], tl.float32)
+        base = q8_ptr + head_index.to(tl.int64) * length_q * HEAD_DIM
+        fine_a = _load_queries(base, from_ptr, first_a, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM, False)
+        if HALVES:
+            fine_b = _load_queries(base, from_ptr, first_b, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM, False)
+        fine_scale = scale * tl.load(q_scales_ptr + row)
 
     if HAS_EXTRA:
         extra_base = b.to(tl.int64) * stride_eb + h.to(tl.int64) * stride_eh
@@ -220,7 +320,9 @@ def _attend(
             k = tl.load(extra_k_ptr + address, mask=mask, other=0)
             v = tl.load(extra_v_ptr + address, mask=mask, other=0)
             bias = tl.where(there, 0.0, float("-inf"))
-            top, total, acc = _careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM, False)
+            top_a, total_a, acc_a = _careful_tile(q_a, k, v, scale, bias, top_a, total_a, acc_a, HEADROOM, False)
+            if HALVES:
+                top_b, total_b, acc_b = _careful_tile(q_b, k, v, scale, bias, top_b, total_b, acc_b, HEADROOM, False)
 
     # Addresses are made where they are needed: kept through the loops, they would push the loops' own values out of the
     # registers.
@@ -230,38 +332,39 @@ def _attend(
         list_ptr = blocks_ptr + row * n_k
         scale_ptr = scales_ptr + head_index.to(tl.int64) * n_k
         if FACTORS[level] == 1:
-            top, total, acc = _attend_level(
-                fine_q, k_desc, v_desc, k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh,
+            top_a, total_a, acc_a, top_b, total_b, acc_b = _attend_level(
+                fine_a, fine_b, k_desc, v_desc, k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh,
                 v_ptr + b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh, stride_kl, stride_vl,
-                b, h, list_ptr, scale_ptr, start, end, length_k, fine_scale, top, total, acc,
-                1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, HEADROOM, STAGES, WAIT,
+                b, h, list_ptr, scale_ptr, start, end, length_k, fine_scale,
+                top_a, total_a, acc_a, top_b, total_b, acc_b,
+                1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, HEADROOM, STAGES, WAIT, HALVES,
                 CAREFUL or HEADROOM > 0 or level == 0,
             )  # fmt: skip
         else:
             first = b.to(tl.int64) * stride_cb + h.to(tl.int64) * stride_ch
             first += coarse_row * n_k.to(tl.int64) * stride_cl
-            top, total, acc = _attend_level(
-                q, None, None, coarse_k_ptr + first, coarse_v_ptr + first, stride_cl, stride_cl,
-                b, h, list_ptr, scale_ptr, start, end, length_k, scale, top, total, acc,
-                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, False, CAREFUL, HEADROOM, STAGES, WAIT,
+            top_a, total_a, acc_a, top_b, total_b, acc_b = _attend_level(
+                q_a, q_b, None, None, coarse_k_ptr + first, coarse_v_ptr + first, stride_cl, stride_cl,
+                b, h, list_ptr, scale_ptr, start, end, length_k, scale,
+                top_a, total_a, acc_a, top_b, total_b, acc_b,
+                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, False, CAREFUL, HEADROOM, STAGES, WAIT, HALVES,
                 CAREFUL or HEADROOM > 0 or level == 0,
             )  # fmt: skip
             coarse_row += BLOCK_KV // FACTORS[level]
         start = end
 
+    write = 1
     if not CAREFUL:
         # A block that must be computed again is not written: its output may take the place of its queries.
-        finite = (tl.abs(acc) < float("inf")) & (total < float("inf"))[:, None]
-        finite = tl.min(tl.min(finite.to(tl.int32), 1), 0)
-        tl.store(overflow_ptr + row, 1 - finite)
-        q_mask &= finite > 0
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        write = _is_finite(acc_a, total_a)
+        if HALVES:
+            write = tl.minimum(write, _is_finite(acc_b, total_b))
+        tl.store(overflow_ptr + row, 1 - write)
     out_base = out_ptr + b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
-    place = position.to(tl.int64)
-    if ORDERED:
-        place = tl.load(to_ptr + head_index * length_order + position, mask=exists, other=0)
-    address = out_base + place[:, None] * stride_ol + dims[None, :]
-    tl.store(address, acc.to(out_ptr.dtype.element_ty), mask=q_mask)
+    to_ptr += head_index * length_order
+    _store_output(acc_a, total_a, out_base, to_ptr, first_a, length_q, stride_ol, write > 0, HEAD_DIM, ORDERED)
+    if HALVES:
+        _store_output(acc_b, total_b, out_base, to_ptr, first_b, length_q, stride_ol, write > 0, HEAD_DIM, ORDERED)
 
 
 def attend_triton(
@@ -289,6 +392,8 @@ def attend_triton(
     n_q, n_k = lists.blocks.shape[-2:]
     int8 = pyramid.scales is not None and 1 in pyramid.keys
     q = _unit_stride(q)
+    order = order or TokenOrder(None, None)
+    q8, q_scales = quantise_queries_triton(q, block_q, order) if int8 else (q, q)
     rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
     overflow = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
     padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
@@ -301,14 +406,14 @@ def attend_triton(
     has_extra = extra_k is not None and extra_k.shape[2] > 0
     extra_k, extra_v = (x.contiguous() if has_extra else q for x in (extra_k, extra_v))
     scales = pyramid.scales if int8 else q
-    index = q if order is None or order.index is None else order.index.contiguous()
+    index = q if order.index is None else order.index.contiguous()
     length_order = length_q if index is not q and index.ndim > 1 else 0
     for careful in (False, True):
         bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows and 1 in pyramid.keys
         descriptors = [_descriptor(x, tile.rows, padded) if bulk else None for x in (keys, values)]
         bulk = bulk and None not in descriptors
         _attend[(n_q, batch * heads)](
-            q, *(descriptors if bulk else (None, None)),
+            q, q8, q_scales, *(descriptors if bulk else (None, None)),
             keys, values, coarse_keys, coarse_values, extra_k, extra_v, scales, lists.blocks, lists.ends,
             lists.ends if rows is None else rows, overflow, out, index, index,
             *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
@@ -318,7 +423,7 @@ def attend_triton(
             TILE=tile.rows, HEAD_DIM=dim, DIM=padded, ORDERED=index is not q, SORTED=uneven, BULK=bulk,
             INT8=int8, HAS_EXTRA=has_extra, CAREFUL=careful,
             HEADROOM=_HEADROOM_FLOAT16 if q.dtype == torch.float16 and not careful else 0, STAGES=tile.stages,
-            WAIT=tile.wait,
+            WAIT=tile.wait, HALVES=tile.halves and block_q >= 128,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 

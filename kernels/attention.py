@@ -152,9 +152,9 @@ def _others(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor | None:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, copied where its rows do not all begin at multiples of 16 bytes: torch's kernels misread those (2.11, H100)."""
-    starts = [x.storage_offset(), *x.stride()[:3]]
-    return x if not any(start * x.element_size() % 16 for start in starts) else x.contiguous()
+    """x, copied where its rows do not all begin at multiples of 16 bytes: torch misreads those (2.11 on an H100)."""
+    starts = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])]
+    return x.contiguous() if any(start % 16 for start in starts) else x
 
 
 def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: TokenLayout | None) -> None:

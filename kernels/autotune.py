@@ -57,7 +57,7 @@ def choose_tile(device: torch.device, case: Case) -> AttendTile:
     Never raises for the search's sake: without a result the built-in tile is tried, and fails as it would have.
     """
     gpu = gpu_of(device)
-    built_in = attend_tile(gpu, case.dim, case.int8)
+    built_in = attend_tile(gpu, case.dim)
     if gpu in ("interpreter", "hip") or gpu in MEASURED or os.environ.get(SWITCH) == "0":
         return built_in
     if torch.cuda.is_current_stream_capturing():  # nothing can be timed there
@@ -92,7 +92,7 @@ def tune(device: torch.device, case: Case) -> AttendTile | None:
 
 def candidates(gpu: str, case: Case, shared_memory: int) -> list[AttendTile]:
     """Tiles that fit `shared_memory` bytes, those most likely to be fast first: the built-in one before all."""
-    built_in = attend_tile(gpu, case.dim, case.int8)
+    built_in = attend_tile(gpu, case.dim)
     row_bytes = case.dim * (case.dtype.itemsize + (1 if case.int8 else case.dtype.itemsize))
     shapes = [
         # rows, warps, stages

@@ -23,6 +23,7 @@ class AttendTile:
         rows: key rows of a tile; warps; stages: tiles in flight.
         bulk: keys and values of level 1 come by the tensor memory accelerator (compute capability 9.0).
         wait: see `attend_triton._fast_tile`.
+        halves: query blocks of 128 rows or more are computed in two halves, see `attend_triton`.
     """
 
     rows: int
@@ -30,6 +31,7 @@ class AttendTile:
     stages: int
     bulk: bool = False
     wait: bool = False
+    halves: bool = False
 
 
 def gpu_of(device: torch.device) -> str:
@@ -41,16 +43,15 @@ def gpu_of(device: torch.device) -> str:
     return "sm{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-def attend_tile(gpu: str, dim: int, int8: bool = False) -> AttendTile:
-    """The built-in tile for heads of `dim`, a power of two, on a GPU as named by `gpu_of`; int8: keys of 8 bits."""
+def attend_tile(gpu: str, dim: int) -> AttendTile:
+    """The built-in tile for heads of `dim`, a power of two, on a GPU as named by `gpu_of`."""
     if gpu == "interpreter":
-        return AttendTile(rows=32, warps=4, stages=1)
+        return AttendTile(rows=32, warps=4, stages=1, halves=True)
     if gpu == "hip":
         return AttendTile(rows=64, warps=4, stages=1)
     if gpu == "sm90":
         bulk = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
-        # Two stages fetch the next tile, three also the list of the one behind it, for some registers more.
-        return AttendTile(rows=64, warps=4, stages=3 if int8 or dim <= 64 else 2, bulk=bulk, wait=True)
+        return AttendTile(rows=64, warps=4, stages=2, bulk=bulk, wait=True, halves=True)
     return AttendTile(rows=64, warps=4, stages=2 if dim <= 128 else 1)
 
 

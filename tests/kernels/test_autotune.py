@@ -92,7 +92,7 @@ def test_slow_failures_do_not_end_the_search_before_anything_was_measured():
 def test_candidates_begin_with_the_built_in_tile_and_fit(gpu, dim, int8):
     case = dataclasses.replace(CASE, dim=dim, int8=int8)
     tiles = autotune.candidates(gpu, case, GPUS[gpu])
-    assert tiles[0] == attend_tile(gpu, dim, int8)
+    assert tiles[0] == attend_tile(gpu, dim)
     assert len(tiles) == len(set(tiles)) >= 4
     # Keys and values that wait lie in shared memory.
     bytes_of_a_row = dim * (3 if int8 else 4)

@@ -1,5 +1,9 @@
 """Every kernel compiles for the GPUs that users have, within their shared memory; none of them is needed here."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 
 triton = pytest.importorskip("triton")
@@ -50,21 +54,23 @@ def compile_for(gpu, kernel, pointers, constants, floats=("scale",), **options):
 @pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("gpu", TARGETS)
-def test_attend(gpu, dim, int8):
+def test_attend(gpu, dim, int8, tmp_path):
     from comfyui_psa.kernels.attend_triton import _attend
     from comfyui_psa.kernels.tiles import attend_tile
 
     if dim == 64 and int8 and gpu not in ("sm86", "sm90"):
         pytest.skip("heads of 64 in int8 are compiled for two GPUs only, to save time")
-    tile = attend_tile("hip" if gpu.startswith("gfx") else gpu, dim, int8)
+    tile = attend_tile("hip" if gpu.startswith("gfx") else gpu, dim)
     factors, key = (1, 8, 64), "i8" if int8 else "bf16"
     pointers = {p.name: "*bf16" for p in _attend.params if p.name.endswith("_ptr")}
-    pointers |= {"k_ptr": f"*{key}", "scales_ptr": "*fp32", "from_ptr": "*i64", "to_ptr": "*i64"}
+    pointers |= {"q8_ptr": f"*{key}", "k_ptr": f"*{key}", "from_ptr": "*i64", "to_ptr": "*i64"}
+    pointers |= {"scales_ptr": "*fp32", "q_scales_ptr": "*fp32"}
     pointers |= {name: "*i32" for name in ("blocks_ptr", "ends_ptr", "rows_ptr", "overflow_ptr")}
     constants = {
         "FACTORS": factors, "LEVELS": len(factors), "BLOCK_Q": 128, "BLOCK_KV": 64, "TILE": tile.rows, "HEAD_DIM": dim,
         "DIM": dim, "ORDERED": dim == 64, "SORTED": False, "BULK": tile.bulk, "INT8": int8, "HAS_EXTRA": False,
         "CAREFUL": False, "HEADROOM": 0, "STAGES": tile.stages, "WAIT": tile.wait,
+        "HALVES": tile.halves,
     }  # fmt: skip
     if tile.bulk:
         pointers |= {"k_desc": f"tensordesc<{key}[1,1,{tile.rows},{dim}]>"}
@@ -75,6 +81,18 @@ def test_attend(gpu, dim, int8):
     if gpu == "sm90":
         assert "wgmma.mma_async" in compiled.asm["ptx"]
         assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+        # Queries of eight bits are read from shared memory; from registers, the loops would spill.
+        assert not re.search(r"warp_group_dot .* : tensor<\d+x\d+xi8, ", compiled.asm["ttgir"])
+        assert "C7515" not in assembler_notes(compiled.asm["ptx"], tmp_path)
+
+
+def assembler_notes(ptx, folder):
+    """What ptxas says of a kernel, such as C7515: that it runs the products of a warp group one after the other."""
+    path = folder / "kernel.ptx"
+    path.write_text(ptx)
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [ptxas, "-v", "-arch=sm_90a", path, "-o", folder / "kernel.cubin"]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
@@ -91,6 +109,14 @@ def test_pool(gpu, int8):
         "ORDERED": True, "FINE": int8, "INT8": int8,
     }  # fmt: skip
     compile_for(gpu, _pool, pointers, constants, num_warps=4)
+
+
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_queries_of_eight_bits(gpu):
+    from comfyui_psa.kernels.int8_triton import _quantise
+
+    pointers = {"x_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*i8", "scales_ptr": "*fp32"}
+    compile_for(gpu, _quantise, pointers, {"BLOCK": 128, "HEAD_DIM": 128, "DIM": 128, "ORDERED": True}, num_warps=4)
 
 
 @pytest.mark.parametrize("gpu", TARGETS)
@@ -135,10 +161,17 @@ def test_levels(gpu, rule):
 
 def test_the_sequence_length_is_no_compile_time_constant():
     """The official kernel is compiled anew for every resolution; so would an argument be that is 1 or even."""
-    from comfyui_psa.kernels import attend_triton, importance_triton, levels_triton, order_triton, pyramid_triton
+    from comfyui_psa.kernels import (
+        attend_triton,
+        importance_triton,
+        int8_triton,
+        levels_triton,
+        order_triton,
+        pyramid_triton,
+    )
 
     kernels = (attend_triton._attend, importance_triton._reduce, levels_triton._choose, order_triton._move)
-    for kernel in (*kernels, pyramid_triton._pool):
+    for kernel in (*kernels, pyramid_triton._pool, int8_triton._quantise):
         lengths = [p for p in kernel.params if p.name in INTEGERS]
         assert lengths
         assert all(p.do_not_specialize and not p.is_constexpr for p in lengths), kernel
