@@ -15,12 +15,12 @@ from .levels import topk_ends
 BLOCKS = 4096
 
 # Time of the attention call over dense cuDNN attention = fixed + per_work * density, fitted to the rows of `auto` in
-# benchmarks/results/attention-gpu.csv (H100, 0.85 to 0.95): the slowest and the fastest of its five shapes.
-SLOWEST = (0.1414, 1.480)  # CogVideoX-5B, 17,550 tokens
-FASTEST = (0.0429, 1.102)  # Wan 14B at 720p, 64,800 tokens
+# benchmarks/results/attention-gpu.csv (H100, 0.85 to 0.95): the slowest and the fastest of its six shapes.
+SLOWEST = (0.2036, 0.765)  # CogVideoX-5B, 17,550 tokens
+FASTEST = (0.0476, 0.876)  # Wan 14B at 720p, 64,800 tokens
 # What those rows leave out, from the same table at 0.85: (slowest, fastest) on top of `fixed`.
-SAMPLED_EXTRA = (0.149, 0.081)
-MASS_EXTRA = (0.141, 0.012)
+SAMPLED_EXTRA = (0.138, 0.079)
+MASS_EXTRA = (0.283, 0.011)
 
 
 @dataclasses.dataclass(frozen=True)
