@@ -258,8 +258,10 @@ seconds beside other work.
 {chr(10).join(lines)}
 
 By the call max is closer than mean, over means of 8 and over the sample; by whole runs mean is, over both. What counts
-is the video, so the whole runs decide. Clips differ: the demo's own (16 steps, CPU, slider 0.85) has 22.6 dB by mean
-and had 26.6 dB by max; with a dense start of 0.30 in place of 0.25 it has 30.8 dB by mean (2026-11-25).
+is the video, so the whole runs decide. Clips differ: the demo's own (16 steps, CPU, slider 0.85,
+2026-11-25) has 22.6 dB by mean and 26.2 dB by max with a dense start of 0.25, 30.8 and 27.2 dB with 0.30. From 0.25 by
+mean it has a second square that dense does not have, also at the compute of 0.30 (slider 0.78: 21.9 dB), so the demo's
+workflow starts at 0.30.
 """
 
 
@@ -391,7 +393,7 @@ kept for some steps (`reuse_steps`) cost nothing here and save the time of choos
 pair of blocks, so 1 stays the default. A density that falls over the steps (`falling`; 1.6 to 0.4 is 0.6) is ahead of
 a constant one in every comparison above, at no cost in time, yet by less than two standard errors in some, and on the
 CPU (17 frames, 10 steps) ahead in PSNR (0.1 and 0.3 dB) but not in SSIM; on the demo's own clip it is 1.7 dB behind
-(CPU, 16 steps). The last steps of real weights draw detail
+from 0.25 and 0.1 dB from 0.30 (CPU, 16 steps). The last steps of real weights draw detail
 that these clips do not have: 0 stays the default until it has been seen on them.
 
 Not in the node: means of 4 or 2 tokens, a token in place of a mean, a second-order correction for the spread inside
