@@ -14,7 +14,7 @@ import torch
 
 # More than any second-level cache holds.
 _FLUSH_BYTES = 2**28
-# Flushes before a call, .1 ms each on an H100: more than the host needs to launch a call.
+# Flushes before a call, .1 ms each on an H100: together as long as the slowest host that we saw took to launch a call.
 _FLUSHES = 60
 
 

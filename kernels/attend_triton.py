@@ -4,14 +4,8 @@ One program serves one query block of one head. For every level it walks the lis
 that level and gathers as many of them as fill a tile, so that a block of 8 pooled rows does not starve the tensor
 cores (arXiv 2512.04025, section 3.5). Importing this module needs triton; `backends.py` says whether that is so.
 
-The running maximum of the streaming softmax moves only in the first tile of a level. The other tiles subtract what it
-was then: any reference gives the same softmax as long as nothing overflows, and bfloat16 weights span as many powers
-of two as float32. A query block in which something did overflow is known by its result, and a second launch computes
-it again with a running maximum in every tile (`CAREFUL`).
-
-On compute capability 9.0 a query block is computed in two halves (`HALVES`): while the tensor cores multiply the
-weights of one with the values, the exponentials of the other are taken (as J. Shah et al., FlashAttention-3, arXiv
-2407.08608, section 3.1, do with two warp groups; here one warp group serves both halves).
+The streaming softmax is that of `attend_tile_triton.py`: a launch with fixed references computes everything, a second
+one, `CAREFUL`, the query blocks in which something overflowed.
 """
 
 from __future__ import annotations
@@ -20,95 +14,18 @@ import torch
 import triton
 import triton.language as tl
 
+from .attend_tile_triton import careful_tile, edge_tile, fast_tile
 from .autotune import Case, choose_tile
 from .int8_triton import quantise_queries_triton
 from .levels import BlockLists
 from .order import TokenOrder
+from .order_triton import load_rows
 from .pyramid import Pyramid
 from .tiles import AttendTile
 
 _LOG2_E = 1.4426950408889634
 # Powers of two that the reference of float16 weights lies above the first maximum: they end at 2^16.
 _HEADROOM_FLOAT16 = 8
-# 3 * 2^22 as float32: an integer below 2^22 added to its bits is added to its value.
-_MAGIC_BITS, _MAGIC = tl.constexpr(0x4B400000), tl.constexpr(12582912.0)
-
-
-@triton.jit
-def _logits(q, k, INT8: tl.constexpr):
-    """q [M, D] times the transpose of k [N, D]: float32 [M, N], not yet scaled."""
-    if INT8:
-        return tl.dot(q, tl.trans(k)).to(tl.float32)
-    else:
-        return tl.dot(q, tl.trans(k), input_precision="ieee")
-
-
-@triton.jit
-def _raw_logits(q, k, INT8: tl.constexpr):
-    """`_logits` for a full tile; with INT8 too large by _MAGIC.
-
-    Sums that begin at the magic number are floats when they are done; converting them would take as long as a quarter
-    of the exponentials. What they are too large by goes into the reference.
-    """
-    if INT8:
-        start = tl.full([q.shape[0], k.shape[0]], _MAGIC_BITS, tl.int32)
-        return tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
-    else:
-        return _logits(q, k, False)
-
-
-@triton.jit
-def _careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr, INT8: tl.constexpr):
-    """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row, `top` the reference."""
-    logits = _logits(q, k, INT8) * scale + bias[None, :]
-    new_top = tl.maximum(top, tl.max(logits, 1) + HEADROOM)
-    # A row that has seen nothing yet has top = -inf; 0 in its place keeps -inf - -inf out.
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)
-    weights = tl.exp2(logits - base[:, None])
-    decay = tl.exp2(top - base)
-    total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new_top, total, acc
-
-
-@triton.jit
-def _edge_tile(q, k, v, scale, tokens, top, total, acc, INT8: tl.constexpr):
-    """One tile with a fixed reference whose rows stand for `tokens` tokens each, 0 where there is none."""
-    weights = tl.exp2(_logits(q, k, INT8) * scale - top[:, None]) * tokens[None, :].to(tl.float32)
-    total += tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-    return total, acc
-
-
-@triton.jit
-def _fast_tile(
-    q_a, q_b, k, v, scale, shift_a, shift_b, total_a, acc_a, total_b, acc_b,
-    INT8: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """One full tile with fixed references: the weights are 2^(logit - shift)."""
-    reference_a, reference_b = shift_a[:, None], shift_b[:, None]
-    if INT8:
-        reference_a += _MAGIC * scale
-        reference_b += _MAGIC * scale
-    logits_a = _raw_logits(q_a, k, INT8)
-    if HALVES:
-        logits_b = _raw_logits(q_b, k, INT8)
-    weights = tl.exp2(logits_a * scale - reference_a)
-    total_a += tl.sum(weights, 1)
-    acc_a = tl.dot(weights.to(v.dtype), v, acc_a, input_precision="ieee")
-    if HALVES:
-        weights = tl.exp2(logits_b * scale - reference_b)
-        total_b += tl.sum(weights, 1)
-        acc_b = tl.dot(weights.to(v.dtype), v, acc_b, input_precision="ieee")
-    # Products must end inside the iteration. With one still under way when the next begins, ptxas keeps more registers
-    # than there are, or runs all products one after the other (its note C7515).
-    if WAIT and HALVES:
-        wait: tl.constexpr = "wgmma.wait_group.sync.aligned 0;"
-        total_b = tl.inline_asm_elementwise(wait, "=f,0", [total_b], dtype=tl.float32, is_pure=False, pack=1)
-    elif WAIT:
-        # No instruction: that its result is used is enough.
-        acc_a = tl.inline_asm_elementwise("", "=f,0", [acc_a], dtype=tl.float32, is_pure=True, pack=1)
-    return total_a, acc_a, total_b, acc_b
 
 
 @triton.jit
@@ -158,17 +75,17 @@ def _attend_level(
             bias = tl.where(tokens > 0, 0.0, float("-inf"))
             if FACTOR > 1:
                 bias += tl.log2(tl.maximum(tokens, 1).to(tl.float32))
-            top_a, total_a, acc_a = _careful_tile(
+            top_a, total_a, acc_a = careful_tile(
                 q_a, k, v, tile_scale, bias, top_a, total_a, acc_a, HEADROOM, INT8
             )  # fmt: skip
             if HALVES:
-                top_b, total_b, acc_b = _careful_tile(
+                top_b, total_b, acc_b = careful_tile(
                     q_b, k, v, tile_scale, bias, top_b, total_b, acc_b, HEADROOM, INT8
                 )  # fmt: skip
         else:
-            total_a, acc_a = _edge_tile(q_a, k, v, tile_scale, tokens, top_a, total_a, acc_a, INT8)
+            total_a, acc_a = edge_tile(q_a, k, v, tile_scale, tokens, top_a, total_a, acc_a, INT8)
             if HALVES:
-                total_b, acc_b = _edge_tile(q_b, k, v, tile_scale, tokens, top_b, total_b, acc_b, INT8)
+                total_b, acc_b = edge_tile(q_b, k, v, tile_scale, tokens, top_b, total_b, acc_b, INT8)
 
     if not CAREFUL:
         # Every row of a full block stands for FACTOR tokens: the bias becomes part of the reference.
@@ -202,30 +119,14 @@ def _attend_level(
                 elif INT8:
                     tile_scale = scale * tl.load(scale_ptr + block)[None, :]
             if HALVES:
-                total_a, acc_a, total_b, acc_b = _fast_tile(
+                total_a, acc_a, total_b, acc_b = fast_tile(
                     q_a, q_b, k, v, tile_scale, shift_a, shift_b, total_a, acc_a, total_b, acc_b, INT8, WAIT, True
                 )  # fmt: skip
             else:
-                total_a, acc_a, _, _ = _fast_tile(
+                total_a, acc_a, _, _ = fast_tile(
                     q_a, q_a, k, v, tile_scale, shift_a, shift_a, total_a, acc_a, total_a, acc_a, INT8, WAIT, False
                 )  # fmt: skip
     return top_a, total_a, acc_a, top_b, total_b, acc_b
-
-
-@triton.jit
-def _load_queries(
-    base_ptr, from_ptr, first, length_q, stride,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr,
-):  # fmt: skip
-    """Queries first..first + ROWS of a head [ROWS, DIM], 0 where there is none."""
-    position = first + tl.arange(0, ROWS)
-    dims = tl.arange(0, DIM)
-    exists = position < length_q
-    place = position.to(tl.int64)
-    if ORDERED:
-        place = tl.load(from_ptr + position, mask=exists, other=0)
-    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    return tl.load(base_ptr + place[:, None] * stride + dims[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -295,20 +196,20 @@ def _attend(
     lanes = tl.arange(0, TILE)
     q_base = q_ptr + b.to(tl.int64) * stride_qb + h.to(tl.int64) * stride_qh
     from_ptr += head_index * length_order
-    q_a = _load_queries(q_base, from_ptr, first_a, length_q, stride_ql, ROWS, HEAD_DIM, DIM, ORDERED)
+    q_a = load_rows(q_base, from_ptr, first_a, length_q, stride_ql, ROWS, HEAD_DIM, DIM, ORDERED)
     top_a = tl.full([ROWS], float("-inf"), tl.float32)
     total_a = _first_total(q_a, INT8)
     acc_a = tl.zeros([ROWS, DIM], tl.float32)
     q_b, top_b, total_b, acc_b = q_a, top_a, total_a, acc_a
     if HALVES:
-        q_b = _load_queries(q_base, from_ptr, first_b, length_q, stride_ql, ROWS, HEAD_DIM, DIM, ORDERED)
+        q_b = load_rows(q_base, from_ptr, first_b, length_q, stride_ql, ROWS, HEAD_DIM, DIM, ORDERED)
         total_b = _first_total(q_b, INT8)
     fine_a, fine_b, fine_scale = q_a, q_b, scale
     if INT8:
         base = q8_ptr + head_index.to(tl.int64) * length_q * HEAD_DIM
-        fine_a = _load_queries(base, from_ptr, first_a, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM, False)
+        fine_a = load_rows(base, from_ptr, first_a, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM, False)
         if HALVES:
-            fine_b = _load_queries(base, from_ptr, first_b, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM, False)
+            fine_b = load_rows(base, from_ptr, first_b, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM, False)
         fine_scale = scale * tl.load(q_scales_ptr + row)
 
     if HAS_EXTRA:
@@ -320,9 +221,9 @@ def _attend(
             k = tl.load(extra_k_ptr + address, mask=mask, other=0)
             v = tl.load(extra_v_ptr + address, mask=mask, other=0)
             bias = tl.where(there, 0.0, float("-inf"))
-            top_a, total_a, acc_a = _careful_tile(q_a, k, v, scale, bias, top_a, total_a, acc_a, HEADROOM, False)
+            top_a, total_a, acc_a = careful_tile(q_a, k, v, scale, bias, top_a, total_a, acc_a, HEADROOM, False)
             if HALVES:
-                top_b, total_b, acc_b = _careful_tile(q_b, k, v, scale, bias, top_b, total_b, acc_b, HEADROOM, False)
+                top_b, total_b, acc_b = careful_tile(q_b, k, v, scale, bias, top_b, total_b, acc_b, HEADROOM, False)
 
     # Addresses are made where they are needed: kept through the loops, they would push the loops' own values out of the
     # registers.

@@ -202,7 +202,8 @@ def cache_key(gpu_name: str, case: Case) -> str:
     """Everything that a measured tile depends on: GPU, Triton, the kernel's source and the kind of call."""
     import triton
 
-    source = hashlib.sha256(Path(__file__).with_name("attend_triton.py").read_bytes()).hexdigest()[:12]
+    files = (Path(__file__).with_name(name) for name in ("attend_triton.py", "attend_tile_triton.py"))
+    source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     kind = f"head_dim {case.dim}, blocks {case.block_q} {case.block_kv}, {str(case.dtype).removeprefix('torch.')}"
     return f"{gpu_name}, triton {triton.__version__}, kernel {source}, {kind}{', int8 keys' if case.int8 else ''}"
 

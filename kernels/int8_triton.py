@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .order import TokenOrder
+from .order_triton import load_rows
 
 
 @triton.jit(do_not_specialize=["heads", "length", "length_index", "blocks"])
@@ -23,22 +24,18 @@ def _quantise(
     length_index: entries of the index before those of the next head; 0 where all share one.
     """
     head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    dims = tl.arange(0, DIM)
-    exists = row < length
-    source = row.to(tl.int64)
-    if ORDERED:
-        source = tl.load(index_ptr + head * length_index + row, mask=exists, other=0)
-    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    x_ptr += (head // heads) * stride_b + (head % heads) * stride_h
-    rows = tl.load(x_ptr + source[:, None] * stride_l + dims[None, :], mask=mask, other=0).to(tl.float32)
+    first = tl.program_id(0) * BLOCK
+    base = x_ptr + (head // heads) * stride_b + (head % heads) * stride_h
+    index_ptr += head * length_index
+    rows = load_rows(base, index_ptr, first, length, stride_l, BLOCK, HEAD_DIM, DIM, ORDERED).to(tl.float32)
     # What is not finite becomes 0, so that the scale is that of the others.
     rows = tl.where(tl.abs(rows) < float("inf"), rows, 0.0)
     scale = tl.maximum(tl.max(tl.max(tl.abs(rows), 1), 0), 1e-20) / 127.0
     rows /= scale
     rows += tl.where(rows >= 0, 0.5, -0.5)
+    row, dims = first + tl.arange(0, BLOCK), tl.arange(0, DIM)
     address = out_ptr + (head * length + row)[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(address, rows.to(tl.int8), mask=mask)
+    tl.store(address, rows.to(tl.int8), mask=(row < length)[:, None] & (dims < HEAD_DIM)[None, :])
     tl.store(scales_ptr + head * blocks + tl.program_id(0), scale)
 
 

@@ -11,6 +11,25 @@ from .order import TokenOrder
 _ROWS = 64
 
 
+@triton.jit
+def load_rows(
+    base_ptr, index_ptr, first, length, stride,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr,
+):  # fmt: skip
+    """The ordered rows first..first + ROWS of a head [ROWS, DIM], 0 where there is none.
+
+    base_ptr: the head in raster order, or where not ORDERED in the order itself; index_ptr: the head's index.
+    """
+    position = first + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    exists = position < length
+    place = position.to(tl.int64)
+    if ORDERED:
+        place = tl.load(index_ptr + position, mask=exists, other=0)
+    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(base_ptr + place[:, None] * stride + dims[None, :], mask=mask, other=0)
+
+
 @triton.jit(do_not_specialize=["heads", "length", "length_index"])
 def _move(
     x_ptr, index_ptr, out_ptr, stride_xb, stride_xh, stride_xl, stride_ob, stride_oh, stride_ol,

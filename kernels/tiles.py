@@ -22,8 +22,8 @@ class AttendTile:
     Attributes:
         rows: key rows of a tile; warps; stages: tiles in flight.
         bulk: keys and values of level 1 come by the tensor memory accelerator (compute capability 9.0).
-        wait: see `attend_triton._fast_tile`.
-        halves: query blocks of 128 rows or more are computed in two halves, see `attend_triton`.
+        wait: see `attend_tile_triton.fast_tile`.
+        halves: query blocks of 128 rows or more are computed in two halves, see there.
     """
 
     rows: int

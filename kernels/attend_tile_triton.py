@@ -1,0 +1,96 @@
+"""One tile of keys in the attention kernel in Triton: products and streaming softmax, in base 2.
+
+The running maximum of the streaming softmax moves only in the first tile of a level. The other tiles subtract what it
+was then: any reference gives the same softmax as long as nothing overflows, and bfloat16 weights span as many powers
+of two as float32. A query block in which something did overflow is known by its result, and a second launch computes
+it again with a running maximum in every tile (`CAREFUL`).
+
+On compute capability 9.0 a query block is computed in two halves (`HALVES`): while the tensor cores multiply the
+weights of one with the values, the exponentials of the other are taken (as J. Shah et al., FlashAttention-3, arXiv
+2407.08608, section 3.1, do with two warp groups; here one warp group serves both halves).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# 3 * 2^22 as float32: an integer below 2^22 added to its bits is added to its value.
+_MAGIC_BITS, _MAGIC = tl.constexpr(0x4B400000), tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _logits(q, k, INT8: tl.constexpr):
+    """q [M, D] times the transpose of k [N, D]: float32 [M, N], not yet scaled."""
+    if INT8:
+        return tl.dot(q, tl.trans(k)).to(tl.float32)
+    else:
+        return tl.dot(q, tl.trans(k), input_precision="ieee")
+
+
+@triton.jit
+def _raw_logits(q, k, INT8: tl.constexpr):
+    """`_logits` for a full tile; with INT8 too large by _MAGIC.
+
+    Sums that begin at the magic number are floats when they are done; converting them would take as long as a quarter
+    of the exponentials. What they are too large by goes into the reference.
+    """
+    if INT8:
+        start = tl.full([q.shape[0], k.shape[0]], _MAGIC_BITS, tl.int32)
+        return tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return _logits(q, k, False)
+
+
+@triton.jit
+def careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr, INT8: tl.constexpr):
+    """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row, `top` the reference."""
+    logits = _logits(q, k, INT8) * scale + bias[None, :]
+    new_top = tl.maximum(top, tl.max(logits, 1) + HEADROOM)
+    # A row that has seen nothing yet has top = -inf; 0 in its place keeps -inf - -inf out.
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weights = tl.exp2(logits - base[:, None])
+    decay = tl.exp2(top - base)
+    total = total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
+def edge_tile(q, k, v, scale, tokens, top, total, acc, INT8: tl.constexpr):
+    """One tile with a fixed reference whose rows stand for `tokens` tokens each, 0 where there is none."""
+    weights = tl.exp2(_logits(q, k, INT8) * scale - top[:, None]) * tokens[None, :].to(tl.float32)
+    total += tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+    return total, acc
+
+
+@triton.jit
+def fast_tile(
+    q_a, q_b, k, v, scale, shift_a, shift_b, total_a, acc_a, total_b, acc_b,
+    INT8: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """One full tile with fixed references: the weights are 2^(logit - shift)."""
+    reference_a, reference_b = shift_a[:, None], shift_b[:, None]
+    if INT8:
+        reference_a += _MAGIC * scale
+        reference_b += _MAGIC * scale
+    logits_a = _raw_logits(q_a, k, INT8)
+    if HALVES:
+        logits_b = _raw_logits(q_b, k, INT8)
+    weights = tl.exp2(logits_a * scale - reference_a)
+    total_a += tl.sum(weights, 1)
+    acc_a = tl.dot(weights.to(v.dtype), v, acc_a, input_precision="ieee")
+    if HALVES:
+        weights = tl.exp2(logits_b * scale - reference_b)
+        total_b += tl.sum(weights, 1)
+        acc_b = tl.dot(weights.to(v.dtype), v, acc_b, input_precision="ieee")
+    # Products must end inside the iteration: with one still under way when the next begins, the loops spill, and in
+    # other cuts of this kernel ptxas ran all products one after the other (its notes C7514 and C7515).
+    if WAIT and HALVES:
+        wait: tl.constexpr = "wgmma.wait_group.sync.aligned 0;"
+        total_b = tl.inline_asm_elementwise(wait, "=f,0", [total_b], dtype=tl.float32, is_pure=False, pack=1)
+    elif WAIT:
+        # No instruction: that its result is used is enough.
+        acc_a = tl.inline_asm_elementwise("", "=f,0", [acc_a], dtype=tl.float32, is_pure=True, pack=1)
+    return total_a, acc_a, total_b, acc_b
