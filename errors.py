@@ -1,16 +1,67 @@
-"""The error of a wrong node input, shared by everything that nodes call."""
+"""The sentences for wrong inputs, shared by everything that nodes call. Imports nothing of the pack."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
+_MOST_LETTERS = 80
+_MOST_CHOICES = 24
+
 
 class InputError(ValueError):
-    """A wrong node input: names the node, the input, what was given and what is allowed."""
+    """A wrong node input: one sentence with node, input, what was given and what is allowed, and one that says what to
+    do. Without the second none can be made.
 
-    def __init__(self, field: str, given: object, allowed: str, node: str = "PSA Patch") -> None:
-        super().__init__(f"{node}, input {field}: {given!r} was given; allowed: {allowed}")
+    Attributes:
+        field: the input, or several with commas between them.
+    """
+
+    # ComfyUI shows a class as its module and name, and the module begins with the folder of the user's pack.
+    __module__ = "builtins"
+    __qualname__ = "Wrong input"
+
+    def __init__(self, field: str, given: object, allowed: str, node: str = "PSA Patch", *, do: str) -> None:
+        self.field = field
+        super().__init__(f"{node}, input {refusal(field, given, allowed)}. {sentence(do)}")
+
+    @classmethod
+    def of_choice(cls, field: str, given: object, choices: Iterable[object], node: str = "PSA Patch") -> InputError:
+        """The error of a value that is none of the choices; of a long list those most like it are named."""
+        names = [str(choice) for choice in choices]
+        if not names:
+            return cls(field, given, "an entry of its menu, which is empty", node, do="Press R to read the menu again")
+        do = f"Set {field} to one of them"
+        if len(names) > _MOST_CHOICES:
+            near = difflib.get_close_matches(str(given)[:_MOST_LETTERS], names, n=5, cutoff=0.3) or names[:5]
+            names, do = [*near, f"and {len(names) - len(near)} more of its menu"], f"Choose {field} from the menu"
+        return cls(field, given, ", ".join(names), node, do=do)
+
+
+def refusal(field: str, given: object, allowed: str) -> str:
+    """`field: 'x' was given; allowed: ...`, the one form of it; without a full stop at its end."""
+    return f"{field}: {shown(given)} was given; allowed: {allowed.rstrip('. ')}"
+
+
+def sentence(words: str) -> str:
+    """The words with a capital letter and a full stop; raises ValueError where there are none."""
+    words = words.strip().rstrip(".")
+    if not words:
+        raise ValueError("an error must say what to do")
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def shown(given: object) -> str:
+    """A value as a message shows it: plain data as Python writes it, cut where it is long, and no names of classes."""
+    if isinstance(given, str | int | float | list | tuple | dict | set | frozenset) or given is None:
+        text = repr(given)
+        return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."
+    if hasattr(given, "shape"):
+        return f"an array of {'x'.join(map(str, given.shape)) or 'one number'}"
+    return "something of another type"
 
 
 def require_model(model: object, node: str = "PSA Patch") -> None:
     """Raise InputError where a node was given something else than a MODEL, which ComfyUI's API lets through."""
     if not all(hasattr(model, name) for name in ("model", "model_options", "clone", "get_model_object")):
-        raise InputError("model", model, "the MODEL output of a loader", node)
+        raise InputError("model", model, "the MODEL output of a loader", node, do="connect a model loader to model")

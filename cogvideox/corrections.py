@@ -47,7 +47,8 @@ def correct_model(model: Any, variant: Variant | None = None, node: str = "PSA C
     config = getattr(getattr(model.model, "model_config", None), "unet_config", {})
     if config.get("image_model") != "cogvideox":
         given = config.get("image_model") or type(model.model).__name__
-        raise InputError("model", given, "a CogVideoX model", node)
+        do = "connect a CogVideoX model, or leave out this node"
+        raise InputError("model", given, "a CogVideoX model", node, do=do)
     corrected = model.clone()
     if is_corrected(model):
         log.info("PSA: the CogVideoX model is corrected already")

@@ -28,7 +28,7 @@ def image_to_video(
         ("start_image", start_image, isinstance(start_image, torch.Tensor), "IMAGE"),
     ):
         if not fits:
-            raise InputError(name, given, allowed, "PSA CogVideoX Image To Video")
+            raise InputError(name, given, allowed, "PSA CogVideoX Image To Video", do=f"connect {allowed} to {name}")
     pixels = comfy.utils.common_upscale(start_image[:1, :, :, :3].movedim(-1, 1), width, height, "lanczos", "center")
     # The frames behind the first are left to the model, which pads them with zeros as diffusers does.
     image = vae.encode(pixels.movedim(1, -1))

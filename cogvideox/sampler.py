@@ -27,7 +27,7 @@ def make_sampler(solver: str) -> Any:
     import comfy.samplers
 
     if solver not in SOLVERS:
-        raise InputError("solver", solver, ", ".join(SOLVERS), NODE)
+        raise InputError.of_choice("solver", solver, SOLVERS, NODE)
     return comfy.samplers.KSAMPLER(sample, {"solver": solver})
 
 
@@ -99,7 +99,7 @@ def _checked_sampling(model: Any) -> Any:
 
     sampling = model.inner_model.inner_model.model_sampling
     if not isinstance(sampling, comfy.model_sampling.V_PREDICTION) or not hasattr(sampling, "log_sigmas"):
-        kinds = " and ".join(kind.__name__ for kind in type(sampling).__bases__)
-        allowed = "a model from PSA CogVideoX Loader or PSA CogVideoX Fix; put PSA CogVideoX Fix before the sampler"
-        raise InputError("model", f"a model with sampling {kinds}", allowed, NODE)
+        allowed = "a model from PSA CogVideoX Loader or PSA CogVideoX Fix, without another sampling node after it"
+        do = "put PSA CogVideoX Fix before the sampler"
+        raise InputError("model", "a model with another kind of sampling", allowed, NODE, do=do)
     return sampling

@@ -61,15 +61,16 @@ def trailing_sigmas(model: Any, steps: int, denoise: float) -> torch.Tensor:
     require_model(model, "PSA CogVideoX Sigmas")
     sigmas = getattr(model.get_model_object("model_sampling"), "sigmas", None)
     if sigmas is None or sigmas.ndim != 1:
-        raise InputError("model", type(model.model).__name__, "a CogVideoX model", "PSA CogVideoX Sigmas")
+        do = "connect the model of PSA CogVideoX Loader or PSA CogVideoX Fix"
+        raise InputError("model", "another model", "a CogVideoX model", "PSA CogVideoX Sigmas", do=do)
     if denoise != denoise:
-        raise InputError("denoise", denoise, "0 to 1", "PSA CogVideoX Sigmas")
+        raise InputError("denoise", denoise, "0 to 1", "PSA CogVideoX Sigmas", do="set denoise to 1")
     if denoise <= 0:
         return torch.empty(0)
-    total = int(steps / denoise)
+    total = int(min(steps / denoise, 1e9))
     if not 1 <= steps <= total <= len(sigmas):
         allowed = f"1 to {len(sigmas)} steps, counted at denoise 1; denoise {denoise} makes them {total}"
-        raise InputError("steps", steps, allowed, "PSA CogVideoX Sigmas")
+        raise InputError("steps", steps, allowed, "PSA CogVideoX Sigmas", do="take fewer steps or more denoise")
     timesteps = trailing_timesteps(total, len(sigmas))[-steps:]
     return torch.cat([sigmas.cpu()[timesteps].float(), torch.zeros(1)])
 
@@ -113,7 +114,9 @@ def plan_walk(sampling: Any, sigmas: torch.Tensor) -> Walk:
     visited = sampling.timestep(sigmas[:-1] if ends_clean else sigmas).cpu()
     visited = torch.unique_consecutive(visited)  # levels finer than the table
     if (visited.diff() > 0).any():
-        raise InputError("sigmas", "a schedule that goes up", "noise levels that go down", "PSA CogVideoX Sampler")
+        do = "take the schedule of PSA CogVideoX Sigmas or of another scheduler"
+        allowed, node = "noise levels that go down", "PSA CogVideoX Sampler"
+        raise InputError("sigmas", "a schedule that goes up", allowed, node, do=do)
     table = sampling.sigmas.double().cpu()
     levels = [*table[visited].tolist(), *[0.0] * ends_clean]
     timesteps = [*visited.tolist(), *[-1] * ends_clean]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..errors import refusal
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError
 from ..kernels.falling import check_falling
@@ -100,17 +101,17 @@ def apply_psa(
     """
     transformers = _transformers(pipe)
     if backend not in BACKENDS:
-        raise ValueError(f"apply_psa, backend: {backend!r} was given; allowed: {', '.join(BACKENDS)}")
+        raise _error("backend", backend, ", ".join(BACKENDS))
     if not 0 <= sparsity <= 0.97:
-        raise ValueError(f"apply_psa, sparsity: {sparsity!r} was given; allowed: 0 to 0.97")
+        raise _error("sparsity", sparsity, "0 to 0.97")
     presets = load_presets()
     if preset != "auto" and preset not in presets:
-        raise ValueError(f"apply_psa, preset: {preset!r} was given; allowed: auto, {', '.join(presets)}")
+        raise _error("preset", preset, f"auto, {', '.join(presets)}")
     scheduler = getattr(pipe, "scheduler", None)
     if warm_up < 0 or (isinstance(warm_up, float) and warm_up > 1):
-        raise ValueError(f"apply_psa, warm_up: {warm_up!r} was given; allowed: a share from 0.0 to 1.0 or a step count")
+        raise _error("warm_up", warm_up, "a share from 0.0 to 1.0 or a step count")
     if warm_up and scheduler is None:
-        raise ValueError(f"apply_psa, warm_up: {warm_up!r} was given; allowed: 0, a bare transformer knows no steps")
+        raise _error("warm_up", warm_up, "0, a bare transformer knows no steps")
     planned = []
     for transformer in transformers:
         family = MODELS[type(transformer).__name__]
@@ -141,6 +142,10 @@ def remove_psa(pipe: Any) -> bool:
     return bool(found)
 
 
+def _error(argument: str, given: object, allowed: str) -> ValueError:
+    return ValueError(f"apply_psa, {refusal(argument, given, allowed)}")
+
+
 def _transformers(pipe: Any) -> list[Any]:
     candidates = (
         [pipe]
@@ -149,9 +154,8 @@ def _transformers(pipe: Any) -> list[Any]:
     )
     found = [candidate for candidate in candidates if type(candidate).__name__ in MODELS]
     if not found:
-        raise TypeError(
-            f"apply_psa, pipe: {type(pipe).__name__} was given; allowed: a pipeline with {', '.join(MODELS)}"
-        )
+        allowed = f"a pipeline with {', '.join(MODELS)}"
+        raise TypeError(f"apply_psa, pipe: {type(pipe).__name__} was given; allowed: {allowed}")
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..errors import refusal
 from .levels import BlockLists
 
 BACKENDS = ("auto", "triton", "torch")
@@ -48,7 +49,7 @@ def choose_backend(name: str, q: torch.Tensor, precision: str = "auto") -> str:
         ValueError: no such backend.
     """
     if name not in BACKENDS:
-        raise ValueError(f"backend: {name!r} was given; allowed: {', '.join(BACKENDS)}")
+        raise ValueError(refusal("backend", name, ", ".join(BACKENDS)))
     if name == "torch" or (name == "auto" and not q.is_cuda):
         if precision == "int8":
             raise BackendError("precision int8 needs the Triton backend; torch computes in the type of the model")

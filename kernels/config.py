@@ -10,6 +10,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from ..errors import refusal
+
 MODES = ("budget", "topk", "threshold")
 ORDERS = ("raster", "curve", "tiles", "semantic", "hybrid")
 IMPORTANCES = ("pooled", "means", "sampled")
@@ -22,13 +24,14 @@ _TOLERANCE = 1e-6
 
 
 class ConfigError(ValueError):
-    """An impossible setting. `field` names it; the message says what was given and what is allowed."""
+    """An impossible setting. `field` names it; the message says what was given and what is allowed, `do` what to do."""
 
-    def __init__(self, field: str, given: object, allowed: str) -> None:
+    def __init__(self, field: str, given: object, allowed: str, do: str | None = None) -> None:
         self.field = field
         self.given = given
         self.allowed = allowed
-        super().__init__(f"{field}: {given!r} was given; allowed: {allowed}")
+        self.do = do or f"change {field}"
+        super().__init__(refusal(field, given, allowed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,50 +95,58 @@ class PyramidConfig:
             ("block_kv", BLOCK_SIZES),
         ):
             if getattr(self, field) not in allowed:
-                raise ConfigError(field, getattr(self, field), "one of " + ", ".join(map(str, allowed)))
+                choices = ", ".join(map(str, allowed))
+                raise ConfigError(field, getattr(self, field), f"one of {choices}", f"set {field} to one of them")
         object.__setattr__(self, "shares", self._validated_shares())
         object.__setattr__(self, "similarity_cap", self._validated_cap())
         if not 0 < self.sample_share <= 1:
-            raise ConfigError("sample_share", self.sample_share, "more than 0, at most 1")
+            raise ConfigError("sample_share", self.sample_share, "more than 0, at most 1", "set it to 0.25")
         if len(self.tile) != 3 or any(int(n) != n or n < 1 for n in self.tile):
-            raise ConfigError("tile", self.tile, "three whole numbers of at least 1: time, height, width")
+            allowed = "three whole numbers of at least 1: time, height, width"
+            raise ConfigError("tile", self.tile, allowed, "set it to (1, 8, 8)")
         for field in ("clusters", "cluster_iterations"):
             given = getattr(self, field)
             if len(given) != 2 or any(int(n) != n or n < 1 for n in given):
-                raise ConfigError(field, given, "two whole numbers of at least 1")
+                raise ConfigError(field, given, "two whole numbers of at least 1", "raise them")
         self._validate_sparsity()
 
     def _validated_shares(self) -> dict[int, float]:
         factors = [2**h for h in range(int(math.log2(self.block_kv)) + 1)]
         for factor, share in self.shares.items():
             if factor not in factors:
-                raise ConfigError("shares", factor, f"pooling factors {factors} with block_kv {self.block_kv}")
+                allowed = f"pooling factors {factors} with block_kv {self.block_kv}"
+                raise ConfigError("shares", factor, allowed, "take one of these factors")
             if not 0 <= share <= 1 or math.isnan(share):
-                raise ConfigError("shares", {factor: share}, "a share between 0 and 1 for every pooling factor")
+                allowed = "a share between 0 and 1 for every pooling factor"
+                raise ConfigError("shares", {factor: share}, allowed, "change this share")
         # A level with no share is no level: leaving it out must not change the others.
         shares = {int(factor): float(self.shares[factor]) for factor in sorted(self.shares) if self.shares[factor] > 0}
         if not shares:
-            raise ConfigError("shares", dict(self.shares), "at least one pooling factor with a share above 0")
+            allowed = "at least one pooling factor with a share above 0"
+            raise ConfigError("shares", dict(self.shares), allowed, "raise a share")
         if sum(shares.values()) > 1 + _TOLERANCE:
-            raise ConfigError("shares", dict(self.shares), "shares that add up to at most 1")
+            raise ConfigError("shares", dict(self.shares), "shares that add up to at most 1", "lower a share")
         return shares
 
     def _validated_cap(self) -> dict[int, float]:
         for factor, similarity in self.similarity_cap.items():
             if factor not in (2, 4, 8, 16, 32, 64, 128) or factor > self.block_kv:
-                raise ConfigError("similarity_cap", factor, f"pooling factors 2 to {self.block_kv}")
+                allowed = f"pooling factors 2 to {self.block_kv}"
+                raise ConfigError("similarity_cap", factor, allowed, "take one of these factors")
             if not -1 <= similarity <= 1:
-                raise ConfigError("similarity_cap", {factor: similarity}, "a cosine similarity between -1 and 1")
+                allowed = "a cosine similarity between -1 and 1"
+                raise ConfigError("similarity_cap", {factor: similarity}, allowed, "change it")
         return {int(factor): float(self.similarity_cap[factor]) for factor in sorted(self.similarity_cap)}
 
     def _validate_sparsity(self) -> None:
         if self.mode == "threshold":
             if self.sparsity is not None:
-                raise ConfigError("sparsity", self.sparsity, "None in threshold mode, where sparsity follows the data")
+                allowed = "None in threshold mode, where sparsity follows the data"
+                raise ConfigError("sparsity", self.sparsity, allowed, "leave it out or take another mode")
             return
         if self.sparsity is None:
             if self.mode == "budget":
-                raise ConfigError("sparsity", None, "a number in budget mode, which meets it")
+                raise ConfigError("sparsity", None, "a number in budget mode, which meets it", "set a sparsity")
             return
         least, most = self.reachable_sparsity
         if not (least - _TOLERANCE <= self.sparsity <= most + _TOLERANCE and self.sparsity < 1):
@@ -144,6 +155,7 @@ class PyramidConfig:
                 self.sparsity,
                 f"{least:.3f} to {most:.3f} with finest pooling factor {self.factors[0]}, block_kv {self.block_kv} "
                 f"and tail {'on' if self.tail else 'off'}",
+                "set sparsity within it, or change the levels",
             )
 
     @property

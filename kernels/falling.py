@@ -32,15 +32,16 @@ def config_at(config: PyramidConfig, falling: float, place: float) -> PyramidCon
 def check_falling(falling: float, config: PyramidConfig) -> None:
     """Raise ConfigError where the density of this pyramid cannot fall so far."""
     if not 0 <= falling <= MOST_FALLING:
-        raise ConfigError("falling", falling, f"0 to {MOST_FALLING}")
+        raise ConfigError("falling", falling, f"0 to {MOST_FALLING}", f"set falling to {MOST_FALLING} or less")
     if falling and config.sparsity is None:
-        raise ConfigError("falling", falling, "0 where sparsity follows the data or the levels are taken as written")
+        allowed = "0 where sparsity follows the data or the levels are taken as written"
+        raise ConfigError("falling", falling, allowed, "set falling to 0")
     for place in (0, 1):
         try:
             config_at(config, falling, place)
         except ConfigError as error:
             allowed = f"less, for a step would have a sparsity of {error.given:.3f}, which may be {error.allowed}"
-            raise ConfigError("falling", falling, allowed) from error
+            raise ConfigError("falling", falling, allowed, "lower falling") from error
 
 
 def place_among(sigmas: Sequence[float], sigma: float) -> float:

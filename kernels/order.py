@@ -14,6 +14,8 @@ import functools
 import numpy as np
 import torch
 
+from ..errors import refusal
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
@@ -100,7 +102,7 @@ def make_order(
     if name == "raster":
         return TokenOrder(None, None)
     if name not in ("curve", "tiles"):
-        raise ValueError(f"order: {name!r} was given; allowed: raster, curve, tiles")
+        raise ValueError(refusal("order", name, "raster, curve, tiles"))
     index = curve_index(grid) if name == "curve" else tiles_index(grid, tuple(tile))
     return TokenOrder.of(index.clone().to(device))  # the cached tensor itself is never handed out
 

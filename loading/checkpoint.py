@@ -58,11 +58,12 @@ def load_checkpoint(name: str, weight_dtype: str = "default", *, disable_dynamic
             message then names the file.
     """
     if weight_dtype not in WEIGHT_DTYPES:
-        raise InputError("weight_dtype", weight_dtype, ", ".join(WEIGHT_DTYPES), NODE)
+        raise InputError.of_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES, NODE)
     try:
         model = _load(name, weight_dtype, disable_dynamic)
     except FileError as error:
-        raise InputError("checkpoint", name, f"a checkpoint that can be used; {error}", NODE) from error
+        do = "mend or download it again, or choose another checkpoint"
+        raise InputError("checkpoint", name, f"a checkpoint that can be used; {error}", NODE, do=do) from error
     model.cached_patcher_init = (load_checkpoint, (name, weight_dtype))
     return model
 
@@ -78,7 +79,8 @@ def _load(name: str, weight_dtype: str, disable_dynamic: bool) -> Any:
         tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata or None, **dynamic
     )
     if model is None or model.model.model_config.unet_config.get("image_model") != "cogvideox":
-        raise InputError("checkpoint", name, f"a CogVideoX checkpoint; this one has {_examples(given)}", NODE)
+        do = "choose a CogVideoX checkpoint, or load this one with the loader for its kind"
+        raise InputError("checkpoint", name, f"a CogVideoX checkpoint; this one has {_examples(given)}", NODE, do=do)
     _refuse_missing(model, given, path)
     try:
         variant = find_variant(model.model.model_config.unet_config, **read_configs(path))
@@ -96,7 +98,8 @@ def find_checkpoint(name: str) -> Path:
         return folder
     file = folder_paths.get_full_path("diffusion_models", name) if name in list_checkpoints() else None
     if file is None:
-        raise InputError("checkpoint", name, "a file or a folder that the menu lists; press R to read it again", NODE)
+        do = "press R to read the menu again, then choose from it"
+        raise InputError("checkpoint", name, "a file or a folder that the menu lists", NODE, do=do)
     return Path(file)
 
 

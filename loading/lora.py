@@ -43,12 +43,14 @@ def apply_lora(model: Any, name: str, strength: float) -> tuple[Any, str]:
     require_model(model, NODE)
     path = folder_paths.get_full_path("loras", name)
     if path is None:
-        raise InputError("lora_name", name, "a file that the menu lists; press R to read it again", NODE)
+        do = "press R to read the menu again, then choose from it"
+        raise InputError("lora_name", name, "a file that the menu lists", NODE, do=do)
     try:
         tensors, metadata = read_tensors(Path(path))
         tensors = with_alphas(tensors, lora_config(Path(path), metadata))
     except FileError as error:
-        raise InputError("lora_name", name, f"a file that can be used; {error}", NODE) from error
+        do = "mend or download it again, or choose another LoRA"
+        raise InputError("lora_name", name, f"a file that can be used; {error}", NODE, do=do) from error
     patched, summary = patch_with_lora(model, tensors, name, strength)
     log.info("PSA: %s", summary)
     return patched, summary
@@ -72,7 +74,7 @@ def patch_with_lora(
     if not patches:
         kind = _kind(model)
         allowed = f"a LoRA for this model ({kind}); no key of it fits, such as {_examples(tensors)}"
-        raise InputError("lora_name", name, allowed, NODE)
+        raise InputError("lora_name", name, allowed, NODE, do=f"choose a LoRA that was made for {kind}")
     _refuse_other_sizes(model, patches, name)
     patched = model.clone()
     applied = patched.add_patches(patches, strength)
@@ -170,7 +172,8 @@ def _refuse_other_sizes(model: Any, patches: Mapping[Any, Any], name: str) -> No
         if made_for != wanted:
             place = target.removeprefix("diffusion_model.")
             allowed = f"a LoRA for this model ({_kind(model)}), which has {wanted[0]}x{wanted[1]} at {place}"
-            raise InputError("lora_name", f"{name}, made for {made_for[0]}x{made_for[1]}", allowed, NODE)
+            do = f"choose a LoRA that was made for this size of {_kind(model)}"
+            raise InputError("lora_name", f"{name}, made for {made_for[0]}x{made_for[1]}", allowed, NODE, do=do)
 
 
 def _image_model(model: Any) -> str:

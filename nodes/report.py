@@ -81,5 +81,6 @@ def save_picture(picture, prefix: str, node: type[io.ComfyNode]) -> dict:
     try:
         return ui.ImageSaveHelper.get_save_images_ui(picture, filename_prefix=prefix, cls=node).as_dict()
     except Exception as error:  # ComfyUI refuses a folder outside with a plain Exception
-        allowed = f"a name that can be saved in ComfyUI's output folder ({error})"
-        raise InputError("filename_prefix", prefix, allowed, node.define_schema().display_name) from error
+        name, do = node.define_schema().display_name, "take a name such as psa/report, or leave it empty"
+        allowed = "a name that can be saved in ComfyUI's output folder"
+        raise InputError("filename_prefix", prefix, allowed, name, do=do) from error

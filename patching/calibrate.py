@@ -21,7 +21,7 @@ from ..kernels.presets import Preset
 from . import core
 from .family import Family, find_family
 from .override import RUN_KEY, PSAOverride
-from .patch import AUTO, remove_patch
+from .patch import AUTO, ONE_PYRAMID, remove_patch
 from .run import Run, is_active, log
 from .settings import PatchSettings, make_settings
 from .user_presets import PresetError, find_preset, write_preset
@@ -147,15 +147,19 @@ def calibrate(
     require_model(model, NODE)
     family = find_family(model)
     if isinstance(family, str):
-        raise InputError("model", "a model that PSA does not serve", family, NODE)
+        do = "connect a Wan2.1, Wan2.2 or CogVideoX model"
+        raise InputError("model", f"a model that PSA does not serve ({family})", "one that it does", NODE, do=do)
     if core.is_on_several_gpus(model):
-        raise InputError("model", "a model on several GPUs", "one on a single GPU: put MultiGPU CFG Split behind", NODE)
+        do = "put MultiGPU CFG Split after the model that goes here"
+        raise InputError("model", "a model on several GPUs", "one on a single GPU", NODE, do=do)
     if psa_pyramid is not None and preset != AUTO:
-        raise InputError("preset", preset, f"{AUTO} while PSA Pyramid is connected", NODE)
+        raise InputError("preset", preset, f"{AUTO} while PSA Pyramid is connected", NODE, do=ONE_PYRAMID)
     name = family.preset if preset == AUTO else preset
     shape = find_preset(name, node=NODE) if psa_pyramid is None else psa_pyramid
     if shape.as_written or shape.settings["mode"] == "threshold":
-        raise InputError("preset", shape.name, "a preset that meets a sparsity: not threshold, not as written", NODE)
+        do = "set preset to auto, or turn as_written off and take another mode than threshold in PSA Pyramid"
+        allowed = "a preset that meets a sparsity: not threshold, not as written"
+        raise InputError("preset", shape.name, allowed, NODE, do=do)
     candidates = [
         make_settings(
             sparsity=sparsity,
@@ -170,10 +174,14 @@ def calibrate(
     ]
     measuring = _measure(model, candidates, family, start_percent, sample)
     if measuring.reasons:
-        raise InputError("latent_image", "a size at which PSA stays dense", "; ".join(measuring.reasons), NODE)
+        given = f"a size at which PSA stays dense ({'; '.join(sorted(measuring.reasons))})"
+        do = "take more frames or a larger picture, or lower min_tokens"
+        raise InputError("latent_image", given, "a video that is long enough for PSA", NODE, do=do)
     points = measuring.points()
     if not points:
-        raise InputError("start_percent", start_percent, "a value that leaves at least one step to measure", NODE)
+        do = "lower start_percent or take more steps"
+        allowed = "a value that leaves at least one step to measure"
+        raise InputError("start_percent", start_percent, allowed, NODE, do=do)
     found = propose(points, min(measuring.dense_seconds), goal, target)
     log.info("PSA: calibrated: sparsity %.2f; %s", found.sparsity, found.note)
     if save_as.strip():
@@ -182,7 +190,8 @@ def calibrate(
             proposed = dataclasses.replace(shape, about=about, sparsity=found.sparsity)
             write_preset(save_as, proposed, made=f"{NODE}: {found.note}")
         except PresetError as error:
-            raise InputError("save_as", save_as, str(error), NODE) from error
+            do = "choose another name, or leave it empty"
+            raise InputError("save_as", save_as, str(error), NODE, do=do) from error
     return found
 
 

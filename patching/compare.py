@@ -24,14 +24,16 @@ def compare_images(
     """
     for name, images in (("images_a", images_a), ("images_b", images_b)):
         if not hasattr(images, "shape"):
-            raise InputError(name, images, "IMAGE", NODE)
+            raise InputError(name, images, "IMAGE", NODE, do=f"connect a video or pictures to {name}")
     given, allowed = tuple(images_b.shape[:3]), tuple(images_a.shape[:3])
     if given != allowed:
-        raise InputError("images_b", _shape(given), f"{_shape(allowed)}, the shape of images_a", NODE)
+        do = "give both videos the same size and number of frames"
+        raise InputError("images_b", _shape(given), f"{_shape(allowed)}, the shape of images_a", NODE, do=do)
     try:
         found = compare(images_a, images_b, lpips)
     except ImportError as error:
-        raise InputError("lpips", True, f"off, or on with its package: {error}", NODE) from error
+        do = "turn lpips off, or install its package: pip install lpips"
+        raise InputError("lpips", True, "off, or on where its package is installed", NODE, do=do) from error
     picture = side_by_side(images_a, images_b, (name_a, name_b), difference_gain, found)
     figures = dataclasses.asdict(found) | {
         "psnr": _finite(found.psnr),

@@ -22,6 +22,7 @@ from .settings import PatchSettings, make_settings
 
 KEY = "psa"
 AUTO = "auto"
+ONE_PYRAMID = "set preset to auto or unplug PSA Pyramid"
 STOCK = "sparsity is 0: the model is the stock one"
 ANY_SPARSITY = 0.95  # one that every pyramid reaches, to judge the other inputs where the slider is 0
 
@@ -64,7 +65,8 @@ def patch_model(
         log.warning("PSA: the model stays dense: %s", family)
         return _unpatched(model, family)
     if inputs.get("psa_pyramid") is not None and preset != AUTO:
-        raise InputError("preset", preset, f"{AUTO} while PSA Pyramid is connected, which takes the preset's place")
+        allowed = f"{AUTO} while PSA Pyramid is connected, which takes the preset's place"
+        raise InputError("preset", preset, allowed, do=ONE_PYRAMID)
     preset = family.preset if preset == AUTO else preset
     if sparsity == 0:
         make_settings(sparsity=ANY_SPARSITY, preset=preset, blocks=family.blocks, **inputs)

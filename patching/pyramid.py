@@ -14,6 +14,7 @@ from .user_presets import PresetError, write_preset
 NODE = "PSA Pyramid"
 LEVELS = {"full": 1, "half": 2, "quarter": 4, "eighth": 8}
 """Slider -> pooling factor."""
+_SLIDERS = ", ".join(LEVELS)
 CAPS = {"similarity_half": 2, "similarity_quarter": 4, "similarity_eighth": 8}
 
 
@@ -37,14 +38,13 @@ def make_pyramid(
     """
     shares = {factor: sliders[name] for name, factor in LEVELS.items() if sliders[name] > 0}
     if not shares:
-        raise _error("full, half, quarter, eighth", 0, "at least one level above 0: the video must be seen somehow")
+        raise _error(_SLIDERS, 0, "at least one level above 0: the video must be seen somehow", "raise a level")
     total = sum(shares.values())
     if total > 1 + 1e-6:
-        raise _error("full, half, quarter, eighth", f"{total:.2f} in sum", "levels that add up to at most 1")
+        raise _error(_SLIDERS, f"{total:.2f} in sum", "levels that add up to at most 1", "lower a level")
     if mode == "budget" and as_written:
-        raise _error(
-            "as_written", True, "off in budget mode, which always meets the sparsity slider; or mode threshold"
-        )
+        allowed = "off in budget mode, which always meets the sparsity slider"
+        raise _error("as_written", True, allowed, "turn as_written off, or set mode to threshold")
     caps = _caps(shares, sliders)
     settings = {
         "mode": mode,
@@ -62,12 +62,12 @@ def make_pyramid(
     try:
         pyramid.check()  # the shape alone; whether it meets the slider is for PSA Patch to say
     except ConfigError as error:
-        raise _error(error.field, error.given, error.allowed) from error
+        raise _error(error.field, error.given, error.allowed, error.do) from error
     if save_as.strip():
         try:
             path = write_preset(save_as, pyramid, about="A pyramid of the user's", made="saved by PSA Pyramid")
         except PresetError as error:
-            raise _error("save_as", save_as, str(error)) from error
+            raise _error("save_as", save_as, str(error), "choose another name, or leave it empty") from error
         log.info("PSA: the pyramid is saved as %s", path)
     return pyramid
 
@@ -80,10 +80,11 @@ def _caps(shares: dict[int, float], sliders: dict[str, float]) -> dict[int, floa
     for name, factor in CAPS.items():
         if given[factor] and factor > max(shares):
             level = next(level for level, pooled in LEVELS.items() if pooled == factor)
-            raise _error(name, given[factor], f"0 while no level is pooled that far ({level} and coarser are 0)")
+            allowed = f"0 while no level is pooled that far ({level} and coarser are 0)"
+            raise _error(name, given[factor], allowed, f"set {name} to 0 or raise {level}")
     # -1 is passed by every block; a level left out would be closed to all of them.
     return {factor: cap or -1.0 for factor, cap in given.items() if factor <= max(shares)}
 
 
-def _error(field: str, given: object, allowed: str) -> InputError:
-    return InputError(field, given, allowed, NODE)
+def _error(field: str, given: object, allowed: str, do: str) -> InputError:
+    return InputError(field, given, allowed, NODE, do=do)

@@ -94,11 +94,12 @@ def make_settings(
         InputError: an input is wrong or the combination is impossible.
     """
     if not start_percent < end_percent:
-        raise InputError("start_percent", start_percent, f"less than end_percent, which is {end_percent}")
+        allowed = f"less than end_percent, which is {end_percent}"
+        raise InputError("start_percent", start_percent, allowed, do="lower start_percent or raise end_percent")
     if backend not in BACKENDS:
-        raise InputError("backend", backend, ", ".join(BACKENDS))
+        raise InputError.of_choice("backend", backend, BACKENDS)
     if not 1 <= reuse_steps <= MOST_REUSE_STEPS:
-        raise InputError("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}")
+        raise InputError("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}", do="set reuse_steps to 1")
     shape = find_preset(preset) if psa_pyramid is None else psa_pyramid
     changes: dict[str, object] = {} if precision == "auto" else {"precision": precision}
     for field, value in (("mode", mode), ("order", order), ("importance", importance)):
@@ -114,15 +115,17 @@ def make_settings(
     if psa_pyramid is not None:
         for field, value in changes.items():
             field = {"shares": "pyramid"}.get(field, field)
-            raise InputError(field, value, f"nothing here while PSA Pyramid is connected: set {field} there")
+            allowed = "nothing of its own while PSA Pyramid is connected"
+            raise InputError(field, value, allowed, do=f"set {field} in PSA Pyramid, or unplug it")
     try:
         config = shape.config(sparsity, **changes)
         check_falling(falling, config)
     except ConfigError as error:
         field = {"shares": "pyramid"}.get(error.field, error.field)
-        raise InputError(field, error.given, error.allowed) from error
+        raise InputError(field, error.given, error.allowed, do=error.do) from error
     if reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
-        raise InputError("reuse_steps", reuse_steps, f"1 with the order {config.order}, whose blocks change every step")
+        allowed = f"1 with the order {config.order}, whose blocks change every step"
+        raise InputError("reuse_steps", reuse_steps, allowed, do="set reuse_steps to 1 or take another order")
     return PatchSettings(
         config=config,
         preset=shape.name,
@@ -144,7 +147,8 @@ def parse_pyramid(text: str) -> dict[int, float]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,3})\s*:\s*(\d*\.?\d+)\s*", part)
         if match is None or int(match[1]) in shares:
-            raise InputError("pyramid", text, "each pooling factor once, with its share: '1: 0.10, 2: 0.05, 8: 0.20'")
+            allowed = "each pooling factor once, with its share: '1: 0.10, 2: 0.05, 8: 0.20'"
+            raise InputError("pyramid", text, allowed, do="write it like this, or leave pyramid empty")
         shares[int(match[1])] = float(match[2])
     return shares
 
@@ -152,13 +156,14 @@ def parse_pyramid(text: str) -> dict[int, float]:
 def parse_blocks(text: str, blocks: int | None = None) -> frozenset[int]:
     """'0, 1, 38-39' -> {0, 1, 38, 39}. `blocks` is the number of transformer blocks, where it is known."""
     allowed = "block numbers and ranges such as '0, 1, 38-39'" + (f", from 0 to {blocks - 1}" if blocks else "")
+    do = "write it like this, or leave dense_blocks empty"
     indices: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", part)
         if match is None:
-            raise InputError("dense_blocks", text, allowed)
+            raise InputError("dense_blocks", text, allowed, do=do)
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or (blocks is not None and last >= blocks):
-            raise InputError("dense_blocks", text, allowed)
+            raise InputError("dense_blocks", text, allowed, do=do)
         indices.update(range(first, last + 1))
     return frozenset(indices)

@@ -48,10 +48,10 @@ def _maps(maps: RunMaps, layer: int, head: int) -> dict[str, Any]:
     if layer == -1:
         layer = recorded[len(recorded) // 2]
     if layer not in maps.blocks:
-        raise InputError("layer", layer, f"-1 or a sparse layer: {_ranges(recorded)}", NODE)
+        raise InputError("layer", layer, f"-1 or a sparse layer: {_ranges(recorded)}", NODE, do="set layer to -1")
     found = maps.blocks[layer]
     if head >= len(found.seen):
-        raise InputError("head", head, f"0 to {len(found.seen) - 1}", NODE)
+        raise InputError("head", head, f"0 to {len(found.seen) - 1}", NODE, do="set head to 0")
     seen, spot = maps.head(layer, head)
     return {
         "seen": seen.numpy(),

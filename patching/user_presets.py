@@ -11,7 +11,7 @@ import os
 import re
 from pathlib import Path
 
-from ..errors import InputError
+from ..errors import InputError, refusal, shown
 from ..kernels.config import IMPORTANCES, MODES, ORDERS, PRECISIONS, REDUCTIONS, ConfigError
 from ..kernels.presets import RANKING, Preset, load_presets
 
@@ -63,7 +63,7 @@ def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -
     if not name.startswith(PREFIX):
         presets = load_presets()
         if name not in presets:
-            raise InputError("preset", name, ", ".join(preset_names(where)), node)
+            raise InputError.of_choice("preset", name, preset_names(where), node)
         return presets[name]
     for path in _files(where or folder()):
         if PREFIX + path.stem == name:
@@ -71,8 +71,9 @@ def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -
                 return read_preset(path)
             except PresetError as error:
                 allowed = f"a preset file that can be read; {path.name}: {error}"
-                raise InputError("preset", name, allowed, node) from error
-    raise InputError("preset", name, ", ".join(preset_names(where)), node)
+                do = "mend the file or choose another preset"
+                raise InputError("preset", name, allowed, node, do=do) from error
+    raise InputError.of_choice("preset", name, preset_names(where), node)
 
 
 def usable_presets(where: Path | None = None) -> dict[str, Preset]:
@@ -118,10 +119,10 @@ def parse_preset(stem: str, entry: object) -> Preset:
         raise PresetError(f"it holds a {type(entry).__name__}, not an object {{...}}")
     for field, value in entry.items():
         if field not in FIELDS:
-            raise PresetError(f"{_short(field)} is no field of a preset; allowed: {', '.join(FIELDS)}")
+            raise PresetError(f"{shown(field)} is no field of a preset; allowed: {', '.join(FIELDS)}")
         allowed = _wrong(field, value)
         if allowed:
-            raise PresetError(f"{field}: {_short(value)} was given; allowed: {allowed}")
+            raise PresetError(refusal(field, value, allowed))
     if "shares" not in entry:
         raise PresetError('shares is missing, for example {"1": 0.10, "2": 0.05, "8": 0.20}')
     settings = {**_DEFAULTS, **{k: v for k, v in entry.items() if k not in _NOT_SETTINGS}}
@@ -130,10 +131,10 @@ def parse_preset(stem: str, entry: object) -> Preset:
     sparsity = entry.get("sparsity")
     as_written = entry.get("as_written", False) or settings["mode"] == "threshold"
     if as_written and settings["mode"] == "budget":
-        raise PresetError("as_written: True was given; allowed: false in budget mode, which always meets the slider")
+        raise PresetError(refusal("as_written", True, "false in budget mode, which always meets the slider"))
     dense_steps = entry.get("dense_steps")
     if dense_steps is not None and not 0 <= dense_steps <= MOST_DENSE_STEPS:
-        raise PresetError(f"dense_steps: {dense_steps} was given; allowed: 0 to {MOST_DENSE_STEPS}")
+        raise PresetError(refusal("dense_steps", dense_steps, f"0 to {MOST_DENSE_STEPS}"))
     preset = Preset(PREFIX + stem, str(entry.get("about", "")), settings, sparsity, as_written, dense_steps)
     try:
         preset.check()
@@ -155,9 +156,7 @@ def write_preset(name: str, preset: Preset, *, about: str = "", made: str = "", 
     """
     name = name.strip().removeprefix(PREFIX).removesuffix(".json")
     if not _NAME.fullmatch(name):
-        raise PresetError(
-            f"{_short(name)} cannot name a preset; allowed: letters, digits, spaces and ().,+-_, up to 64"
-        )
+        raise PresetError(f"{shown(name)} cannot name a preset; allowed: letters, digits, spaces and ().,+-_, up to 64")
     where = where or folder()
     if where is None:
         raise PresetError("there is no ComfyUI whose user folder could take it")
@@ -217,8 +216,3 @@ def _is_number(value: object) -> bool:
 
 def _is_share(value: object) -> bool:
     return _is_number(value) and 0 <= value <= 1
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

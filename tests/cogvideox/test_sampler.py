@@ -115,7 +115,10 @@ def test_every_step_calls_back_with_a_clean_latent(model, sample):
 
 
 def test_a_model_that_is_not_corrected_is_refused_and_told_what_to_do(native, sample, model):
-    with pytest.raises(InputError, match=r"PSA CogVideoX Sampler, input model: .*_DDPM.* put PSA CogVideoX Fix before"):
+    words = (
+        r"^PSA CogVideoX Sampler, input model: .*another kind of sampling.* Put PSA CogVideoX Fix before the sampler\.$"
+    )
+    with pytest.raises(InputError, match=words):
         sample(native, trailing_sigmas(model, 4, 1.0))
 
 
