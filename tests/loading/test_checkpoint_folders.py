@@ -88,7 +88,9 @@ def test_of_two_whole_files_neither_is_taken_by_chance(whole):
     inside, tensors = whole
     for name in ("a.safetensors", "b.safetensors"):
         save_file(tensors, inside / name)
-    assert f"it holds 2 models (a.safetensors, b.safetensors); keep one, or name one {NAME}" in problem_of("mine")
+    message = problem_of("mine")
+    assert "it holds 2 models (a.safetensors, b.safetensors)" in message
+    assert message.endswith(f" Keep one, or name one {NAME}.safetensors, or choose another checkpoint.")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
@@ -166,32 +168,31 @@ def lacking(folder, *names):
 
 
 @pytest.mark.parametrize(
-    ("gone", "words"),
-    [
-        (("transformer",), "the folder has no transformer/ in it; download transformer/ and scheduler/"),
-        (("transformer", "scheduler", "vae"), "the folder has no transformer/ in it; download"),
-        (("transformer/config.json", "transformer"), "the folder has no transformer/ in it; download"),
-    ],
+    "gone", [("transformer",), ("transformer", "scheduler", "vae"), ("transformer/config.json", "transformer")]
 )
-def test_a_folder_that_is_nearly_a_model_is_listed_and_says_what_it_lacks(folder, gone, words):
+def test_a_folder_that_is_nearly_a_model_is_listed_and_says_what_it_lacks(folder, gone):
     lacking(folder, *gone)
     assert "mine" in list_checkpoints()
-    assert words in problem_of("mine")
+    message = problem_of("mine")
+    assert "mine: the folder has no transformer/ in it" in message
+    assert " Download transformer/ and scheduler/ of a CogVideoX model from its page, or choose" in message
 
 
 @pytest.mark.parametrize(
-    ("left", "words"),
+    ("left", "words", "do"),
     [
-        ("a.safetensors.incomplete", "a.safetensors.incomplete is a download that did not finish, start it again"),
-        ("model.bin", "model.bin is a pickle, which is not read: download the .safetensors files instead"),
-        ("readme.md", "the folder holds no .safetensors file; download those of transformer/"),
+        ("a.safetensors.incomplete", "; a.safetensors.incomplete did not finish", "Start that download again, or"),
+        ("model.bin", "; model.bin is a pickle, which is not read", "Download the .safetensors files instead, or"),
+        ("readme.md", "", "Download those of transformer/ from the model's page, or"),
     ],
 )
-def test_a_folder_without_weights_says_so(whole, left, words):
+def test_a_folder_without_weights_says_so(whole, left, words, do):
     inside, _ = whole
     (inside / left).write_bytes(b"x")
     assert "mine" in list_checkpoints()
-    assert words in problem_of("mine")
+    message = problem_of("mine")
+    assert f"transformer: the folder holds no .safetensors file{words} (" in message
+    assert do in message
 
 
 def test_a_folder_of_another_model_is_named_as_what_it_is(model_folders):
@@ -202,7 +203,8 @@ def test_a_folder_of_another_model_is_named_as_what_it_is(model_folders):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"_class_name": class_name}), encoding="utf-8-sig")
         assert folder.parent.name not in list_checkpoints(), "it is of no use here"
-        assert f"this folder is a {family} model's; Load Diffusion Model takes" in problem_of(folder.parent.name)
+        message = problem_of(folder.parent.name)
+        assert f"this folder is a {family} model's. Take ComfyUI's own file of it with Load Diffusion Model." in message
         shutil.rmtree(folder.parent)
 
 

@@ -11,7 +11,7 @@ from comfyui_psa.loading.checkpoint import check_checkpoint
 
 # A few names of each kind of file, as their authors or ComfyUI's repackaged files have them.
 FILES = {
-    "an LTX-Video model; load it with Load Diffusion Model": [
+    "an LTX-Video model. Load it with Load Diffusion Model": [
         ["patchify_proj.weight", "adaln_single.emb.timestep_embedder.linear_1.bias",
          "transformer_blocks.0.attn2.to_k.weight", "transformer_blocks.0.scale_shift_table"],
         ["model.diffusion_model.patchify_proj.weight", "model.diffusion_model.adaln_single.linear.weight",
@@ -19,48 +19,48 @@ FILES = {
         ["proj_in.weight", "scale_shift_table", "time_embed.emb.timestep_embedder.linear_1.weight",
          "transformer_blocks.0.attn1.to_q.weight"],
     ],
-    "a Wan model; load it with Load Diffusion Model": [
+    "a Wan model. Load it with Load Diffusion Model": [
         ["head.modulation", "blocks.0.self_attn.q.weight", "patch_embedding.weight", "text_embedding.0.weight"],
         ["condition_embedder.time_embedder.linear_1.weight", "blocks.0.attn1.to_q.weight"],
     ],
-    "a HunyuanVideo model; load it with Load Diffusion Model": [
+    "a HunyuanVideo model. Load it with Load Diffusion Model": [
         ["txt_in.individual_token_refiner.blocks.0.norm1.weight", "double_blocks.0.img_attn.qkv.weight"],
         ["context_embedder.token_refiner.refiner_blocks.0.norm1.weight", "transformer_blocks.0.attn.to_q.weight"],
     ],
-    "a Flux model; load it with Load Diffusion Model": [
+    "a Flux model. Load it with Load Diffusion Model": [
         ["double_blocks.0.img_attn.norm.key_norm.scale", "single_blocks.0.linear1.weight", "img_in.weight"],
         ["single_transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.add_q_proj.weight"],
     ],
-    "a Stable Diffusion model; load it with Load Diffusion Model": [
+    "a Stable Diffusion model. Load it with Load Diffusion Model": [
         ["input_blocks.0.0.weight", "middle_block.0.in_layers.0.weight", "output_blocks.0.0.in_layers.0.weight"],
         ["down_blocks.0.resnets.0.conv1.weight", "up_blocks.0.resnets.0.conv1.weight", "conv_in.weight"],
     ],
-    "a whole checkpoint (model, VAE and text encoder in one file); load it with Load Checkpoint": [
+    "a whole checkpoint (model, VAE and text encoder in one file). Load it with Load Checkpoint": [
         ["model.diffusion_model.input_blocks.0.0.weight", "first_stage_model.decoder.conv_in.weight",
          "cond_stage_model.transformer.text_model.embeddings.position_ids"],
         ["model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.transformer.weight"],
     ],
-    "a VAE; load it with Load VAE": [
+    "a VAE. Load it with Load VAE": [
         ["encoder.conv1.weight", "decoder.conv1.weight", "decoder.head.0.gamma"],
         ["encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight"],
         ["decoder.conv_in.weight", "decoder.mid.block_1.conv1.weight"],
     ],
-    "a CogVideoX VAE; load it with Load VAE": [
+    "a CogVideoX VAE. Load it with Load VAE": [
         ["encoder.down_blocks.0.resnets.0.conv1.conv.weight", "decoder.up_blocks.0.resnets.0.conv1.conv.weight"],
     ],
-    "a text encoder; load it with Load CLIP": [
+    "a text encoder. Load it with Load CLIP": [
         ["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"],
         ["text_model.encoder.layers.0.mlp.fc1.weight", "text_model.embeddings.token_embedding.weight"],
         ["model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"],
     ],
-    "a LoRA; load it with PSA LoRA Loader": [
+    "a LoRA. Load it with PSA LoRA Loader": [
         ["transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "transformer.x.lora_B.weight"],
         ["lora_unet_blocks_0_q.lora_down.weight", "lora_unet_blocks_0_q.lora_up.weight", "lora_unet_blocks_0_q.alpha"],
         ["diffusion_model.blocks.0.q.diff", "diffusion_model.blocks.0.q.diff_b"],
         ["lycoris_blocks_0_q.hada_w1_a", "lycoris_blocks_0_q.hada_w1_b", "lycoris_blocks_0_q.lokr_w1"],
     ],
-    "a ControlNet; load it with Load ControlNet Model": [["control_model.input_blocks.0.0.weight"]],
-    "CogVideoX as its authors' own code saves it (SAT); choose a CogVideoX transformer": [
+    "a ControlNet. Load it with Load ControlNet Model": [["control_model.input_blocks.0.0.weight"]],
+    "CogVideoX as its authors' own code saves it (SAT). Choose a CogVideoX transformer": [
         ["model.diffusion_model.mixins.patch_embed.proj.weight", "model.diffusion_model.transformer.layers.0.weight"],
     ],
 }  # fmt: skip
@@ -84,7 +84,7 @@ def test_a_model_that_comfyui_knows_by_its_weights_alone_is_named_as_comfyui_cal
     names |= {"visual_transformer_blocks.0.feed_forward.in_layer.weight": (7168, 1792)}
     names |= {"text_embeddings.in_layer.weight": (1792, 3584), "time_embeddings.in_layer.bias": (512,)}
     save_file({name: torch.zeros(size) for name, size in names.items()}, path)
-    with pytest.raises(InputError, match=r"this one is kandinsky5 \(as ComfyUI calls it\); load it with"):
+    with pytest.raises(InputError, match=r"this one is kandinsky5 \(as ComfyUI calls it\)\. Load it with"):
         check_checkpoint(path.name)
     path.unlink()
 
@@ -96,7 +96,7 @@ def header(text, data=b""):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"GGUF\x03\0\0\0" + bytes(100), "a GGUF file; name it .gguf and load it with Unet Loader (GGUF)"),
+        (b"GGUF\x03\0\0\0" + bytes(100), "Name it .gguf and load it with Unet Loader (GGUF)"),
         (b"\xef\xbb\xbf\n <html>" + b" " * 100, "a web page"),
         (b"Entry not found", "a text: 'Entry not found'"),
         (b'{"error": "Invalid credentials"}', "a text: "),
