@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import inspect
+import os
 import re
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,6 +58,8 @@ def download_lora(
             partial.replace(target)
             return target
         partial.unlink()
+    except DownloadError:
+        raise
     except Exception as error:  # the libraries underneath differ between versions of huggingface-hub
         raise DownloadError(f"{repository}/{file} was not downloaded: {_reason(error, folder)}") from error
     raise DownloadError(f"{repository}/{file} was not kept: {problem}")
@@ -72,10 +75,12 @@ def _fetch(url: str, target: Path, progress: Any) -> Path:
     etag = re.sub(r"\W", "", about.etag or "")
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.{etag[:16]}.incomplete")
+    if partial.is_symlink():
+        raise DownloadError(f"{partial} is a link, which a download does not follow; delete it and start it again")
     more = {"tqdm_class": progress} if progress is not None and _supports(http_get, "tqdm_class") else {}
     if partial.is_file() and partial.stat().st_size > (about.size or 0):
         partial.unlink()
-    with partial.open("ab") as out:
+    with open(partial, "ab", opener=_no_link) as out:
         there = partial.stat().st_size
         http_get(url, out, resume_size=there, headers=build_hf_headers(), expected_size=about.size, **more)
     # The etag of a large file is its SHA-256.
@@ -83,6 +88,11 @@ def _fetch(url: str, target: Path, progress: Any) -> Path:
         partial.unlink()
         raise OSError("the file arrived damaged; start it again")
     return partial
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file but not what a link points to, where the system can tell them apart."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _sha256(path: Path) -> str:

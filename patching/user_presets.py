@@ -103,11 +103,9 @@ def read_preset(path: Path) -> Preset:
     if len(data) > MOST_BYTES:
         raise PresetError(f"it is larger than {MOST_BYTES // 1024} kB; a preset is a few hundred bytes")
     try:
-        entry = json.loads(data)  # UTF-8 or UTF-16, with a byte-order mark or not, as editors write it
-    except json.JSONDecodeError as error:
-        raise PresetError(f"it is not JSON: see line {error.lineno}, column {error.colno}") from error
+        entry = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise PresetError("it is not JSON in UTF-8, or it is nested without end; save it as UTF-8") from error
+        raise PresetError(f"it is not JSON in UTF-8: {error}") from error
     return parse_preset(path.stem, entry)
 
 
@@ -173,8 +171,12 @@ def write_preset(name: str, preset: Preset, *, about: str = "", made: str = "", 
     try:
         where.mkdir(parents=True, exist_ok=True)
         # Written beside and moved, so that a full disk leaves the old file.
-        part = path.with_suffix(".json.part")
-        part.write_text(json.dumps(entry, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part = where / f"{name}.json.part"
+        if part.is_symlink():
+            raise PresetError(f"{part} is a link, which is not followed; delete it and save again")
+        part.unlink(missing_ok=True)
+        with part.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
         part.replace(path)
     except OSError as error:
         raise PresetError(f"{path} cannot be written: {error.strerror or error}") from error

@@ -166,3 +166,20 @@ def test_the_command_line_downloads_goes_on_after_a_full_disk_and_says_when_it_i
     missing = dev_weights(tmp_path / "nowhere", hub)
     assert missing.returncode == 1
     assert "There is no folder" in missing.stderr
+
+
+def test_a_link_instead_of_the_partial_file_is_refused(hub, tmp_path, monkeypatch):
+    hub.budget = 15_000_000
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with pytest.raises(DownloadError):
+        download_lora(tmp_path, endpoint=hub.url)
+    (partial,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    partial.unlink()
+    partial.symlink_to(victim)
+    hub.budget = None
+    with pytest.raises(DownloadError, match=r"\.incomplete is a link, which a download does not follow; delete it"):
+        download_lora(tmp_path, endpoint=hub.url)
+    assert victim.read_text() == "precious"
+    assert visible(tmp_path) == []

@@ -123,3 +123,19 @@ fields = st.sampled_from(["about", "mode", "shares", "tail", "block_q", "similar
 def test_any_content_is_a_preset_or_a_sentence(entry):
     with contextlib.suppress(PresetError):
         assert parse_preset("x", entry).settings["shares"]
+
+
+def test_a_link_instead_of_the_partial_file_is_refused(tmp_path):
+    victim, folder = tmp_path / "victim", tmp_path / "presets"
+    folder.mkdir()
+    victim.write_text("precious")
+    link = folder / "mine.json.part"
+    link.symlink_to(victim)
+    preset = next(iter(load_presets().values()))
+    with pytest.raises(PresetError, match=r"mine\.json\.part is a link, which is not followed; delete it"):
+        write_preset("mine", preset, where=folder)
+    assert victim.read_text() == "precious"
+    link.unlink()
+    link.write_text("left by a full disk")
+    assert write_preset("mine", preset, where=folder) == folder / "mine.json"
+    assert [path.name for path in folder.iterdir()] == ["mine.json"]
