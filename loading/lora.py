@@ -1,32 +1,32 @@
-"""LoRAs on a ComfyUI MODEL, whatever tool wrote them: diffusers/PEFT, kohya, lightx2v and native names.
+"""LoRAs on a ComfyUI MODEL, whatever tool wrote them: PEFT, diffusers, kohya, lightx2v, LyCORIS and native names.
 
-ComfyUI reads the weights and patches the model; this file tells it the names, and the scale where a file has it in its
-metadata instead of in tensors (diffusers does). A LoRA of which nothing matches is an error.
+Every tensor of a file is applied with the right size, or named in the summary, or the file is refused. ComfyUI reads
+the weights and patches the model; the files `lora_*.py` say what the names mean, and find out what ComfyUI will do.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import InputError, require_model
-from .names import TABLES, to_diffusers
+from .lora_folders import list_loras
+from .lora_forms import Misfit, Size, make_patches, weight_sizes
+from .lora_kinds import looks_like
+from .lora_names import Reading, Target, image_model, module_names, read_keys
+from .lora_settings import lora_config, with_alphas
+from .menu import menu_name
 from .tensor_file import FileError, read_tensors
 
 NODE = "PSA LoRA Loader"
-_DOTTED_PREFIXES = ("", "diffusion_model.", "model.diffusion_model.", "transformer.", "base_model.model.")
-_FLAT_PREFIXES = ("lora_unet_", "lora_unet__", "lora_transformer_", "lycoris_")
-_DOWN = re.compile(r"\.(lora_A|lora_down|lora\.down)(\.weight)?$")
-# Weights of four bits, packed: their shape is not the layer's.
-_PACKED = (torch.uint8, torch.int8)
-_ADAPTER_NAME = re.compile(r"\.lora_(A|B)\.(?!weight$|bias$)\w+\.weight$")
+STRENGTH = 100.0
+"""The strongest, either way, as in ComfyUI's own loader."""
 
 log = logging.getLogger("ComfyUI-PSA")
 
@@ -35,153 +35,206 @@ def apply_lora(model: Any, name: str, strength: float) -> tuple[Any, str]:
     """A clone of a ComfyUI MODEL with the LoRA `name` of ComfyUI's loras folders, and a sentence on what matched.
 
     Raises:
-        InputError: no such file, it is incomplete or not safetensors, nothing in it matches the model, or its sizes are
-            those of another model.
+        InputError: no such file, it is incomplete or not safetensors, nothing in it matches the model, its sizes are
+            those of another model, or a number is not finite.
     """
-    import folder_paths
-
     require_model(model, NODE)
-    path = folder_paths.get_full_path("loras", name)
-    if path is None:
-        do = "press R to read the menu again, then choose from it"
-        raise InputError("lora_name", name, "a file that the menu lists", NODE, do=do)
+    _check_strength(strength)
+    path = _path(name)
     try:
-        tensors, metadata = read_tensors(Path(path))
-        tensors = with_alphas(tensors, lora_config(Path(path), metadata))
+        tensors, metadata = read_tensors(path)
+        config = lora_config(path, metadata)
+        keys = read_keys(tensors, module_names(model)).keys if config.get("alpha_pattern") else {}
+        scaled = with_alphas(tensors, config, lambda key: keys[key].module if key in keys else key, path)
     except FileError as error:
         do = "mend or download it again, or choose another LoRA"
         raise InputError("lora_name", name, f"a file that can be used; {error}", NODE, do=do) from error
-    patched, summary = patch_with_lora(model, tensors, name, strength)
-    log.info("PSA: %s", summary)
-    return patched, summary
+    return patch_with_lora(model, scaled, name, strength, tensors)
 
 
 def patch_with_lora(
-    model: Any, tensors: Mapping[str, torch.Tensor], name: str, strength: float = 1.0
+    model: Any,
+    tensors: Mapping[str, torch.Tensor],
+    name: str,
+    strength: float = 1.0,
+    in_file: Collection[str] | None = None,
 ) -> tuple[Any, str]:
     """A clone of `model` patched with the LoRA's tensors, stacked on what is there; `name` is for messages.
+
+    Args:
+        in_file: the keys to report on, when alphas were added to those of the file.
 
     Raises:
         InputError: as `apply_lora`.
     """
-    import comfy.lora
-    import comfy.lora_convert
-
-    tensors = comfy.lora_convert.convert_lora(dict(tensors))
-    aliases = module_aliases(model)
-    patches = comfy.lora.load_lora(tensors, aliases, log_missing=False)
-    unmatched = [key for key in tensors if not _belongs(key, aliases)]
-    if not patches:
-        kind = _kind(model)
-        allowed = f"a LoRA for this model ({kind}); no key of it fits, such as {_examples(tensors)}"
-        raise InputError("lora_name", name, allowed, NODE, do=f"choose a LoRA that was made for {kind}")
-    _refuse_other_sizes(model, patches, name)
+    _check_strength(strength)
+    _check_numbers(tensors, name)
+    reading = read_keys(tensors, module_names(model))
+    fit = _fit(reading, tensors, weight_sizes(model))
+    own = set(tensors if in_file is None else in_file)
+    _refuse(model, own, reading, fit, name)
     patched = model.clone()
-    applied = patched.add_patches(patches, strength)
-    summary = f"LoRA {name}: {len(applied)} weights of the model patched, strength {strength:g}"
-    if unmatched:
-        summary += f"; {len(unmatched)} of {len(tensors)} keys fit nothing, such as {_examples(unmatched)}"
-        log.warning("PSA: %s", summary)
+    if strength != 0:
+        for layer in fit.layers:
+            patched.add_patches(layer, strength)
+    summary, complete = _summary(reading, fit, own, name, strength)
+    log.log(logging.INFO if complete else logging.WARNING, "PSA: %s", summary)
     return patched, summary
 
 
-def module_aliases(model: Any) -> dict[str, str]:
-    """Every name by which a LoRA file may call a module -> the model's weight that it means."""
-    import comfy.lora
+@dataclass
+class _Fit:
+    """The patches, in layers of one a weight, and the keys that come to nothing."""
 
-    aliases = comfy.lora.model_lora_keys_unet(model.model, {})
-    table = TABLES.get(_image_model(model), ())
-    begin, end = "diffusion_model.", ".weight"
-    for key in model.model.state_dict():
-        if not (key.startswith(begin) and key.endswith(end)):
-            continue
-        native = key[len(begin) : -len(end)]
-        for name in {native, to_diffusers(native, table)}:
-            aliases.update((prefix + name, key) for prefix in _DOTTED_PREFIXES)
-            aliases.update((prefix + name.replace(".", "_"), key) for prefix in _FLAT_PREFIXES)
-    return aliases
+    layers: list[dict[Target, Any]] = field(default_factory=list)
+    misfits: list[tuple[Misfit, list[str]]] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
 
-
-def lora_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The LoRA's settings as PEFT names them (r, lora_alpha, alpha_pattern, use_rslora), or nothing.
-
-    diffusers puts them into the metadata, PEFT into `adapter_config.json` beside the file.
-
-    Raises:
-        FileError: they are there and cannot be read.
-    """
-    text = metadata.get("lora_adapter_metadata")
-    beside = path.with_name("adapter_config.json")
-    if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
-        text = beside.read_text(encoding="utf-8")
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-        return {key.removeprefix("transformer."): value for key, value in found.items()}
-    except (ValueError, AttributeError) as error:
-        raise FileError(path, f"its LoRA metadata cannot be read: {error}") from error
+    def add(self, target: Target, patch: Any) -> None:
+        free = next((layer for layer in self.layers if target not in layer), None)
+        if free is None:
+            self.layers.append(free := {})
+        free[target] = patch
 
 
-def with_alphas(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """The tensors, plain names for named adapters, with the config's alpha as a tensor wherever a module has none.
-
-    A module's scale is alpha / rank (with `use_rslora` alpha / sqrt(rank)), and 1 where nothing says alpha. The rank is
-    that of the tensors.
-    """
-    found = {_ADAPTER_NAME.sub(r".lora_\1.weight", key): tensor for key, tensor in tensors.items()}
-    if config.get("lora_alpha") is None:
-        return found
-    for key in list(found):
-        if not _DOWN.search(key):
-            continue
-        module, rank = _DOWN.sub("", key), found[key].shape[0]
-        alpha = _pattern_value(module, config.get("alpha_pattern"), config["lora_alpha"])
-        found.setdefault(f"{module}.alpha", torch.tensor(alpha * (rank**0.5 if config.get("use_rslora") else 1.0)))
-    return found
-
-
-def _pattern_value(module: str, patterns: Mapping[str, float] | None, default: float) -> float:
-    """PEFT's alpha_pattern: the value of the first entry with which the module's name ends, at a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.search(rf"(^|\.)({pattern})$", module):
-            return float(value)
-    return float(default)
+def _fit(reading: Reading, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, Size | None]) -> _Fit:
+    fit = _Fit()
+    weights: dict[Target, dict[str, str]] = {}
+    for key, parts in reading.keys.items():
+        if weights.setdefault(parts.target, {}).setdefault(parts.part, key) != key:
+            fit.twice.append(key)
+    for target, keys in weights.items():
+        made = make_patches(target, {part: tensors[key] for part, key in keys.items()}, sizes)
+        for place, patch in made.patches:
+            fit.add(place, patch)
+        told = set(made.used)
+        for misfit in made.misfits:
+            fit.misfits.append((misfit, [keys[part] for part in misfit.parts if part in keys]))
+            told |= misfit.parts.keys()
+        fit.unused += [key for part, key in keys.items() if part not in told]
+    return fit
 
 
-def _belongs(key: str, aliases: Mapping[str, str]) -> bool:
-    """Whether a key is some parameter of a module that the model has."""
-    while "." in key:
-        key = key.rpartition(".")[0]
-        if key in aliases:
-            return True
-    return False
+def _refuse(model: Any, in_file: set[str], reading: Reading, fit: _Fit, name: str) -> None:
+    """Refuse a file made for another model, as far as its names or sizes tell."""
+    family = image_model(model)
+    kind = family or type(model.model).__name__
+    allowed = f"a LoRA for this model ({kind})"
+    unknown, known = in_file.intersection(reading.unknown), in_file.intersection(reading.keys)
+    # The keys that do not fit are those that tell.
+    likeness = looks_like(unknown, family)
+    advice = f"; it looks like one for {likeness}" if likeness else ""
+    if 2 * sum(reading.keys[key].part in ("weight", "bias") for key in known) > len(in_file):
+        advice = "; it looks like a whole model, not like a LoRA"
+    strangers = likeness is not None and 2 * len(unknown) > len(in_file)
+    other = next((misfit for misfit, _ in fit.misfits if misfit.multiplied or not fit.layers), None)
+    if other is not None and not strangers:
+        made_for = _made_for(other)
+        # A message shows 80 letters, and these are at the end.
+        shown = name if len(name) <= 50 else f"...{name[-47:]}"
+        given = f"{shown}, made for {made_for}" if made_for else name
+        place = f"{allowed}, which has {_times(other.size)} at {other.target.removeprefix('diffusion_model.')}"
+        parts = "" if made_for else f"; of {_parts(other.parts)} that cannot be made"
+        do = f"choose a LoRA that was made for this size of {kind}"
+        raise InputError("lora_name", given, place + parts + advice, NODE, do=do)
+    if strangers or not fit.layers:
+        fits = f"only {len(known)} of {len(in_file)} keys fit, not those" if fit.layers else "no key of it fits,"
+        allowed = f"{allowed}; {fits} such as {_examples(unknown or in_file)}{advice}"
+        raise InputError("lora_name", name, allowed, NODE, do=f"choose a LoRA that was made for {kind}")
 
 
-def _refuse_other_sizes(model: Any, patches: Mapping[Any, Any], name: str) -> None:
-    """ComfyUI would log an error for each weight of another size and sample without the LoRA."""
-    weights = model.model.state_dict()
-    for target, patch in patches.items():
-        if getattr(patch, "name", None) != "lora" or not isinstance(target, str) or target not in weights:
-            continue
-        weight = weights[target]
-        up, down, _, middle, _, reshape = patch.weights
-        if middle is not None or reshape is not None or weight.dtype in _PACKED:
-            continue
-        made_for, wanted = (up.shape[0], math.prod(down.shape[1:])), (weight.shape[0], math.prod(weight.shape[1:]))
-        if made_for != wanted:
-            place = target.removeprefix("diffusion_model.")
-            allowed = f"a LoRA for this model ({_kind(model)}), which has {wanted[0]}x{wanted[1]} at {place}"
-            do = f"choose a LoRA that was made for this size of {_kind(model)}"
-            raise InputError("lora_name", f"{name}, made for {made_for[0]}x{made_for[1]}", allowed, NODE, do=do)
+def _summary(reading: Reading, fit: _Fit, in_file: set[str], name: str, strength: float) -> tuple[str, bool]:
+    """One line on what was done and what was left, and whether nothing needs attention."""
+    total = len(in_file)
+    count = len({target for layer in fit.layers for target in layer})
+    done = f"{count} weights of the model patched, strength {strength:g}"
+    if strength == 0:
+        done = f"{count} weights fit, strength 0 leaves the model as it is"
+    lines = [f"LoRA {name}: {done}"]
+
+    def tell(keys: list[str], what: str) -> None:
+        keys = [key for key in keys if key in in_file]
+        if keys:
+            lines.append(f"{len(keys)} of {total} keys {what}, such as {_examples(keys)}")
+
+    tell(reading.unknown, "fit nothing")
+    stray = [key for _, keys in fit.misfits for key in keys]
+    if stray:
+        first = fit.misfits[0][0]
+        place = first.target.removeprefix("diffusion_model.")
+        lines.append(
+            f"{len(stray)} of {total} keys were left out because their size is another, such as {_examples(stray)} "
+            f"({_parts(first.parts)}; the model has {_times(first.size)} at {place})"
+        )
+    tell(fit.unused, "belong to weights of the model but were left out: ComfyUI cannot use them there")
+    tell(fit.twice, "were left out because the file has the same part of the weight under another name")
+    tell(reading.other_adapters, "were left out because they belong to another adapter in the file; save it on its own")
+    tell(reading.second_expert, "are for the low-noise expert and were left out; save them as a file of their own")
+    complete = len(lines) == 1
+    if any(key.second_expert for key in reading.keys.values()):
+        lines.append(
+            f"by its names ({reading.wrapper}) it is for the low-noise expert of Wan 2.2: wire it to that model"
+        )
+    return "; ".join(lines), complete
 
 
-def _image_model(model: Any) -> str:
-    return getattr(getattr(model.model, "model_config", None), "unet_config", {}).get("image_model", "")
+def _path(name: str) -> Path:
+    """Where the file lies that the menu, or a workflow from another system, calls `name`."""
+    import folder_paths
+
+    path = folder_paths.get_full_path("loras", menu_name(str(name), list_loras()) or str(name))
+    if path is None:
+        do = "press R to read the menu again, then choose from it"
+        raise InputError("lora_name", name, "a file that the menu lists", NODE, do=do)
+    return Path(path)
 
 
-def _kind(model: Any) -> str:
-    return _image_model(model) or type(model.model).__name__
+def _check_strength(strength: float) -> None:
+    if not (isinstance(strength, int | float) and math.isfinite(strength) and abs(strength) <= STRENGTH):
+        allowed = f"a number from {-STRENGTH:g} to {STRENGTH:g}"
+        raise InputError("strength", strength, allowed, NODE, do="set strength to 1 or to another number of these")
+
+
+def _check_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
+    """Refuse a file with numbers that are none: one NaN makes the whole picture black."""
+    broken = [key for key, tensor in tensors.items() if not _finite(tensor)]
+    if broken:
+        allowed = (
+            f"a LoRA of finite numbers; {len(broken)} of its {len(tensors)} tensors hold NaN or infinity, such as "
+            f"{_examples(broken)}"
+        )
+        raise InputError("lora_name", name, allowed, NODE, do="download it again, or choose another LoRA")
+    for key, tensor in tensors.items():
+        if key.rpartition(".")[2] == "alpha" and tensor.numel() != 1:
+            allowed = f"a LoRA with one number as {key}; this one has {tensor.numel()}"
+            raise InputError("lora_name", name, allowed, NODE, do="download it again, or choose another LoRA")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    values = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)
+    low, high = torch.aminmax(values)
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def _made_for(misfit: Misfit) -> str | None:
+    """The size of the weight that a plain LoRA was made for, or a difference or whole weight is; None for others."""
+    parts, size = misfit.parts, misfit.size
+    up, down = parts.get("lora_up.weight"), parts.get("lora_down.weight")
+    if up and down and len(up) > 1 and len(down) > 1 and math.prod(up[1:]) == down[0]:
+        made_for = (up[0], math.prod(down[1:]))
+        return _times(made_for) if made_for != (size[0], math.prod(size[1:])) else None
+    return _times(next(iter(parts.values()))) if len(parts) == 1 and not (up or down) else None
+
+
+def _parts(parts: Mapping[str, Size]) -> str:
+    return ", ".join(f"{part} {_times(size)}" for part, size in parts.items())
+
+
+def _times(size: Size) -> str:
+    return "x".join(str(length) for length in size) or "one number"
 
 
 def _examples(keys: Iterable[str]) -> str:

@@ -33,6 +33,12 @@ WAN: Table = (
     ),
     (".attn2.add_k_proj.", ".cross_attn.k_img."),
     (".attn2.add_v_proj.", ".cross_attn.v_img."),
+    (".attn2.norm_added_k.", ".cross_attn.norm_k_img."),
+    *(
+        (f".{theirs}.norm_{part}.", f".{ours}.norm_{part}.")
+        for theirs, ours in (("attn1", "self_attn"), ("attn2", "cross_attn"))
+        for part in "qk"
+    ),
     (".ffn.net.0.proj.", ".ffn.0."),
     (".ffn.net.2.", ".ffn.2."),
     (".condition_embedder.time_embedder.linear_1.", ".time_embedding.0."),
@@ -42,6 +48,10 @@ WAN: Table = (
     (".condition_embedder.text_embedder.linear_2.", ".text_embedding.2."),
     (".condition_embedder.image_embedder.ff.net.0.proj.", ".img_emb.proj.1."),
     (".condition_embedder.image_embedder.ff.net.2.", ".img_emb.proj.3."),
+    (".condition_embedder.image_embedder.norm1.", ".img_emb.proj.0."),
+    (".condition_embedder.image_embedder.norm2.", ".img_emb.proj.4."),
+    (".norm2.", ".norm3."),
+    (".scale_shift_table.", ".modulation."),
     (".proj_out.", ".head.head."),
 )
 

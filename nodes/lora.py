@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..loading.download import FILE, REPOSITORY
-from ..loading.lora import apply_lora
+from ..loading.lora import STRENGTH, apply_lora
 from ..loading.lora_folders import download_into_loras, list_loras
 
 
@@ -34,8 +34,8 @@ class PSALoraLoader(io.ComfyNode):
                 io.Float.Input(
                     "strength",
                     default=1.0,
-                    min=-10.0,
-                    max=10.0,
+                    min=-STRENGTH,
+                    max=STRENGTH,
                     step=0.01,
                     tooltip="1.0 is what it was trained for, and what the 4-step LoRA needs; 0 is none of it.",
                 ),

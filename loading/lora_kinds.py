@@ -1,0 +1,28 @@
+"""What model a LoRA was probably made for, from its names alone: for the message when it does not fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# (what to say, ComfyUI's family, how its modules are called), the telling ones first.
+_KINDS = (
+    ("Stable Diffusion (1.5, 2 or XL)", "sd", r"(?:down|up|mid|input|output|middle)_blocks?[._]"),
+    ("Stable Diffusion 3", "sd3", r"joint_blocks[._]\d"),
+    ("Qwen-Image", "qwen_image", r"transformer_blocks[._]\d+[._](?:img|txt)_(?:mlp|mod)"),
+    ("HunyuanVideo", "hunyuan_video", r"double_blocks[._]\d+[._]img_(?:attn_qkv|attn_proj|mlp[._]fc)"),
+    ("Flux", "flux", r"(?:double|single)_blocks[._]\d|single_transformer_blocks[._]\d"),
+    ("Stable Diffusion 3", "sd3", r"transformer_blocks[._]\d+[._]attn[._]add_[qkv]_proj"),
+    ("Z-Image or Lumina", "lumina2", r"(?<!encoder[._])layers[._]\d+[._](?:attention|feed_forward)[._]"),
+    ("LTX-Video or PixArt", "ltxv", r"transformer_blocks[._]\d+[._]attn2[._]to_"),
+    ("CogVideoX", "cogvideox", r"transformer_blocks[._]\d+[._](?:attn1[._]to_|ff[._]net)"),
+    ("Wan", "wan2.1", r"blocks[._]\d+[._](?:(?:self|cross)_attn[._][qkvo][._]|attn[12][._]to_|ffn[._])"),
+)
+
+
+def looks_like(keys: Iterable[str], family: str) -> str | None:
+    """The kind of model that a LoRA's keys look like, in words; None for the model's own family and for the unknown."""
+    text = "\n".join(keys)
+    kinds = ((words, theirs) for words, theirs, pattern in _KINDS if re.search(pattern, text))
+    words, theirs = next(kinds, (None, None))
+    return None if theirs is not None and theirs == family else words
