@@ -8,9 +8,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from ..errors import InputError, require_model
 from .frames import pad_odd_frames
 from .positions import positioned_patch_embed, rotary_embedder
+from .run_inputs import check_run
 from .schedule import make_sampling
 from .variant import Variant, find_variant
 
@@ -57,10 +60,12 @@ def correct_model(model: Any, variant: Variant | None = None, node: str = "PSA C
     network = model.get_model_object("diffusion_model")
     _correct_positions(corrected, network, variant)
     corrected.add_object_patch("model_sampling", make_sampling(variant.schedule, model.model.model_config))
-    if variant.version == "1.5":
-        _add_frame_padding(corrected, variant)
+    _add_run_wrapper(corrected, variant, config)
     corrected.set_attachments(KEY, variant)
     log.info("PSA: %s: %s", variant.name, _summary(variant))
+    warning = float16_warning(corrected, variant)
+    if warning:
+        log.warning("PSA: %s", warning)
     return corrected
 
 
@@ -78,15 +83,33 @@ def _correct_positions(patched: Any, network: Any, variant: Variant) -> None:
         patched.add_object_patch(prefix + "patch_embed.__class__", embedding)
 
 
-def _add_frame_padding(patched: Any, variant: Variant) -> None:
+def _add_run_wrapper(patched: Any, variant: Variant, config: dict[str, Any]) -> None:
     import comfy.patcher_extension
 
-    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        return pad_odd_frames(executor, variant, *args, **kwargs)
+    def outer_sample(executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        check_run(variant, config, noise, executor.class_obj.conds)
+        if variant.version == "1.5":
+            return pad_odd_frames(executor, variant, noise, *args, **kwargs)
+        return executor(noise, *args, **kwargs)
 
     kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
     patched.remove_wrappers_with_key(kind, KEY)
     patched.add_wrapper_with_key(kind, KEY, outer_sample)
+
+
+def float16_warning(model: Any, variant: Variant) -> str | None:
+    """A sentence where a model that was trained in bfloat16 will be computed in float16, which its numbers exceed.
+
+    2B, the one without rotary positions, was trained in float16.
+    """
+    base = model.model
+    computed = getattr(base, "manual_cast_dtype", None) or base.get_dtype()
+    if computed != torch.float16 or not variant.rotary:
+        return None
+    return (
+        f"{variant.name}: it is computed in float16, but was trained in bf16: the video may turn out black or broken. "
+        "Take the model's bf16 file, or start ComfyUI with --bf16-unet (where the GPU has no bf16: --fp32-unet)"
+    )
 
 
 def _summary(variant: Variant) -> str:

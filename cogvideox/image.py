@@ -7,6 +7,24 @@ from typing import Any
 import torch
 
 from ..errors import InputError
+from .run_inputs import LATENT_CHANNELS
+
+NODE = "PSA CogVideoX Image To Video"
+_SIZES = {"width": (16, 16384, 8, 0), "height": (16, 16384, 8, 0), "length": (1, 16384, 4, 1)}
+"""The least, the most, and the step: 8 pixels a latent pixel; 4 frames a latent frame, and one alone at the start."""
+
+
+def size_error(name: str, value: object) -> InputError | None:
+    """What is wrong with a value of `width`, `height` or `length`: nothing (None), or an error with the nearest."""
+    least, most, step, rest = _SIZES[name]
+    if type(value) is not int or not least <= value <= most:
+        allowed = f"{least} to {most}"
+        return InputError(name, value, allowed, NODE, do=f"set {name} to a whole number from {allowed}")
+    if value % step == rest % step:
+        return None
+    below = max(least, value - (value - rest) % step)
+    allowed = "4n + 1 frames" if name == "length" else "multiples of 16 (or of 8)"
+    return InputError(name, value, allowed, NODE, do=f"set {name} to {below} or {below + step}, the nearest")
 
 
 def image_to_video(
@@ -16,6 +34,9 @@ def image_to_video(
 
     Args:
         start_image: [B, H, W, 3], resized to fill width x height, its first picture alone; length: frames.
+
+    Raises:
+        InputError: a size that the VAE has no latent for, or something else than an input's kind.
     """
     import comfy.model_management
     import comfy.utils
@@ -28,10 +49,20 @@ def image_to_video(
         ("start_image", start_image, isinstance(start_image, torch.Tensor), "IMAGE"),
     ):
         if not fits:
-            raise InputError(name, given, allowed, "PSA CogVideoX Image To Video", do=f"connect {allowed} to {name}")
+            raise InputError(name, given, allowed, NODE, do=f"connect {allowed} to {name}")
+    if start_image.ndim != 4 or start_image.shape[-1] < 3 or not start_image.numel():
+        allowed = "a picture with three colours"
+        raise InputError("start_image", start_image, allowed, NODE, do="connect Load Image to start_image")
+    for name, value in (("width", width), ("height", height), ("length", length)):
+        error = size_error(name, value)
+        if error is not None:
+            raise error
     pixels = comfy.utils.common_upscale(start_image[:1, :, :, :3].movedim(-1, 1), width, height, "lanczos", "center")
-    # The frames behind the first are left to the model, which pads them with zeros as diffusers does.
+    # The frames after the first are left to the model, which pads them with zeros as diffusers does.
     image = vae.encode(pixels.movedim(1, -1))
+    if image.ndim != 5 or image.shape[1] != LATENT_CHANNELS:
+        given = f"a VAE with {image.shape[1]} channels"
+        raise InputError("vae", given, "the CogVideoX VAE", NODE, do="load the CogVideoX VAE with Load VAE")
     given = {"concat_latent_image": image}
     positive, negative = (node_helpers.conditioning_set_values(cond, given) for cond in (positive, negative))
     shape = [batch, image.shape[1], (length - 1) // 4 + 1, height // 8, width // 8]

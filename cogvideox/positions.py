@@ -83,11 +83,6 @@ def positioned_patch_embed(native: type[torch.nn.Module], variant: Variant) -> t
             embeds = super().forward(text_embeds, image_embeds)
             frames, _, height, width = image_embeds.shape[1:]
             grid = frames // (self.patch_size_t or 1), height // self.patch_size, width // self.patch_size
-            if variant.learned_positions and (height, width) != (variant.sample_height, variant.sample_width):
-                raise ValueError(
-                    f"PSA CogVideoX: this model holds trained positions for {variant.sample_width * 8}x"
-                    f"{variant.sample_height * 8} pixels only; {width * 8}x{height * 8} was given"
-                )
             text = text_embeds.shape[1]
             if variant.learned_positions and (frames - 1) * 4 + 1 == variant.sample_frames:
                 # Text has trained positions too; a prompt that ComfyUI repeats to a longer one repeats them.

@@ -34,7 +34,7 @@ def make_sampling(schedule: Mapping[str, Any], model_config: Any) -> Any:
         pass
 
     alphas = CogVideoXDDIMScheduler(**schedule).alphas_cumprod.double()
-    alphas[-1] = alphas[-1].clamp(min=_SMALLEST_ALPHA)
+    alphas = alphas.clamp(min=_SMALLEST_ALPHA)
     sampling = CogVideoXSampling(model_config)
     sampling.set_sigmas(((1 - alphas) / alphas).sqrt())
     return sampling

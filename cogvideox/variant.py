@@ -27,6 +27,7 @@ class Variant:
         spatial_scale, temporal_scale: divisors of the sin-cos positions.
         schedule: arguments of diffusers' CogVideoX schedulers that make the noise schedule.
         inverted_image_scale: the image latent is divided by the latent scale (1.5 I2V), not multiplied by it.
+        from_image: the first frame is given (I2V).
     """
 
     name: str
@@ -40,6 +41,7 @@ class Variant:
     temporal_scale: float = 1.0
     schedule: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     inverted_image_scale: bool = False
+    from_image: bool = False
 
 
 def find_variant(
@@ -55,9 +57,11 @@ def find_variant(
         transformer, scheduler, vae: the config files of a diffusers folder, where there is one.
 
     Raises:
-        ValueError: the scheduler config is of a kind that no CogVideoX model has.
+        ValueError: a config is of a kind that no CogVideoX model has, or one of its values is; names the value.
     """
-    transformer, scheduler, vae = transformer or {}, scheduler or {}, vae or {}
+    transformer = _checked(transformer, "the config.json of its transformer")
+    scheduler = _checked(scheduler, "its scheduler_config.json")
+    vae = _checked(vae, "the config.json of its VAE")
     version = "1.0" if unet_config.get("patch_size_t") is None else "1.5"
     two_b = version == "1.0" and unet_config.get("num_attention_heads") == _HEADS_OF_2B
     rotary = transformer.get("use_rotary_positional_embeddings", not two_b)
@@ -76,8 +80,46 @@ def find_variant(
         temporal_scale=transformer.get("temporal_interpolation_scale", 1.0),
         schedule=_schedule(scheduler, snr_shift_scale=1.0 if rotary else 3.0),
         inverted_image_scale=vae.get("invert_scale_latents", version == "1.5" and from_image),
+        from_image=from_image,
         **size,
     )
+
+
+_FLAG, _FORMULA = "true or false", "linear, scaled_linear, squaredcos_cap_v2"
+# What is read of the configs -> the least and the most, or the choices; whole numbers where both ends are.
+_ALLOWED: Mapping[str, Any] = {
+    "use_rotary_positional_embeddings": _FLAG,
+    "sample_height": (2, 4096),
+    "sample_width": (2, 4096),
+    "sample_frames": (1, 4096),
+    "spatial_interpolation_scale": (0.01, 100.0),
+    "temporal_interpolation_scale": (0.01, 100.0),
+    "invert_scale_latents": _FLAG,
+    "num_train_timesteps": (2, 100_000),
+    "beta_start": (1e-6, 0.999),
+    "beta_end": (1e-6, 0.999),
+    "beta_schedule": _FORMULA,
+    "rescale_betas_zero_snr": _FLAG,
+    "snr_shift_scale": (0.01, 100.0),
+}
+
+
+def _checked(config: Mapping[str, Any] | None, file: str) -> dict[str, Any]:
+    """The entries of a config that are not null; ValueError where one that is used is impossible."""
+    found = {name: value for name, value in (config or {}).items() if value is not None}
+    for name, allowed in _ALLOWED.items():
+        if name in found and not _fits(found[name], allowed):
+            what = allowed if isinstance(allowed, str) else f"{allowed[0]:g} to {allowed[1]:g}"
+            raise ValueError(f"{file} says {name}: {found[name]!r:.80}; allowed: {what}. Download that file again")
+    return found
+
+
+def _fits(value: object, allowed: Any) -> bool:
+    if isinstance(allowed, str):
+        return isinstance(value, bool) if allowed is _FLAG else value in allowed.split(", ")
+    if isinstance(value, bool) or not isinstance(value, int if isinstance(allowed[0], int) else int | float):
+        return False
+    return allowed[0] <= value <= allowed[1]
 
 
 def _schedule(scheduler: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:

@@ -1,23 +1,29 @@
-"""CogVideoX checkpoints: found in ComfyUI's model folders, read, and made into a corrected MODEL.
+"""CogVideoX checkpoints: found in ComfyUI's model folders, checked, read, and made into a corrected MODEL.
 
-A checkpoint is a native .safetensors file, or a folder as diffusers and huggingface-hub write it: the whole pipeline
-(transformer/, scheduler/, vae/) or the transformer alone, in one file or in shards.
+A checkpoint is a .safetensors file with the names of ComfyUI or of diffusers, or a folder as diffusers and
+huggingface-hub write it: the whole pipeline (transformer/, scheduler/, vae/) or the transformer alone, in one file or
+in shards. Everything that headers and configs tell is checked before a weight is read.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..cogvideox.corrections import correct_model
-from ..cogvideox.variant import find_variant
+from ..cogvideox.variant import Variant, find_variant
 from ..errors import InputError
-from .names import COGVIDEOX, to_native
-from .tensor_file import FileError, read_tensors
+from .files import FileError, read_object
+from .model_folders import FAMILY, find_folders
+from .native_weights import NotCogVideoX, check_sizes, native_names
+from .recognise import describe, examples
+from .safetensors_header import Header, read_header
+from .tensor_file import read_tensors
+from .weight_files import ENDINGS, is_shard, weight_files
 
 NODE = "PSA CogVideoX Loader"
 WEIGHT_DTYPES = {
@@ -27,21 +33,40 @@ WEIGHT_DTYPES = {
     "fp8_e5m2": {"dtype": torch.float8_e5m2},
 }
 """The choices of ComfyUI's own loader, and what they mean to it."""
-_CLASS = "CogVideoXTransformer3DModel"
-_INDEX = "diffusion_pytorch_model.safetensors.index.json"
-"""The name that diffusers writes; a variant such as fp16 stands in the middle of it."""
+
+log = logging.getLogger("ComfyUI-PSA")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A checkpoint that can be loaded, as far as its headers and configs tell.
+
+    Attributes:
+        files: with its weights, in the order in which they are read.
+        names: name in a file -> ComfyUI's name, of everything that ComfyUI is given.
+        unused: names of tensors that are no part of the model.
+        variant: of the model.
+    """
+
+    path: Path
+    files: list[Path]
+    names: dict[str, str]
+    unused: list[str]
+    variant: Variant
 
 
 def list_checkpoints() -> list[str]:
-    """What the loader offers: the .safetensors files of `diffusion_models`, then the CogVideoX folders."""
-    import folder_paths
+    """What the loader offers: the .safetensors files of `diffusion_models`, then folders that may be CogVideoX.
 
-    folders = _folders()
-    inside = tuple(f"{name}/" for name in folders)
+    The files of a folder that is offered are not offered by themselves, unless the folder lacks something.
+    """
+    folders = {name: folder for name, folder in find_folders().items() if not folder.is_another}
+    inside = tuple(f"{name}/" for name, folder in folders.items() if folder.kind == FAMILY)
+    nearly = tuple(f"{name}/" for name in folders)
     files = [
         name
-        for name in folder_paths.get_filename_list("diffusion_models")
-        if name.lower().endswith((".safetensors", ".sft")) and not Path(name).as_posix().startswith(inside)
+        for plain, name in _files().items()
+        if not plain.startswith(inside) and not (is_shard(plain) and plain.startswith(nearly))
     ]
     return [*files, *folders]
 
@@ -57,47 +82,83 @@ def load_checkpoint(name: str, weight_dtype: str = "default", *, disable_dynamic
         InputError: no such checkpoint, not CogVideoX, or a file of it is missing, incomplete or not safetensors; the
             message then names the file.
     """
-    if weight_dtype not in WEIGHT_DTYPES:
+    if not isinstance(weight_dtype, str) or weight_dtype not in WEIGHT_DTYPES:
         raise InputError.of_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES, NODE)
+    checked = check_checkpoint(name)
     try:
-        model = _load(name, weight_dtype, disable_dynamic)
+        model = _load(checked, weight_dtype, disable_dynamic)
     except FileError as error:
-        do = "mend or download it again, or choose another checkpoint"
-        raise InputError("checkpoint", name, f"a checkpoint that can be used; {error}", NODE, do=do) from error
+        raise _unusable(name, error) from error
     model.cached_patcher_init = (load_checkpoint, (name, weight_dtype))
     return model
 
 
-def _load(name: str, weight_dtype: str, disable_dynamic: bool) -> Any:
-    import comfy.sd
+def check_checkpoint(name: str) -> Checked:
+    """Everything that can be said of a checkpoint without reading a weight.
 
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
     path = find_checkpoint(name)
-    tensors, metadata = read_checkpoint(path)
-    given = set(tensors)
-    dynamic = {"disable_dynamic": True} if disable_dynamic else {}
-    model = comfy.sd.load_diffusion_model_state_dict(
-        tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata or None, **dynamic
-    )
-    if model is None or model.model.model_config.unet_config.get("image_model") != "cogvideox":
-        do = "choose a CogVideoX checkpoint, or load this one with the loader for its kind"
-        raise InputError("checkpoint", name, f"a CogVideoX checkpoint; this one has {_examples(given)}", NODE, do=do)
-    _refuse_missing(model, given, path)
     try:
-        variant = find_variant(model.model.model_config.unet_config, **read_configs(path))
+        files = weight_files(path)
+        header = _joined([read_header(file) for file in files])
+        names = native_names(header.tensors)
+        config, unused = check_sizes(path, header, names)
+        unused += [name for name in header.tensors if name not in names]
+        variant = find_variant(config, **read_configs(path))
+    except NotCogVideoX as error:
+        what, do = describe(header, "choose a CogVideoX transformer, as a file or as diffusers' folder")
+        raise InputError("checkpoint", name, f"a CogVideoX checkpoint; {what}", NODE, do=do) from error
+    except FileError as error:
+        raise _unusable(name, error) from error
     except ValueError as error:
-        raise FileError(path, str(error)) from error
-    return correct_model(model, variant, NODE)
+        raise _unusable(name, FileError(path, str(error))) from error
+    return Checked(path, files, names, unused, variant)
+
+
+def checkpoint_problem(name: object) -> str | None:
+    """What `check_checkpoint` says against the checkpoint, or None; also where nothing is known yet (None)."""
+    try:
+        if name is not None:
+            check_checkpoint(name)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def checkpoint_state(name: object) -> list[tuple[str, int, int]]:
+    """Path, size and time of every file of a checkpoint: another value when one of them has changed."""
+    try:
+        path = find_checkpoint(name)
+        files = list(weight_files(path))
+        files += [] if path.is_file() else [place for place in _config_places(path).values() if place.is_file()]
+        return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except (InputError, FileError, OSError):  # loading it says why
+        return []
 
 
 def find_checkpoint(name: str) -> Path:
-    """Where a checkpoint of `list_checkpoints` lies: a file or the folder with the transformer's files."""
+    """Where a checkpoint of `list_checkpoints` lies: a file or the folder with the transformer's files.
+
+    Raises:
+        InputError: there is none of that name, or it is a folder that cannot be CogVideoX as it is.
+    """
     import folder_paths
 
-    folder = _folders().get(name)
+    # Workflows that were saved on Windows have backslashes.
+    plain = name.replace("\\", "/") if isinstance(name, str) else None
+    folder = find_folders().get(plain)
+    if folder is not None and folder.is_another:
+        what, do = f"this folder is a {folder.kind} model's", "take ComfyUI's own file of it with Load Diffusion Model"
+        raise InputError("checkpoint", name, f"a CogVideoX checkpoint; {what}", NODE, do=do)
+    if folder is not None and folder.problem is not None:
+        raise _unusable(name, folder.problem)
     if folder is not None:
-        return folder
-    file = folder_paths.get_full_path("diffusion_models", name) if name in list_checkpoints() else None
-    if file is None:
+        return folder.weights
+    listed = _files().get(plain)
+    file = listed and folder_paths.get_full_path("diffusion_models", listed)
+    if not file:
         do = "press R to read the menu again, then choose from it"
         raise InputError("checkpoint", name, "a file or a folder that the menu lists", NODE, do=do)
     return Path(file)
@@ -109,99 +170,72 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]
     Raises:
         FileError: a file is missing, incomplete or not safetensors; names the file.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    metadata: dict[str, str] = {}
-    for file in weight_files(path):
-        found, about = read_tensors(file)
-        metadata = metadata or about
-        tensors.update((to_native(key, COGVIDEOX), found[key]) for key in list(found))
-    return tensors, metadata
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint.
-
-    Raises:
-        FileError: there are none, or a shard that the index names is missing.
-    """
-    if path.is_file():
-        return [path]
-    index = next(iter(sorted(path.glob("*.safetensors.index.json"))), path / _INDEX)
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise FileError(index, "it must list files of its own folder")
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise FileError(path / missing[0], f"this shard is missing ({len(missing)} of {len(names)} are)")
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
-    whole = [file for file in files if file.name == "diffusion_pytorch_model.safetensors"] or files
-    if len(whole) == 1 and "-of-" not in whole[0].name:
-        return whole
-    if not files:
-        raise FileError(path, "the folder holds no .safetensors file")
-    raise FileError(index, f"it is missing, and {len(files)} files are there; download it too")
+    files = weight_files(path)
+    return _read(files, native_names(_joined([read_header(file) for file in files]).tensors))
 
 
 def read_configs(path: Path) -> dict[str, dict[str, Any]]:
     """The config files of a diffusers folder, by part: transformer, scheduler, vae. Empty for a bare file."""
     if path.is_file():
         return {}
-    places = {
+    return {part: read_object(place) for part, place in _config_places(path).items() if place.is_file()}
+
+
+def _config_places(path: Path) -> dict[str, Path]:
+    return {
         "transformer": path / "config.json",
         "scheduler": path.parent / "scheduler" / "scheduler_config.json",
         "vae": path.parent / "vae" / "config.json",
     }
-    return {part: read_json(place) for part, place in places.items() if place.is_file()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
+def _load(checked: Checked, weight_dtype: str, disable_dynamic: bool) -> Any:
+    import comfy.model_management
+    import comfy.sd
 
-    Raises:
-        FileError: it cannot be read or holds something else.
-    """
+    if checked.unused:
+        count, some = len(checked.unused), examples(checked.unused)
+        log.warning("PSA: %s: %d tensors are no part of CogVideoX and not used, such as %s", checked.path, count, some)
+    tensors, metadata = _read(checked.files, checked.names)
+    dynamic = {"disable_dynamic": True} if disable_dynamic else {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(path, f"it cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise FileError(path, "it must hold a JSON object")
-    return found
+        model = comfy.sd.load_diffusion_model_state_dict(
+            tensors, model_options=dict(WEIGHT_DTYPES[weight_dtype]), metadata=metadata or None, **dynamic
+        )
+    except (MemoryError, torch.cuda.OutOfMemoryError, comfy.model_management.InterruptProcessingException):
+        raise
+    except Exception as error:  # whatever the weights of a stranger set off in ComfyUI
+        log.warning("PSA: %s", checked.path, exc_info=True)
+        raise FileError(checked.path, "ComfyUI cannot make a model of its weights") from error
+    if model is None or model.model.model_config.unet_config.get("image_model") != "cogvideox":
+        raise FileError(checked.path, "ComfyUI does not take its weights for CogVideoX", "update ComfyUI")
+    return correct_model(model, checked.variant, NODE)
 
 
-def _folders() -> dict[str, Path]:
-    """Name in the menu -> folder with the transformer's files, of every CogVideoX folder up to two levels deep."""
+def _read(files: list[Path], names: dict[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    tensors: dict[str, torch.Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        found, about = read_tensors(file)
+        metadata = metadata or about
+        tensors.update((names[key], found[key]) for key in list(found) if key in names)
+    return tensors, metadata
+
+
+def _joined(headers: list[Header]) -> Header:
+    """The headers of the files of one checkpoint as one, with the metadata of the first that has some."""
+    tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
+    return Header(tensors, next((header.metadata for header in headers if header.metadata), {}))
+
+
+def _files() -> dict[str, str]:
+    """Name with slashes -> name as ComfyUI has it, of the .safetensors files of `diffusion_models`."""
     import folder_paths
 
-    found: dict[str, Path] = {}
-    for root in (*folder_paths.get_folder_paths("diffusers"), *folder_paths.get_folder_paths("diffusion_models")):
-        for config in _configs(Path(root)):
-            folder = config.parent
-            shown = folder.parent if folder.name == "transformer" and folder.parent != Path(root) else folder
-            found.setdefault(shown.relative_to(root).as_posix(), folder)
-    return dict(sorted(found.items()))
+    names = folder_paths.get_filename_list("diffusion_models")
+    return {name.replace("\\", "/"): name for name in names if name.lower().endswith(ENDINGS)}
 
 
-def _configs(root: Path) -> Iterator[Path]:
-    for pattern in ("*/config.json", "*/transformer/config.json", "*/*/transformer/config.json"):
-        for config in root.glob(pattern):
-            try:
-                if read_json(config).get("_class_name") == _CLASS:
-                    yield config
-            except FileError:
-                continue  # another program's file
-
-
-def _refuse_missing(model: Any, given: set[str], path: Path) -> None:
-    """ComfyUI would leave weights that no file held as they are, which is noise."""
-    prefixes = ("", "model.diffusion_model.", "diffusion_model.")
-    wanted = [key for key in model.model.diffusion_model.state_dict() if key.endswith((".weight", ".bias"))]
-    missing = [key for key in wanted if not any(prefix + key in given for prefix in prefixes)]
-    if missing:
-        raise FileError(path, f"{len(missing)} of {len(wanted)} weights are missing, such as {_examples(missing)}")
-
-
-def _examples(names: Any) -> str:
-    return ", ".join(sorted(names)[:3])
+def _unusable(name: object, error: FileError) -> InputError:
+    do = f"{error.do}, or choose another checkpoint"
+    return InputError("checkpoint", name, f"a checkpoint that can be used; {error}", NODE, do=do)

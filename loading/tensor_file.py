@@ -1,19 +1,16 @@
-"""Reads safetensors files, and says in words what is wrong with one that cannot be read. Never unpickles anything."""
+"""Reads the tensors of safetensors files. Never unpickles anything."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
-from .safetensors_header import safetensors_problem
+from .files import FileError as FileError  # whoever reads tensors catches it
+from .safetensors_header import read_header
 
-
-class FileError(ValueError):
-    """A file that cannot be used: the message names it and says why."""
-
-    def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{Path(path).name}: {reason} ({path})")
+log = logging.getLogger("ComfyUI-PSA")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -25,12 +22,13 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     import comfy.utils
 
     if path.suffix.lower() not in (".safetensors", ".sft"):
-        raise FileError(path, "only .safetensors files are read; convert it first")
-    problem = safetensors_problem(path)
-    if problem is not None:
-        raise FileError(path, problem)
+        raise FileError(path, "only .safetensors files are read", "convert it first")
+    header = read_header(path)
     try:
-        tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
-    except (OSError, ValueError, RuntimeError) as error:  # safetensors' own error is among them
-        raise FileError(path, f"it cannot be read: {' '.join(str(error).split())[:300]}") from error
-    return tensors, metadata or {}
+        tensors, _ = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # several libraries read files here, each with errors of its own
+        log.warning("PSA: %s: %s", path, error)
+        raise FileError(path, "its header is right, but its tensors cannot be read") from error
+    return tensors, header.metadata

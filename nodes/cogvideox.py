@@ -6,10 +6,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..cogvideox.corrections import correct_model
-from ..cogvideox.image import image_to_video
+from ..cogvideox.image import image_to_video, size_error
 from ..cogvideox.sampler import SOLVERS, make_sampler
 from ..cogvideox.schedule import trailing_sigmas
-from ..loading.checkpoint import WEIGHT_DTYPES, list_checkpoints, load_checkpoint
+from ..loading.checkpoint import WEIGHT_DTYPES, checkpoint_problem, checkpoint_state, list_checkpoints, load_checkpoint
 
 
 class PSACogVideoXLoader(io.ComfyNode):
@@ -49,6 +49,14 @@ class PSACogVideoXLoader(io.ComfyNode):
             ],
             outputs=[io.Model.Output()],
         )
+
+    @classmethod
+    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
+        return checkpoint_problem(checkpoint) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, checkpoint: str | None = None, **_: object) -> object:
+        return checkpoint_state(checkpoint)
 
     @classmethod
     def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
@@ -204,6 +212,14 @@ class PSACogVideoXImageToVideo(io.ComfyNode):
                 io.Latent.Output(display_name="latent"),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, width: int | None = None, height: int | None = None, length: int | None = None):
+        for name, value in (("width", width), ("height", height), ("length", length)):
+            error = None if value is None else size_error(name, value)  # None: it comes over a wire
+            if error is not None:
+                return str(error)
+        return True
 
     @classmethod
     def execute(cls, positive, negative, vae, start_image, width, height, length, batch_size) -> io.NodeOutput:

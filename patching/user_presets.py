@@ -103,9 +103,11 @@ def read_preset(path: Path) -> Preset:
     if len(data) > MOST_BYTES:
         raise PresetError(f"it is larger than {MOST_BYTES // 1024} kB; a preset is a few hundred bytes")
     try:
-        entry = json.loads(data.decode("utf-8"))
+        entry = json.loads(data)  # UTF-8 or UTF-16, with a byte-order mark or not, as editors write it
+    except json.JSONDecodeError as error:
+        raise PresetError(f"it is not JSON: see line {error.lineno}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:
-        raise PresetError(f"it is not JSON in UTF-8: {error}") from error
+        raise PresetError("it is not JSON in UTF-8, or it is nested without end; save it as UTF-8") from error
     return parse_preset(path.stem, entry)
 
 

@@ -1,0 +1,100 @@
+"""The weights of a CogVideoX checkpoint by ComfyUI's names and sizes, compared with the model that ComfyUI will build.
+
+All from headers. ComfyUI itself would leave weights that no file holds as they are, which is noise, and would stop in
+the middle of loading over one of another size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .files import FileError
+from .names import COGVIDEOX, to_native
+from .recognise import core_config, examples
+from .safetensors_header import Header
+
+_FIRST = "blocks.0.norm1.linear.weight"
+_BESIDE = "patch_embed.text_proj.weight"
+# What ComfyUI's quantised weights bring along, and how bitsandbytes calls its own, which ComfyUI cannot use.
+_QUANTISED = re.compile(r"scale|quant|absmax")
+_BITSANDBYTES = re.compile(r"\.(absmax|quant_map|nested_\w+|quant_state\.\w+)$")
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+class NotCogVideoX(ValueError):
+    """The names of a file are not those of a CogVideoX transformer."""
+
+
+def native_names(names: Iterable[str]) -> dict[str, str]:
+    """Name in a file -> ComfyUI's name, of the tensors of the transformer; whatever stands before all of them is cut.
+
+    Raises:
+        NotCogVideoX: there is no CogVideoX transformer among them.
+    """
+    renamed = {name: to_native(name, COGVIDEOX) for name in names}
+    natives = set(renamed.values())
+    prefixes = [name.removesuffix(_FIRST) for name in natives if f".{name}".endswith(f".{_FIRST}")]
+    prefixes = [prefix for prefix in prefixes if prefix + _BESIDE in natives]
+    if not prefixes:
+        raise NotCogVideoX
+    prefix = min(prefixes, key=len)
+    return {name: native.removeprefix(prefix) for name, native in renamed.items() if native.startswith(prefix)}
+
+
+def check_sizes(path: Path, header: Header, names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """ComfyUI's config of the model, when every weight that it has is there and of its size; names that it has not.
+
+    Raises:
+        FileError: one is missing, of another size, or holds no floating-point numbers.
+    """
+    given = {native: header.tensors[name] for name, native in names.items()}
+    config = core_config(given)
+    wanted = _sizes(config)
+    if wanted is None:
+        raise FileError(path, "its weights have sizes that no CogVideoX model has")
+    packed = [name for name in given if _BITSANDBYTES.search(name)]
+    if packed:
+        advice = "take the bf16 file, and weight_dtype fp8_e4m3fn to save memory"
+        raise FileError(path, "it is compressed by bitsandbytes, which ComfyUI cannot use", advice)
+    weights = [name for name in wanted if name.endswith((".weight", ".bias"))]
+    missing = [name for name in weights if name not in given]
+    if missing:
+        reason = f"{len(missing)} of {len(weights)} weights are missing, such as {examples(missing)}"
+        raise FileError(path, reason)
+    quantised = {name.rpartition(".")[0] for name in given if name not in wanted and _QUANTISED.search(name)}
+    for name in sorted(set(given) & set(wanted)):
+        kind, shape = given[name]
+        if name.rpartition(".")[0] in quantised:
+            continue
+        if kind not in _FLOATS:
+            raise FileError(path, f"{name} holds numbers of type {kind}, where a model has floating-point numbers")
+        if shape != wanted[name]:
+            sizes = f"{_size(shape)}, where this model has {_size(wanted[name])}"
+            raise FileError(path, f"{name} is {sizes}; it belongs to another model, or the file is damaged")
+    return config, [name for name in given if name not in wanted and not _QUANTISED.search(name)]
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+    """Name -> size of every weight of the model that ComfyUI builds from a config; None where it cannot."""
+    import comfy.ops
+    from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
+
+    if config.get("image_model") != "cogvideox" or not config.get("num_attention_heads"):
+        return None
+    try:
+        with torch.device("meta"):
+            model = CogVideoXTransformer3DModel(
+                **config, dtype=torch.float32, device="meta", operations=comfy.ops.disable_weight_init
+            )
+    except Exception:  # sizes that make no layer
+        return None
+    return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "one number"
