@@ -13,6 +13,8 @@
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; needs huggingface-hub alone
 
 Needs Python 3.10 or newer and nothing else; the first run installs into .dev/ (a few minutes, about 8 GB).
+Every command takes another ComfyUI with --comfyui FOLDER, or from COMFYUI_PATH in the environment; what that one
+requires is then installed into .dev/venv.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import traceback
 from pathlib import Path
 
 from devtools.environment import ensure_environment
-from devtools.paths import DEV, ROOT, VENV, VENV_PYTHON, VENV_SCRIPTS
+from devtools.paths import DEV, ROOT, VENV, VENV_PYTHON, VENV_SCRIPTS, chosen_comfyui
 from devtools.terminal import Failure
 
 
@@ -38,7 +40,7 @@ def main() -> int:
     if rest and arguments.command not in ("test", "bench", "quality"):
         _parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        comfyui = None if arguments.command == "weights" else ensure_environment(arguments.comfyui)
+        comfyui = None if arguments.command == "weights" else ensure_environment(arguments.comfyui or chosen_comfyui())
         return COMMANDS[arguments.command](arguments, comfyui, rest)
     except Failure as failure:
         print(f"\nError: {failure}", file=sys.stderr)
@@ -60,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in COMMANDS:
         command = commands.add_parser(name, allow_abbrev=False)
-        command.add_argument("--comfyui", type=Path, help="folder of a ComfyUI that is already there")
+        command.add_argument(
+            "--comfyui",
+            type=Path,
+            help="folder of a ComfyUI that is already there; without it COMFYUI_PATH, else one in .dev/",
+        )
         if name == "demo":
             command.add_argument("--steps", type=int, help="sampling steps")
             command.add_argument("--sparsity", type=float, help="target sparsity of PSA, 0 to 0.97")

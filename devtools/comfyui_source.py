@@ -7,6 +7,7 @@ is used and nothing of it becomes part of this repository. Standard library only
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import sys
 import tarfile
@@ -36,6 +37,15 @@ def ensure_comfyui(run_pip: Callable[[str, list[str]], None]) -> None:
             archive.unlink()
             raise Failure(f"{archive.name} is not the archive that was expected; it was deleted, please try again.")
         _unpack(archive)
+
+
+def version_of(comfyui: Path) -> str:
+    """The version that a folder of ComfyUI says it is; "of unknown version" where it says nothing."""
+    try:
+        found = re.search(r'__version__ = "([^"]+)"', (comfyui / "comfyui_version.py").read_text(encoding="utf-8"))
+    except OSError:
+        found = None
+    return found[1] if found else "of unknown version"
 
 
 def _archive() -> Path:

@@ -17,3 +17,14 @@ OUTPUT = ROOT / "output"
 WORKFLOWS = ROOT / "workflows"
 LOCALES = ROOT / "locales"
 DEMO_WEIGHTS = ROOT / "weights" / "demo"
+
+
+def chosen_comfyui() -> Path | None:
+    """The folder of ComfyUI that COMFYUI_PATH in the environment names; None where it names none."""
+    named = os.environ.get("COMFYUI_PATH", "").strip()
+    return Path(named).expanduser().resolve() if named else None
+
+
+def comfyui_folder() -> Path:
+    """The folder of the ComfyUI that is used: the one of COMFYUI_PATH, else our own in `.dev/`."""
+    return chosen_comfyui() or COMFYUI

@@ -10,7 +10,6 @@ import datetime
 import io
 import json
 import math
-import os
 import urllib.parse
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from PIL import Image
 
 from ..devtools.client import Client, Prompt
-from ..devtools.paths import COMFYUI
+from ..devtools.paths import comfyui_folder
 from ..devtools.serve import running_server
 from ..devtools.terminal import Failure
 from ..devtools.workflow import graph_to_prompt, load_workflow
@@ -57,7 +56,7 @@ def run_workflow(file: Path, settings: Path | None, seeds: int, out: Path, url: 
         if url:
             measure_workflow(Client(url.rstrip("/")), file, chosen, seeds, out, print)
         else:
-            with running_server(Path(os.environ.get("COMFYUI_PATH") or COMFYUI)) as server:
+            with running_server(comfyui_folder()) as server:
                 measure_workflow(Client(server.url), file, chosen, seeds, out, print)
     except Failure as failure:
         raise SystemExit(f"Error: {failure}") from failure

@@ -24,6 +24,22 @@ def load_package(name: str, folder: Path):
 load_package("comfyui_psa", ROOT)
 load_package("devtools", ROOT / "devtools")
 
+from devtools.comfyui_source import version_of  # noqa: E402
+from devtools.paths import chosen_comfyui, comfyui_folder  # noqa: E402
+
+
+def pytest_configure():
+    """A core that was asked for is tested or refused, never silently replaced or skipped."""
+    chosen = chosen_comfyui()
+    if chosen is not None and not (chosen / "main.py").is_file():
+        raise pytest.UsageError(f"COMFYUI_PATH: there is no ComfyUI in {chosen}: main.py is missing.")
+
+
+def pytest_report_header():
+    """Which core is tested."""
+    folder = comfyui_folder()
+    return f"ComfyUI {version_of(folder)} in {folder}" if folder.is_dir() else f"no ComfyUI in {folder}"
+
 
 @pytest.fixture(scope="session")
 def tiny():
@@ -53,7 +69,7 @@ def comfyui():
 
     ComfyUI takes one device for the whole process, the CPU unless PSA_TEST_DEVICE=cuda says otherwise.
     """
-    folder = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")
+    folder = comfyui_folder()
     if not (folder / "comfy").is_dir():
         pytest.skip(f"no ComfyUI in {folder}; `python dev.py setup` brings one")
     sys.path.insert(0, str(folder))
@@ -83,7 +99,7 @@ def server(tmp_path_factory):
     """A real ComfyUI with an empty base directory of its own, as a user starts it; one for all tests of a run."""
     from comfyui_psa.devtools.server import ComfyServer
 
-    comfyui = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")
+    comfyui = comfyui_folder()
     if not (comfyui / "main.py").is_file():
         pytest.skip(f"no ComfyUI in {comfyui}; `python dev.py setup` brings one")
     folder = tmp_path_factory.mktemp("comfyui")

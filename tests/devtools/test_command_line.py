@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from comfyui_psa.devtools.paths import ROOT
+import pytest
+
+from comfyui_psa.devtools.paths import ROOT, VENV_PYTHON, comfyui_folder
 
 
 def dev(*words):
@@ -17,6 +19,37 @@ def test_a_folder_without_comfyui_is_refused(tmp_path):
     assert found.returncode == 1
     assert f"There is no ComfyUI in {tmp_path.resolve()}" in found.stderr
     assert "Traceback" not in found.stderr
+
+
+def another_core(folder):
+    """A folder that says it is ComfyUI 9.9.9 and requires what the one under test requires."""
+    folder.mkdir()
+    (folder / "main.py").write_text("")
+    (folder / "requirements.txt").write_bytes((comfyui_folder() / "requirements.txt").read_bytes())
+    (folder / "comfyui_version.py").write_text('__version__ = "9.9.9"\n')
+    return folder
+
+
+@pytest.mark.parametrize("way", ["environment", "option"])
+def test_another_core_is_the_one_that_is_tested(tmp_path, monkeypatch, way):
+    if not (VENV_PYTHON.exists() and (comfyui_folder() / "requirements.txt").exists()):
+        pytest.skip("`python dev.py setup` has not been run here")
+    core = another_core(tmp_path / "core")
+    monkeypatch.setenv("COMFYUI_PATH", str(core if way == "environment" else tmp_path / "other"))
+    options = ["--comfyui", str(core)] if way == "option" else []
+    found = dev("test", *options, "--collect-only", str(ROOT / "tests" / "devtools" / "test_workflow.py"))
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert f"ComfyUI 9.9.9 in {core}" in found.stdout
+
+
+def test_a_core_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    by_dev = dev("test", "--collect-only")
+    command = [sys.executable, "-m", "pytest", "--collect-only", f"--rootdir={ROOT}"]
+    by_pytest = subprocess.run([*command, ROOT / "tests" / "devtools"], capture_output=True, text=True, timeout=60)
+    for found in (by_dev, by_pytest):
+        assert found.returncode != 0
+        assert f"here is no ComfyUI in {tmp_path.resolve()}" in found.stderr
 
 
 def test_an_unknown_option_is_refused():
