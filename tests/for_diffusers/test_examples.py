@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "examples" / "inference"
+SCRIPTS = ROOT / "for_diffusers" / "examples" / "inference"
 
 
 def normal(*shape, seed=0):

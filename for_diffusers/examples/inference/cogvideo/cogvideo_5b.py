@@ -1,6 +1,7 @@
 """CogVideoX-5B and CogVideoX1.5-5B in diffusers, dense or with PSA.
 
-python examples/inference/cogvideo/cogvideo_5b.py --model cogvideo1.5_5b --prompt "your prompt here" --use_psa
+python for_diffusers/examples/inference/cogvideo/cogvideo_5b.py --model cogvideo1.5_5b \\
+    --prompt "your prompt here" --use_psa
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Wan2.1-T2V-1.3B in diffusers, dense or with PSA.
 
-python examples/inference/wan21/wan21_1.3b.py --prompt "your prompt here" --use_psa --no_warmup
+python for_diffusers/examples/inference/wan21/wan21_1.3b.py --prompt "your prompt here" --use_psa --no_warmup
 """
 
 import sys
