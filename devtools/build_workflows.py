@@ -52,9 +52,11 @@ def _demo(canvas: Canvas) -> None:
             """
 ## Dense against sparse, with a model that fits into this repository
 
-Both samplers start from the same noise. The upper row is stock attention, the lower one goes through **PSA Patch**.
-The small Wan model and its VAE lie in `weights/demo/`; **PSA Demo Scene** (there when ComfyUI runs with
-`COMFYUI_PSA_DEMO=1`) says what the video shows: there is no text encoder.
+Press Run: nothing has to be downloaded, and no GPU is needed (a few minutes on a CPU).
+
+Both samplers start from the same noise. The blue column is stock attention, the green one goes through **PSA Patch**.
+The small Wan model and its VAE came with the node pack; **PSA Demo Prompt** says what the video shows, since there
+is no text encoder.
 
 `start_percent` is 0.30: 5 of the 16 steps stay dense. With the node's default of 0.25 it is 4, and this clip gets a
 second blue square that the dense video does not have.

@@ -21,7 +21,7 @@ from .workflow import graph_to_prompt, load_workflow
 
 WORKFLOW = WORKFLOWS / "psa_demo.json"
 RESULTS = OUTPUT / "psa_demo"
-WEIGHTS = ("psa_demo_wan_dit.safetensors", "psa_demo_wan_vae.safetensors")
+WEIGHTS = ("diffusion_models/psa_demo_wan_dit.safetensors", "vae/psa_demo_wan_vae.safetensors")
 FPS = 12
 
 
@@ -37,7 +37,7 @@ def run_demo(comfyui: Path, steps: int | None, sparsity: float | None) -> None:
     """
     for name in WEIGHTS:
         if not (DEMO_WEIGHTS / name).is_file():
-            raise Failure(f"weights/demo/{name} is missing; `python weights/train_demo.py` trains it.")
+            raise Failure(f"demo/weights/{name} is missing; `python demo/train_demo.py` trains it.")
     with running_server(comfyui) as server:
         client = Client(server.url)
         prompt = graph_to_prompt(load_workflow(WORKFLOW), client.get("/object_info"))

@@ -16,7 +16,7 @@ SERVER_LOG = DEV / "server.log"
 OUTPUT = ROOT / "output"
 WORKFLOWS = ROOT / "workflows"
 LOCALES = ROOT / "locales"
-DEMO_WEIGHTS = ROOT / "weights" / "demo"
+DEMO_WEIGHTS = ROOT / "demo" / "weights"
 
 
 def chosen_comfyui() -> Path | None:

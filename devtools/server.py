@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from .paths import COMFYUI, DEMO_WEIGHTS, HOME, ROOT, SERVER_LOG
+from .paths import COMFYUI, HOME, ROOT, SERVER_LOG
 from .terminal import Failure
 
 PACK = "ComfyUI-PSA"
@@ -70,7 +69,7 @@ class ComfyServer:
     def _launch(self) -> None:
         # Only what the command says: no user's PYTHONPATH, and never the repository root on sys.path.
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment.update(COMFYUI_PSA_DEMO="1", PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+        environment.update(PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
         if os.name == "nt":
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         else:
@@ -84,7 +83,6 @@ class ComfyServer:
     def _command(self) -> list[str]:
         command = [sys.executable, str(self.comfyui / "main.py"), "--listen=127.0.0.1", f"--port={self.port}"]
         command += [f"--base-directory={self.home}", f"--database-url=sqlite:///{self.home / 'user' / 'comfyui.db'}"]
-        command += [f"--extra-model-paths-config={self.home / 'models.yaml'}"]
         command += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method=none"]
         # Without the second option ComfyUI's attention on a CPU is a chunked one, three times slower than torch's.
         return command if _has_cuda() else [*command, "--cpu", "--use-pytorch-cross-attention"]
@@ -129,12 +127,9 @@ class ComfyServer:
 
 
 def prepare_home(home: Path) -> None:
-    """Make the base directory: its folders, the pack in `custom_nodes` and the way to the demo's weights."""
+    """Make the base directory: its folders, and the pack in `custom_nodes`."""
     for name in HOME_FOLDERS:
         (home / name).mkdir(parents=True, exist_ok=True)
-    # The weights stay where they are; JSON is YAML, and quotes every path safely.
-    weights = {"base_path": str(DEMO_WEIGHTS), "diffusion_models": ".", "vae": "."}
-    (home / "models.yaml").write_text(json.dumps({"psa_demo": weights}), encoding="utf-8")
     _link_pack(home / "custom_nodes" / PACK)
 
 

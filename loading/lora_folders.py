@@ -1,4 +1,4 @@
-"""ComfyUI's LoRA folders: where a download goes, and the pack's own `weights/` as one more of them."""
+"""ComfyUI's LoRA folders: what they hold, and where a download goes."""
 
 from __future__ import annotations
 
@@ -6,25 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from .download import DownloadError, download_lora
-
-_OWN = Path(__file__).resolve().parent.parent / "weights"
-_NO_LORAS = ("psa_demo_wan_dit.safetensors", "psa_demo_wan_vae.safetensors")
-"""The demo's model lies in `weights/` as well."""
-
-
-def register_own_folder() -> None:
-    """Let ComfyUI's LoRA menus list `weights/` of this pack, where the paper's own download command puts the file."""
-    import folder_paths
-
-    folder_paths.add_model_folder_path("loras", str(_OWN))
+from .own_folders import OWN_LORAS
 
 
 def list_loras() -> list[str]:
-    """What the loader offers: the .safetensors files of ComfyUI's loras folders, without the demo's model."""
+    """What the loader offers: the .safetensors files of ComfyUI's loras folders."""
     import folder_paths
 
-    names = folder_paths.get_filename_list("loras")
-    return [name for name in names if name.lower().endswith(".safetensors") and Path(name).name not in _NO_LORAS]
+    return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(".safetensors")]
 
 
 def download_into_loras(repository: str, file: str) -> str:
@@ -35,7 +24,7 @@ def download_into_loras(repository: str, file: str) -> str:
     """
     import folder_paths
 
-    folders = [Path(path) for path in folder_paths.get_folder_paths("loras") if Path(path) != _OWN]
+    folders = [Path(path) for path in folder_paths.get_folder_paths("loras") if Path(path) != OWN_LORAS]
     if not folders:
         raise DownloadError("ComfyUI has no loras folder")
     folders[0].mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from comfy_api.latest import ComfyExtension, io
 
-from ..loading.lora_folders import register_own_folder
+from ..loading.own_folders import register_own_folders
 from .calibrate import PSACalibrate
 from .cogvideox import (
     PSACogVideoXFix,
@@ -16,6 +14,7 @@ from .cogvideox import (
     PSACogVideoXSigmas,
 )
 from .compare import PSACompare
+from .demo import PSADemoScene
 from .lora import PSALoraDownload, PSALoraLoader
 from .patch import PSAPatch
 from .pyramid import PSAPyramid
@@ -26,10 +25,10 @@ class PSAExtension(ComfyExtension):
     """What ComfyUI registers."""
 
     async def on_load(self) -> None:
-        register_own_folder()
+        register_own_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        nodes: list[type[io.ComfyNode]] = [
+        return [
             PSAPatch,
             PSAPyramid,
             PSAReport,
@@ -42,10 +41,5 @@ class PSAExtension(ComfyExtension):
             PSACogVideoXImageToVideo,
             PSALoraLoader,
             PSALoraDownload,
+            PSADemoScene,
         ]
-        # The demo's conditioning means nothing to any other model, so only the demo lists it.
-        if os.environ.get("COMFYUI_PSA_DEMO") == "1":
-            from .demo import PSADemoScene
-
-            nodes.append(PSADemoScene)
-        return nodes

@@ -1,4 +1,4 @@
-"""PSA Demo Scene: conditioning for the small model of the demo, in place of a prompt; listed only while it runs."""
+"""PSA Demo Prompt: conditioning for the small model of the demo, instead of a text prompt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ class PSADemoScene(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="PSADemoScene",
-            display_name="PSA Demo Scene",
+            display_name="PSA Demo Prompt",
             category="PSA/demo",
-            description="What the demo model shall show. It replaces the prompt; other models cannot read it.",
+            description="What the demo model is to show, instead of a text prompt; other models cannot read it.",
+            # Nobody who looks for a node wants this one: the template brings it. Search and menus leave it out, since
+            # they would find it by its id too, until a user switches the developer mode on.
+            is_dev_only=True,
             inputs=[
                 io.Combo.Input(
                     f"{slot}_{name}",

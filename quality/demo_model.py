@@ -23,7 +23,7 @@ from ..demo.wan_dit import WanTransformer, rotary_table
 from ..demo.wan_vae import WanAutoencoder
 from .setting import Schedule, shifted
 
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights" / "demo"
+WEIGHTS = Path(__file__).resolve().parents[1] / "demo" / "weights"
 SHIFT = 12.0
 # Clips that are decoded at once on a GPU, and on a CPU.
 _DECODED_AT_ONCE = 4, 1

@@ -1,1 +1,1 @@
-"""Training of the demonstration model. Run through `weights/train_demo.py`, never by the node pack."""
+"""Training of the demonstration model. Run through `demo/train_demo.py`, never by the node pack."""

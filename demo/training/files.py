@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from ..latents import LatentBasis
 from ..scene import VOCABULARY_VERSION
 
-DIT_FILE = "psa_demo_wan_dit.safetensors"
-VAE_FILE = "psa_demo_wan_vae.safetensors"
+# Named as ComfyUI names the kinds, so that each folder can be one of its model folders.
+DIT_FILE = "diffusion_models/psa_demo_wan_dit.safetensors"
+VAE_FILE = "vae/psa_demo_wan_vae.safetensors"
 SHEET_FILE = "contact_sheet.jpg"
 METRICS_FILE = "metrics.json"
 BASIS_FILE = "latent_basis.safetensors"
@@ -21,6 +22,7 @@ def save_weights(model: torch.nn.Module, path: Path, dtype: torch.dtype, **facts
     """Write a state dict in `dtype`; `facts` become string metadata beside the vocabulary's version."""
     state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
     metadata = {"vocabulary_version": VOCABULARY_VERSION, **{name: str(value) for name, value in facts.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, str(path), metadata=metadata)
 
 

@@ -28,7 +28,7 @@ class VaeStage:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that `weights/train_demo.py` fixes."""
+    """Everything that `demo/train_demo.py` fixes."""
 
     width: int = 256
     hidden: int = 1024

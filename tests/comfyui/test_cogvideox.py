@@ -11,13 +11,14 @@ import urllib.parse
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 from comfyui_psa.demo.scene import CONTEXT_WIDTH
 from comfyui_psa.devtools.client import PromptFailed, PromptInterrupted
 from comfyui_psa.devtools.figures import find_node
 from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.workflow import graph_to_prompt, load_workflow
+from comfyui_psa.devtools.workflow import graph_to_prompt, inputs_of, load_workflow
+from comfyui_psa.loading.own_folders import OWN_FOLDERS
 
 FOLDERS = {"CogVideoX-5b": "5b", "CogVideoX1.5-5B": "1.5", "CogVideoX1.5-5B-I2V": "1.5-i2v"}
 LORA = "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors"
@@ -189,9 +190,14 @@ def download_failure(client, file):
     return str(caught.value)
 
 
-def test_the_packs_own_weights_are_a_lora_folder(client):
-    choices = client.get("/object_info/LoraLoaderModelOnly")["LoraLoaderModelOnly"]["input"]["required"]["lora_name"]
-    names = choices[0] if isinstance(choices[0], list) else choices[1]["options"]
-    assert any(name.replace("\\", "/").startswith("demo/psa_demo_wan") for name in names)
-    ours = client.get("/object_info/PSALoraLoader")["PSALoraLoader"]["input"]["required"]["lora_name"][1]["options"]
-    assert not any("psa_demo" in name for name in ours), "the demo's model is no LoRA"
+def test_what_is_downloaded_into_the_packs_own_weights_is_in_the_lora_menus(client):
+    file = OWN_FOLDERS["loras"] / "test-of-the-menu" / "lora.safetensors"
+    file.parent.mkdir()
+    try:
+        save_file({"weight": torch.zeros(1)}, file)
+        for node in ("LoraLoaderModelOnly", "PSALoraLoader"):
+            (spec,) = (s for s in inputs_of(client.get(f"/object_info/{node}")[node]) if s.name == "lora_name")
+            assert "test-of-the-menu/lora.safetensors" in [name.replace("\\", "/") for name in spec.choices]
+            assert not any("psa_demo" in name for name in spec.choices), "the demo's model is no LoRA"
+    finally:
+        shutil.rmtree(file.parent)

@@ -24,7 +24,7 @@ NODES = {
     "PSACogVideoXImageToVideo": "PSA CogVideoX Image To Video",
     "PSALoraLoader": "PSA LoRA Loader",
     "PSALoraDownload": "PSA LoRA Download",
-    "PSADemoScene": "PSA Demo Scene",
+    "PSADemoScene": "PSA Demo Prompt",
 }
 
 # Registering a pack means importing it and asking it for its nodes. ComfyUI's own modules are there already.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from comfyui_psa.demo.scene import Scene, conditioning
+from comfyui_psa.demo.training.files import DIT_FILE
 from comfyui_psa.quality.attention import SparseAttention
 from comfyui_psa.quality.demo_model import WEIGHTS, Clip, DemoModel, DenseAttention, Video, simple_schedule
 from comfyui_psa.quality.matrix import LEAN, settings_of
@@ -27,9 +28,7 @@ def test_equals_comfyui(comfyui, model):
 
     steps = 4  # the second lies on the bound itself
     inputs = {"preset": "wan2.1-14b", "sparsity": 0.6, "start_percent": 0.25, "min_tokens": 0}
-    theirs = comfy.sd.load_diffusion_model(
-        str(WEIGHTS / "psa_demo_wan_dit.safetensors"), model_options={"dtype": torch.float32}
-    )
+    theirs = comfy.sd.load_diffusion_model(str(WEIGHTS / DIT_FILE), model_options={"dtype": torch.float32})
     (theirs,) = ModelSamplingSD3().patch(theirs, 12.0)
     patched = patch_model(theirs, **inputs, end_percent=1.0)
     noise = torch.randn(1, *VIDEO.latent, generator=torch.Generator().manual_seed(CLIP.seed))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Train the demonstration model: `python weights/train_demo.py [--minutes 9]`.
+"""Train the demonstration model: `python demo/train_demo.py [--minutes 9]`.
 
-Writes the diffusion model, the autoencoder, a contact sheet and the figures of the run into weights/demo (or --out).
+Writes the diffusion model, the autoencoder, a contact sheet and the figures of the run into demo/weights (or --out).
 With two GPUs the networks train side by side, with one they take turns. Needs torch, safetensors and Pillow.
 """
 
@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line; the hidden options are for the child processes."""
     parser = argparse.ArgumentParser(description="Train the small demonstration model of ComfyUI-PSA.")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything but the contact sheet")
-    parser.add_argument("--out", type=Path, default=ROOT / "weights" / "demo", help="folder for the results")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo" / "weights", help="folder for the results")
     parser.add_argument("--device", default=None, help="for example cuda:0 or cpu; all visible GPUs by default")
     parser.add_argument("--only", choices=["dit", "vae"], default=None, help="train one network only")
     parser.add_argument("--resume", type=Path, default=None, help="diffusion model to go on training from")
@@ -106,7 +106,7 @@ def main() -> int:
     end = begun + arguments.minutes * 60
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        known = arguments.resume.parent / files.BASIS_FILE if arguments.resume else None
+        known = arguments.resume.resolve().parents[1] / files.BASIS_FILE if arguments.resume else None
         basis = files.load_basis(known) if known and known.exists() else fit_basis(devices[0], clips=chosen.basis_clips)
         files.save_basis(basis, arguments.out / files.BASIS_FILE)
         print(f"latent basis after {time.time() - begun:.0f} s; training on {', '.join(devices)}", flush=True)
@@ -136,7 +136,7 @@ def main() -> int:
         "devices": len(devices),
         "torch": torch.__version__,
         "seconds_in_all": round(time.time() - begun, 1),
-        "bytes": {p.name: p.stat().st_size for p in sorted(arguments.out.glob("*.safetensors"))},
+        "bytes": {p.name: p.stat().st_size for p in sorted(arguments.out.rglob("*.safetensors"))},
     }
     figures["run_resumed" if arguments.resume else "run"] = run
     metrics.write_text(json.dumps(figures, indent=1) + "\n")
