@@ -47,7 +47,7 @@ def main() -> None:
 
     def run_of(live: bool) -> Run:
         run = Run(settings, 2.0, 0.0, pictured_block=layers // 2, on_step=told.append if live else None)
-        run.plan(schedule, device)
+        run.plan(schedule.tolist(), device)
         run.layout = layout
         return run
 
@@ -56,7 +56,7 @@ def main() -> None:
         return pyramid_sparse_attention(q, k, v, settings.config, layout=layout, order=order)
 
     def step(run: Run, index: int) -> None:
-        run.begin_model_call(1 - index / STEPS, index, layout, ())
+        run.begin_model_call(1 - index / STEPS, layout, ())
         for block in range(layers):
             run.begin_self_attention(block)
             run.sparse_call(block, attend(run))

@@ -6,6 +6,7 @@ that fails says what. What a model's forward receives is the one other assumptio
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,20 +64,28 @@ def add_wrappers(model: Any, key: str, *, before_call: Callable, sampling: Calla
     """
     import comfy.patcher_extension
 
-    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    kinds = comfy.patcher_extension.WrappersMP
+    if sampling is not None:
+        model.add_wrapper_with_key(kinds.OUTER_SAMPLE, key, sampling)
+    model.add_wrapper_with_key(kinds.APPLY_MODEL, key, ModelCallWrapper(before_call))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCallWrapper:
+    """The wrapper around a forward of the network, see `add_wrappers`; a class, so that it can travel."""
+
+    before_call: Callable
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Tell `before_call`, then call on."""
         x, _, _, context, _, options = (*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :]))
-        before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
+        self.before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
         if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
             # Compiled code drops every guard on transformer_options, so a graph that was made without PSA would be run
             # with it as well. One more argument, which it does look at, keeps the two apart; models ignore what they
             # do not know.
             kwargs["psa_compiled"] = True
         return executor(*args, **kwargs)
-
-    kinds = comfy.patcher_extension.WrappersMP
-    if sampling is not None:
-        model.add_wrapper_with_key(kinds.OUTER_SAMPLE, key, sampling)
-    model.add_wrapper_with_key(kinds.APPLY_MODEL, key, apply_model)
 
 
 def wrap_network(model: Any, key: str, wrapper: Callable) -> None:
@@ -115,6 +124,33 @@ def run_sigmas(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
     return (args[3] if len(args) > 3 else kwargs["sigmas"]).tolist()
 
 
+def latent_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """(time, height, width) of the latent that a sampling run works on, from the wrapper's arguments; () where it has
+    other axes."""
+    noise = args[0] if args else kwargs.get("noise")
+    return tuple(noise.shape[2:]) if getattr(noise, "ndim", 0) == 5 else ()
+
+
+def pixels_per_latent(model: Any) -> tuple[int, int] | None:
+    """Frames and pixels that stand for one of the latent, in time and along a side, where the format says so."""
+    latent_format = getattr(model.model, "latent_format", None)
+    ratios = (getattr(latent_format, f"{axis}_downscale_ratio", None) for axis in ("temporal", "spacial"))
+    time, side = ratios
+    return (time, side) if isinstance(time, int) and isinstance(side, int) else None
+
+
+def replaced_forwards(network: Any) -> list[str]:
+    """Parts of a network whose forward was replaced on the object itself, as packs do that bring their own; single
+    layers, which have no parts, do not count."""
+    return [
+        f"{name}.{attribute}".lstrip(".")
+        for name, part in network.named_modules()
+        if next(part.children(), None) is not None
+        for attribute, value in vars(part).items()
+        if "forward" in attribute and callable(value) and callable(getattr(type(part), attribute, None))
+    ]
+
+
 def run_options(guider: Any) -> dict[str, Any]:
     """The transformer_options of one sampling run: a copy that ends with it and that all its model calls inherit."""
     return guider.model_options["transformer_options"]
@@ -125,11 +161,17 @@ def current_sigma(options: Mapping[str, Any]) -> float:
     return float(options["sigmas"].flatten()[0])
 
 
-def current_step(options: Mapping[str, Any], sigma: float) -> int:
-    """Index of the sampler's step that a forward at `sigma` belongs to: the last noise level of the run that is not
-    below it. Samplers may evaluate between two levels, so levels are compared, not looked up."""
-    schedule = options.get("sample_sigmas")
-    return 0 if schedule is None else max(0, int((schedule >= sigma * (1 - 1e-4)).sum()) - 1)
+def schedule(options: Mapping[str, Any]) -> list[float] | None:
+    """The noise levels of the sampler's run (steps + 1), where it says them; `run_sigmas` is the same from outside."""
+    sigmas = options.get("sample_sigmas")
+    return None if sigmas is None else sigmas.tolist()
+
+
+def call_identity(options: Mapping[str, Any]) -> tuple:
+    """What tells the forwards of one step apart, the same in every step: their prompts, and the frames of a context
+    window."""
+    window = getattr(options.get("context_window"), "index_list", ())
+    return tuple(options.get("cond_or_uncond", ())), tuple(options.get("uuids", ())), tuple(window)
 
 
 def block_index(options: Mapping[str, Any]) -> int | None:

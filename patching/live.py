@@ -1,37 +1,53 @@
-"""What the page hears of a patched model: a sentence when the node runs, and the figures of every step."""
+"""What the page hears of a patched model: a sentence when the node runs, the figures of every step and run, and when
+another PSA Patch takes a node's place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any
 
-from .patch import KEY, PatchHandle, patch_model
+from .patch import KEY, patch_model
 from .run import log
+from .sampling import PatchHandle
 
-EVENT = "psa.step"
-
-
-def patch_for_node(model: Any, node_id: str | None, **inputs: Any) -> tuple[Any, list[str]]:
-    """`patch_model` for the node with that id, and what its page is told: why the model stays dense ("" where it does
-    not), and the preset that was taken, which `auto` leaves to the model ("" where none was)."""
-    patched = patch_model(model, on_step=step_sender(node_id), **inputs)
-    handle: PatchHandle = patched.get_attachment(KEY)
-    return patched, [handle.note, ""] if handle.settings is None else ["", handle.settings.preset]
+STEP_EVENT = "psa.step"
+RUN_EVENT = "psa.run"
+REPLACED_EVENT = "psa.replaced"
 
 
-def step_sender(node_id: str | None) -> Callable[[dict[str, Any]], None] | None:
-    """Sends figures to the page that queued the prompt; None for a node without an id."""
-    if node_id is None:
-        return None
+@dataclasses.dataclass(frozen=True)
+class Sender:
+    """Sends figures to the page that queued the prompt, as one event of a node; can itself be sent to a process."""
 
-    def send(figures: dict[str, Any]) -> None:
+    event: str
+    node_id: str
+
+    def __call__(self, figures: dict[str, Any]) -> None:
+        """Send {"node": id, **figures}."""
         try:
             from server import PromptServer
 
             server = PromptServer.instance
             if server.client_id is not None:
-                server.send_sync(EVENT, {"node": node_id, **figures}, server.client_id)
+                server.send_sync(self.event, {"node": self.node_id, **figures}, server.client_id)
         except Exception:  # a display must never end a run
-            log.debug("PSA: the figures of a step did not reach the page", exc_info=True)
+            log.debug("PSA: figures did not reach the page", exc_info=True)
 
-    return send
+
+def patch_for_node(model: Any, node_id: str | None, **inputs: Any) -> tuple[Any, list[str]]:
+    """`patch_model` for the node with that id, and what its page is told: why the model stays dense ("" where it does
+    not), and the preset that was taken, which `auto` leaves to the model ("" where none was).
+
+    Where the model comes from another PSA Patch, that node's page is told which one takes its place on this branch.
+    """
+    listeners = {}
+    if node_id is not None:
+        listeners = {"on_step": Sender(STEP_EVENT, node_id), "on_end": Sender(RUN_EVENT, node_id)}
+    patched = patch_model(model, **listeners, **inputs)
+    earlier: PatchHandle | None = model.get_attachment(KEY)
+    handle: PatchHandle = patched.get_attachment(KEY)
+    handle.node = node_id
+    if earlier is not None and None not in (earlier.node, node_id) and earlier.node != node_id:
+        log.info("PSA: PSA Patch #%s is replaced by PSA Patch #%s, which follows it", earlier.node, node_id)
+        Sender(REPLACED_EVENT, earlier.node)({"by": node_id})
+    return patched, [handle.note, ""] if handle.settings is None else ["", handle.settings.preset]

@@ -31,7 +31,8 @@ class BlockMap:
 
 @dataclasses.dataclass
 class RunMaps:
-    """The maps of one step: `blocks` by index of the transformer block, `spot` the token (time, height, width)."""
+    """The maps of one step: `blocks` by index of the transformer block, `spot` the token (time, height, width), `whole`
+    whether the grid is that of the whole video and not of an area or window of it."""
 
     step: int
     grid: tuple[int, int, int]
@@ -39,6 +40,12 @@ class RunMaps:
     spot: tuple[int, int, int]
     inverse: torch.Tensor | None
     blocks: dict[int, BlockMap] = dataclasses.field(default_factory=dict)
+    whole: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the grid."""
+        return self.grid[0] * self.grid[1] * self.grid[2]
 
     def to_host(self) -> RunMaps:
         """A copy whose tensors lie on the host."""
@@ -50,8 +57,7 @@ class RunMaps:
 
     def over_video(self, per_block: torch.Tensor, inverse: torch.Tensor | None = None) -> torch.Tensor:
         """Values of the key blocks [n_k] over the video: [T, H, W]. inverse: that of the head, where heads differ."""
-        tokens = self.grid[0] * self.grid[1] * self.grid[2]
-        values = per_block.repeat_interleave(self.block_kv)[:tokens]
+        values = per_block.repeat_interleave(self.block_kv)[: self.tokens]
         inverse = self.inverse if inverse is None else inverse
         return (values if inverse is None else values[inverse.long()]).view(self.grid)
 

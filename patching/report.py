@@ -1,10 +1,12 @@
 """The report of a sampling run: plain numbers, ready for JSON. Nothing is measured here.
 
-Fields: backend, preset, target_sparsity, mean_sparsity, grid, steps (index, sigma, seconds, sparsity or null for a
-dense step, sparse_calls, dense_calls, attention_seconds of its sparse calls, layers: one sparsity a block), layers
-(block index -> mean sparsity), shares (pooling factor -> mean share of the block pairs), coverage, time (seconds of
-dense and of sparse steps, and of PSA's attention in them), fallbacks (reason, calls), level_map (pooling factors of one
-block's first head, every stride-th row and column, and the share of its resolution at which each token was seen).
+Fields: backend, preset, target_sparsity, mean_sparsity, grid (of the largest part of the video that was computed in one
+piece), grids (of every part: grid, sparse_calls, mean sparsity), steps (index, sigma, kind: see `record.KINDS`,
+seconds, sparsity or null where nothing was sparse, sparse_calls, dense_calls, attention_seconds of its sparse calls,
+layers: one sparsity a block), layers (block index -> mean sparsity), shares (pooling factor -> mean share of the block
+pairs), coverage, time (seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks (reason,
+calls), notes (sentences about the run as a whole), level_map (pooling factors of one block's first head, every
+stride-th row and column, and the share of its resolution at which each token was seen).
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from typing import Any
 import torch
 
 from ..kernels.density import pair_cost
-from ..kernels.order import TokenLayout
-from .run import LevelMap, Run, Step
+from .record import DENSE, KINDS, SPARSE, LevelMap, Step
+from .run import Run
 
 MOST_PAIRS = 65536
 
@@ -27,15 +29,22 @@ MOST_PAIRS = 65536
 def make_report(run: Run) -> dict[str, Any]:
     """Read the run's figures from the device, once, and put them into a dictionary."""
     config = run.settings.config
-    calls = [(step, block, density) for step in run.steps for block, density in step.densities]
-    values = (1 - torch.stack([density for _, _, density in calls]).cpu()).tolist() if calls else []
+    calls = [
+        (step, block, grid, density)
+        for step in run.steps
+        for (block, density), grid in zip(step.densities, step.grids, strict=True)
+    ]
+    values = (1 - torch.stack([density for *_, density in calls]).cpu()).tolist() if calls else []
     by_step: dict[int, list[float]] = defaultdict(list)
     by_layer: dict[int, list[float]] = defaultdict(list)
     by_both: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for (step, block, _), value in zip(calls, values, strict=True):
+    by_grid: dict[tuple[int, ...], list[float]] = defaultdict(list)
+    for (step, block, grid, _), value in zip(calls, values, strict=True):
         by_step[id(step)].append(value)
         by_layer[block].append(value)
         by_both[id(step)][block].append(value)
+        by_grid[grid].append(value)
+    layouts = sorted(run.layouts, key=lambda layout: -layout.video)
     shares = level_shares(run)
     level_map = None
     if run.level_map is not None:
@@ -43,6 +52,7 @@ def make_report(run: Run) -> dict[str, Any]:
         stride = max(1, math.ceil((run.level_map.factors.numel() / MOST_PAIRS) ** 0.5))
         level_map = {
             "step": run.level_map.step,
+            "grid": list(run.level_map.layout.grid),
             "block": run.level_map.block,
             "head": 0,
             "block_q": config.block_q,
@@ -50,7 +60,7 @@ def make_report(run: Run) -> dict[str, Any]:
             "order": config.order,
             "stride": stride,
             "factors": run.level_map.factors[::stride, ::stride].cpu().tolist(),
-            "token_levels": _token_levels(run.level_map, run.layout, config.block_kv),
+            "token_levels": _token_levels(run.level_map, config.block_kv),
         }
     return {
         "backend": run.backend,
@@ -61,11 +71,16 @@ def make_report(run: Run) -> dict[str, Any]:
         "shares": shares,
         "coverage": None if shares is None else sum(shares.values()),
         "time": _time(run.steps),
-        "grid": list(run.layout.grid) if run.layout else None,
+        "grid": list(layouts[0].grid) if layouts else None,
+        "grids": [
+            {"grid": list(grid), "sparse_calls": len(by_grid[grid]), "sparsity": _mean(by_grid[grid])}
+            for grid in dict.fromkeys(layout.grid for layout in layouts)
+        ],
         "steps": [
             {
                 "index": step.index,
                 "sigma": step.sigma,
+                "kind": step.kind,
                 "seconds": round(step.seconds, 4),
                 "sparsity": _mean(by_step[id(step)]),
                 "sparse_calls": len(step.densities),
@@ -77,19 +92,24 @@ def make_report(run: Run) -> dict[str, Any]:
         ],
         "layers": {str(block): _mean(by_layer[block]) for block in sorted(by_layer)},
         "fallbacks": [{"reason": reason, "calls": count} for reason, count in run.fallbacks.items()],
+        "notes": list(run.notes),
         "level_map": level_map,
     }
 
 
 def summary(report: dict[str, Any]) -> str:
     """A run in a sentence for the log, with the median times of its sparse and of its dense steps."""
-    sparse = [step["seconds"] for step in report["steps"] if step["sparse_calls"]]
-    dense = [step["seconds"] for step in report["steps"] if not step["sparse_calls"]]
+    seconds = {kind: [step["seconds"] for step in report["steps"] if step["kind"] == kind] for kind in KINDS}
+    sparse = seconds[SPARSE]
     text = f"{len(sparse)} of {len(report['steps'])} steps sparse"
-    if not sparse:
-        return text if report["fallbacks"] else f"{text}: they lie outside of start_percent to end_percent"
-    text += f" at {report['mean_sparsity']:.2f} ({report['backend']}), {statistics.median(sparse):.2f} s each"
-    return f"{text}; the dense ones {statistics.median(dense):.2f} s" if dense else text
+    if sparse:
+        text += f" at {report['mean_sparsity']:.2f} ({report['backend']}), {statistics.median(sparse):.2f} s each"
+    others = [f"{len(seconds[kind])} {kind}" for kind in KINDS if seconds[kind] and kind not in (SPARSE, DENSE)]
+    if sparse and seconds[DENSE]:
+        others.insert(0, f"the dense ones {statistics.median(seconds[DENSE]):.2f} s")
+    if not sparse and not others and not report["fallbacks"] and not report["notes"]:
+        return f"{text}: they lie outside of start_percent to end_percent"
+    return "; ".join([text, *others])
 
 
 def level_shares(run: Run) -> dict[str, float] | None:
@@ -103,19 +123,20 @@ def level_shares(run: Run) -> dict[str, float] | None:
 
 def _time(steps: list[Step]) -> dict[str, float | None]:
     """Seconds; attention is that of the sparse calls, None where the device has no clock for them."""
-    sparse = [step for step in steps if step.densities]
-    clocked = [step.attention for step in sparse if step.attention is not None]
+    seconds = {"dense_steps": 0.0, "sparse_steps": 0.0, "other_steps": 0.0}
+    for step in steps:
+        seconds[f"{step.kind if step.kind in (SPARSE, DENSE) else 'other'}_steps"] += step.seconds
+    clocked = [step.attention for step in steps if step.kind == SPARSE and step.attention is not None]
     return {
-        "dense_steps": round(sum(step.seconds for step in steps if not step.densities), 4),
-        "sparse_steps": round(sum(step.seconds for step in sparse), 4),
+        **{name: round(value, 4) for name, value in seconds.items()},
         "sparse_attention": round(sum(clocked), 4) if clocked else None,
     }
 
 
-def _token_levels(level_map: LevelMap, layout: TokenLayout, block_kv: int) -> list[float]:
+def _token_levels(level_map: LevelMap, block_kv: int) -> list[float]:
     """Share of its resolution (0..1) at which each video token was seen, mean over query blocks: raster order."""
     per_block = pair_cost(level_map.factors).mean(0)
-    per_token = per_block.repeat_interleave(block_kv)[: layout.video]
+    per_token = per_block.repeat_interleave(block_kv)[: level_map.layout.video]
     inverse = level_map.order.inverse
     return [round(level, 4) for level in (per_token if inverse is None else per_token[inverse]).tolist()]
 

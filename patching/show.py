@@ -10,9 +10,11 @@ import torch
 
 from ..errors import InputError
 from ..pictures.report import draw_report
+from .findings import ranges
 from .frames import video_frames
 from .maps import RunMaps
-from .patch import KEY, PatchHandle
+from .patch import KEY
+from .sampling import PatchHandle
 
 NODE = "PSA Report"
 UNPATCHED = "the model did not come from PSA Patch, or PSA Patch is bypassed: it is the stock one"
@@ -33,7 +35,8 @@ def show_report(
     handle: PatchHandle = model.get_attachment(KEY) or PatchHandle(UNPATCHED)
     report = handle.report or {"note": handle.note if handle.settings is None else "the model has not sampled yet"}
     maps = {} if handle.maps is None else _maps(handle.maps, layer, head)
-    picture = draw_report(report, frames=video_frames(images, model, samples) if maps else None, **maps)
+    on_frames = handle.maps is not None and handle.maps.whole
+    picture = draw_report(report, frames=video_frames(images, model, samples) if on_frames else None, **maps)
     return json.dumps(report), to_image(picture)
 
 
@@ -48,25 +51,15 @@ def _maps(maps: RunMaps, layer: int, head: int) -> dict[str, Any]:
     if layer == -1:
         layer = recorded[len(recorded) // 2]
     if layer not in maps.blocks:
-        raise InputError("layer", layer, f"-1 or a sparse layer: {_ranges(recorded)}", NODE, do="set layer to -1")
+        raise InputError("layer", layer, f"-1 or a sparse layer: {ranges(recorded)}", NODE, do="set layer to -1")
     found = maps.blocks[layer]
     if head >= len(found.seen):
         raise InputError("head", head, f"0 to {len(found.seen) - 1}", NODE, do="set head to 0")
     seen, spot = maps.head(layer, head)
+    part = "" if maps.whole else f", a part of the video of {'x'.join(map(str, maps.grid))} tokens"
     return {
         "seen": seen.numpy(),
         "spot": spot.numpy(),
         "spot_at": maps.spot,
-        "where": f"layer {layer}, head {head}, step {maps.step + 1}",
+        "where": f"layer {layer}, head {head}, step {maps.step + 1}{part}",
     }
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -13,6 +13,12 @@ from PIL import Image, ImageDraw
 from .paint import DENSE, GRID, INK, PAPER, QUIET, Sheet, font, heat, level_colour, level_name, nice_step
 
 WIDTH = 1200
+_OTHER = {
+    "skipped": "skipped by a cache",
+    "unseen": "computed by another node's attention",
+    "interrupted": "broken off",
+}
+"""What the headline says of steps that were neither sparse nor dense."""
 _MOST_HEIGHT = 4000
 _ATTENTION, _REST = (127, 178, 255), (70, 104, 158)
 
@@ -50,6 +56,7 @@ def draw_report(
     sheet.y = max(left_end, sheet.y) + 14
     _levels(sheet, report)
     _time(sheet, report)
+    _parts(sheet, report)
     _fallbacks(sheet, report)
     if seen is not None and spot is not None:
         _video_maps(sheet, seen, spot, spot_at, frames, where)
@@ -60,17 +67,21 @@ def headline(report: dict[str, Any]) -> str:
     """The run in a sentence."""
     steps = report["steps"]
     sparse = [step for step in steps if step["sparsity"] is not None]
-    if not sparse:
+    counts = {kind: sum(step["kind"] == kind for step in steps) for kind in _OTHER}
+    others = [f"{counts[kind]} {words}" for kind, words in _OTHER.items() if counts[kind]]
+    if not sparse and not others:
         return f"All {len(steps)} steps stayed dense."
-    return (
-        f"{len(sparse)} of {len(steps)} steps were sparse and saved {100 * report['mean_sparsity']:.1f} % of their "
-        f"attention work."
-    )
+    if not sparse:
+        dense = len(steps) - sum(counts.values())
+        return f"No step was sparse: {', '.join([*([f'{dense} stayed dense'] if dense else []), *others])}."
+    text = f"{len(sparse)} of {len(steps)} steps were sparse and saved {100 * report['mean_sparsity']:.1f} % of their "
+    return "; ".join([f"{text}attention work", *others]) + "."
 
 
 def _settings(report: dict[str, Any]) -> str:
     target = report["target_sparsity"]
-    grid = "x".join(map(str, report["grid"] or []))
+    grids = ["x".join(map(str, part["grid"])) for part in report["grids"]]
+    grid = ", ".join(grids[:4]) + (f" and {len(grids) - 4} more" if len(grids) > 4 else "")
     parts = [
         f"preset {report['preset']}",
         f"mode {report['mode']}",
@@ -94,7 +105,8 @@ def _sparsity_map(sheet: Sheet, report: dict[str, Any], x: int, y: int, width: i
     for column, step in enumerate(steps):
         for row, layer in enumerate(layers):
             value = step["layers"].get(str(layer))
-            colour = DENSE if value is None else tuple(int(c) for c in heat(value))
+            blank = GRID if step["kind"] in _OTHER else DENSE
+            colour = blank if value is None else tuple(int(c) for c in heat(value))
             box = (left + column * cell_w, top + row * cell_h)
             sheet.draw.rectangle((*box, box[0] + cell_w - 2, box[1] + cell_h - 2), fill=colour)
     letters = font(12)
@@ -116,7 +128,7 @@ def _scale(sheet: Sheet, x: int, y: int) -> None:
     letters = font(12)
     sheet.draw.text((x, y + 12), "0", QUIET, letters)
     sheet.draw.text((x + 160, y + 12), "1 = all saved", QUIET, letters, anchor="ma")
-    sheet.legend([(DENSE, "dense")], x + 250, y - 2, 12)
+    sheet.legend([(DENSE, "dense"), (GRID, "neither")], x + 250, y - 2, 12)
 
 
 def _seconds(sheet: Sheet, report: dict[str, Any], x: int, y: int, width: int) -> None:
@@ -136,13 +148,12 @@ def _seconds(sheet: Sheet, report: dict[str, Any], x: int, y: int, width: int) -
         sheet.draw.text((left - 6, line), f"{i * tick:g}", QUIET, letters, anchor="rm")
     bar = max(2, (width - 44) // len(steps))
     for column, step in enumerate(steps):
-        sparse = step["sparsity"] is not None
         whole = min(height, round(height * step["seconds"] / most))
         attention = min(whole, round(height * (step["attention_seconds"] or 0.0) / most))
         box = (left + column * bar, left + column * bar + bar - 2)
         bottom = top + height
         if whole:
-            sheet.draw.rectangle((box[0], bottom - whole, box[1], bottom), fill=_REST if sparse else DENSE)
+            sheet.draw.rectangle((box[0], bottom - whole, box[1], bottom), fill=_bar(step["kind"]))
         if attention:
             sheet.draw.rectangle((box[0], bottom - attention, box[1], bottom), fill=_ATTENTION)
         if column in (0, len(steps) // 2, len(steps) - 1):
@@ -150,6 +161,10 @@ def _seconds(sheet: Sheet, report: dict[str, Any], x: int, y: int, width: int) -
     entries = [(DENSE, "dense step"), (_REST, "sparse step"), (_ATTENTION, "PSA's attention in it")]
     sheet.legend(entries, left, top + height + 24, 12)
     sheet.y = top + height + 50
+
+
+def _bar(kind: str) -> tuple[int, int, int]:
+    return GRID if kind in _OTHER else _REST if kind == "sparse" else DENSE
 
 
 def _levels(sheet: Sheet, report: dict[str, Any]) -> None:
@@ -173,9 +188,12 @@ def _time(sheet: Sheet, report: dict[str, Any]) -> None:
     attention = time["sparse_attention"]
     rest = time["sparse_steps"] - (attention or 0.0)
     parts = [(DENSE, time["dense_steps"], "dense steps"), (_REST, rest, "sparse steps")]
+    other = time["other_steps"]
     if attention is not None:
         parts[1] = (_REST, rest, "rest of the sparse steps")
         parts.append((_ATTENTION, attention, "PSA's attention"))
+    if other >= 0.05:
+        parts.append((GRID, other, "other steps"))
     total = sum(seconds for _, seconds, _ in parts)
     sheet.text(f"Where the time went: {total:.1f} s", 16)
     box = (sheet.margin, sheet.y + 4, WIDTH - sheet.margin, sheet.y + 24)
@@ -184,8 +202,18 @@ def _time(sheet: Sheet, report: dict[str, Any]) -> None:
     sheet.y += 66
 
 
+def _parts(sheet: Sheet, report: dict[str, Any]) -> None:
+    """Where areas or windows of the video were computed each for itself: how sparse each size of them was."""
+    for part in report["grids"] if len(report["grids"]) > 1 else ():
+        grid = "x".join(map(str, part["grid"]))
+        sparsity = "dense" if part["sparsity"] is None else f"sparsity {part['sparsity']:.3f}"
+        sheet.text(f"Part of {grid} tokens: {sparsity}, {part['sparse_calls']} sparse calls", 14, QUIET)
+
+
 def _fallbacks(sheet: Sheet, report: dict[str, Any]) -> None:
-    if not report["fallbacks"]:
+    for note in report["notes"]:
+        sheet.text(f"Note: {note}.", 14)
+    if not report["fallbacks"] and not report["notes"]:
         sheet.text("Fallbacks: none; every attention call of the sparse steps was sparse.", 14, QUIET)
     for entry in report["fallbacks"][:8]:
         sheet.text(f"{entry['calls']} calls stayed dense: {entry['reason']}", 14)

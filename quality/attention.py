@@ -61,7 +61,7 @@ class SparseAttention:
     def begin_step(self, step: int) -> None:
         """Called before every model call."""
         self._step, self._block = step, 0
-        self.run.begin_model_call(float(self.schedule.sigmas[step]), step, self.layout, ())
+        self.run.begin_model_call(float(self.schedule.sigmas[step]), self.layout, ())
         self.run.active = step in self._active
         sigmas = [self.schedule.sigmas[sparse] for sparse in self._active]
         place = place_among(sigmas, self.schedule.sigmas[step])

@@ -124,10 +124,23 @@ def test_sigma_and_step_of_a_call(watched):
     sigmas = [core.current_sigma(options) for *_, options in calls]
     assert sigmas[0] == pytest.approx(1.0)
     assert sigmas == sorted(sigmas, reverse=True)
-    steps = [core.current_step(options, sigma) for (*_, options), sigma in zip(calls, sigmas, strict=True)]
-    assert steps == [0, 1, 2, 3]
-    # A call between two levels belongs to the step that starts at the upper one.
-    assert core.current_step(calls[0][3], (sigmas[1] + sigmas[2]) / 2) == 1
+    for *_, options in calls:
+        assert core.schedule(options) == pytest.approx([*sigmas, 0.0])
+    assert core.schedule({}) is None
+
+
+def test_what_tells_the_calls_of_a_step_apart(watched, tiny_wan):
+    mask = torch.zeros(1, 32, 32)
+    mask[:, :, :16] = 1.0
+    import comfy.hooks
+
+    left = comfy.hooks.set_conds_props([tiny_wan.conditioning()], 1.0, "default", mask=mask)[0]
+    right = comfy.hooks.set_conds_props([tiny_wan.conditioning(text=21, seed=8)], 1.0, "default", mask=1 - mask)[0]
+    calls = watched(steps=2, positive=left + right)["calls"]
+    told = [core.call_identity(options) for *_, options in calls]
+    assert len(told) == 4, "prompts of two lengths are two calls"
+    assert told[:2] == told[2:]
+    assert told[0] != told[1]
 
 
 def test_sampling_is_told_its_noise_levels(model, tiny_wan):

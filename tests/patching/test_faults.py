@@ -81,7 +81,8 @@ def test_whatever_the_kernels_raise_is_dense_with_one_line(model, sample, monkey
         failing(patch, error)
         assert torch.equal(sample(psa, steps=4), stock)
     (line,) = [record.message for record in caplog.records if "staying dense" in record.message]
-    assert type(error).__name__ in line
+    assert type(error).__name__ not in line
+    assert "Triton" in line if isinstance(error, ImportError) else str(error).split("\n")[0] in line
     assert "\n" not in line
     assert torch.equal(sample(psa, steps=4), expected)
 

@@ -1,0 +1,67 @@
+"""What a run as a whole shows and no single call can: attention that never came to PSA, and why, as far as it shows."""
+
+from __future__ import annotations
+
+from .record import SKIPPED, Step
+from .run import Run
+
+
+def find(run: Run) -> list[str]:
+    """Sentences about a run that has ended, each with what to do; none where all went as it was meant to."""
+    if not run.steps:
+        return [
+            "no call of the model came to PSA in this run: a cache or a compiled model answered all of them; "
+            "bypass that node to have PSA act"
+        ]
+    watched = [step for step in run.steps if step.active] or run.steps
+    if any(step.reached for step in watched):
+        return _unseen_blocks(run, watched)
+    if all(step.kind == SKIPPED for step in watched):
+        return [
+            f"a cache answered all {len(watched)} steps in which PSA is active, so no attention was left to make "
+            f"sparse; lower the cache's threshold, or let PSA begin earlier (start_percent)"
+        ]
+    if any(step.foreign for step in watched):
+        return [
+            "no self-attention came to PSA in this run: a node has put its own attention in front and computes it all; "
+            "wire PSA Patch after that node; Model Sparse Attention always goes to the front, bypass it"
+        ]
+    return [
+        f"no self-attention came to PSA in this run: a node has replaced the model's own forward{_named(run.replaced)} "
+        f"by one that attends without asking for PSA; the order of the nodes does not change that. Bypass that node "
+        f"(TeaCache and MagCache packs, a Sage Attention patch that saves memory, a compiled model) to have PSA act; "
+        f"core's EasyCache works with PSA"
+    ]
+
+
+def _unseen_blocks(run: Run, watched: list[Step]) -> list[str]:
+    """Blocks whose self-attention came in no active step that was computed, while that of others did."""
+    missing = sorted(set(range(run.blocks or 0)) - set().union(*(step.blocks for step in watched)))
+    if not missing:
+        return []
+    if run.blocks_are_named:
+        which = f"block{'s' * (len(missing) > 1)} {ranges(missing)}"
+    else:
+        which = f"{len(missing)} of {run.blocks} blocks"
+    was, them = ("was", "it") if len(missing) == 1 else ("were", "them")
+    return [
+        f"{which} {was} never seen by PSA: a node computes or compiles {them} apart, or leaves {them} out"
+        f"{_named(run.replaced)}; bypass that node to have {them} sparse"
+    ]
+
+
+def _named(replaced: list[str]) -> str:
+    if not replaced:
+        return ""
+    return f" ({replaced[0]}{f' and {len(replaced) - 1} more' if len(replaced) > 1 else ''})"
+
+
+def ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -1,0 +1,74 @@
+"""Where a model call lies in the sampler's schedule: its step, and how far the sparse steps have come.
+
+All that a call says is its noise level. Samplers also evaluate between the levels of their schedule, come back to
+levels that they have left (restarts), and a cache may keep them from some; so levels are walked along, not looked up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+_CLOSE = 1e-4
+"""Relative distance within which two noise levels are one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a model call is.
+
+    Attributes:
+        step: index of the sampler's step. on_level: whether the call is at the level at which that step begins.
+        share: how far the sparse steps have come, 0 for the first to 1 for the last; 0.5 for every call that is none of
+            the schedule's own, so that their mean over a run is 0.5 whatever the sampler does.
+    """
+
+    step: int
+    on_level: bool
+    share: float = 0.5
+
+
+class Schedule:
+    """Follows the model calls of one sampling run along its noise levels.
+
+    Args:
+        levels: noise level at which each step begins; None where the sampler does not say.
+        is_sparse: whether a step at a level is sparse.
+    """
+
+    def __init__(self, levels: Sequence[float] | None, is_sparse: Callable[[float], bool]) -> None:
+        self.levels = list(levels or ())
+        self.sparse_steps = [i for i, level in enumerate(self.levels) if is_sparse(level)]
+        self._falls = all(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False))
+        self._next = 0
+        self._sigma: float | None = None
+        self._place = Place(-1, False)
+
+    def move(self, sigma: float) -> Place:
+        """The place of the next model call, at noise level `sigma`. Calls at one level in a row are one evaluation: the
+        prompts of a step, or its windows and areas."""
+        if self._sigma is None or not _alike(sigma, self._sigma):
+            self._sigma = sigma
+            self._place = self._find(sigma)
+        return self._place
+
+    def _find(self, sigma: float) -> Place:
+        if not self.levels:
+            return Place(self._place.step + 1, False)
+        for step in range(self._next, len(self.levels)):
+            if _alike(self.levels[step], sigma):
+                self._next = step + 1
+                return Place(step, True, self._share(step))
+        if not self._falls:
+            return Place(max(0, self._next - 1), False)
+        # A call between two levels belongs to the step that begins at the upper one.
+        return Place(max(0, sum(level >= sigma * (1 - _CLOSE) for level in self.levels) - 1), False)
+
+    def _share(self, step: int) -> float:
+        if step not in self.sparse_steps or len(self.sparse_steps) < 2:
+            return 0.5
+        return self.sparse_steps.index(step) / (len(self.sparse_steps) - 1)
+
+
+def _alike(one: float, other: float) -> bool:
+    return abs(one - other) <= _CLOSE * abs(other)
