@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..loading.download import FILE, REPOSITORY
+from ..loading.fingerprint import lora_fingerprint
 from ..loading.lora import STRENGTH, apply_lora
 from ..loading.lora_folders import download_into_loras, list_loras
 
@@ -45,6 +46,10 @@ class PSALoraLoader(io.ComfyNode):
                 io.String.Output(display_name="summary", tooltip="How many weights were patched, as a sentence."),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name: str = "", **_):
+        return lora_fingerprint(lora_name)
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:

@@ -10,7 +10,7 @@ from ..kernels.falling import MOST_FALLING
 from ..patching.live import patch_for_node
 from ..patching.patch import AUTO
 from ..patching.settings import FROM_PRESET, MOST_REUSE_STEPS
-from ..patching.user_presets import preset_names
+from ..patching.user_presets import fingerprint, preset_names
 from ..patching.widgets import preset_shapes
 from .pyramid import Pyramid
 
@@ -189,6 +189,10 @@ class PSAPatch(io.ComfyNode):
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, preset: str = AUTO, **_):
+        return fingerprint(preset)
 
     @classmethod
     def execute(cls, model, **inputs) -> io.NodeOutput:

@@ -76,6 +76,20 @@ def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -
     raise InputError.of_choice("preset", name, preset_names(where), node)
 
 
+def fingerprint(name: str, where: Path | None = None) -> str:
+    """Changes when the preset of that name means something else, so that a node that takes it runs again.
+
+    Only what acts counts: a node that writes the file it has read, with a new sparsity or sentence, has not changed it.
+    """
+    if not name.startswith(PREFIX):
+        return name
+    try:
+        preset = find_preset(name, where)
+    except InputError as error:
+        return str(error)
+    return repr((preset.settings, preset.as_written, preset.dense_steps))
+
+
 def usable_presets(where: Path | None = None) -> dict[str, Preset]:
     """All presets by name without those that are wrong: what the page needs to draw them."""
     presets = load_presets()
