@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..patching.calibrate import GOALS, calibrate, sampler
 from ..patching.patch import AUTO
 from ..patching.show import to_image
-from ..patching.user_presets import preset_names
+from ..patching.user_presets import fingerprint, preset_names
 from ..pictures.curve import draw_calibration
 from .pyramid import Pyramid
 from .report import save_picture
@@ -62,7 +62,15 @@ class PSACalibrate(io.ComfyNode):
                     default=AUTO,
                     tooltip="Shape of the pyramid, as in PSA Patch; threshold presets have no sparsity to calibrate.",
                 ),
-                io.Int.Input("seed", default=42, min=0, max=2**63 - 1, tooltip="Seed of the noise of the short run."),
+                io.Int.Input(
+                    "seed",
+                    default=42,
+                    min=0,
+                    max=2**63 - 1,
+                    # A seed that moves on would calibrate again at every Run.
+                    control_after_generate=io.ControlAfterGenerate.fixed,
+                    tooltip="Seed of the noise of the short run.",
+                ),
                 io.Int.Input(
                     "steps",
                     default=8,
@@ -114,6 +122,10 @@ class PSACalibrate(io.ComfyNode):
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, preset: str = AUTO, **_):
+        return fingerprint(preset)
 
     @classmethod
     def execute(

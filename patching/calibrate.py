@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +23,7 @@ from .family import Family, find_family
 from .override import RUN_KEY, PSAOverride
 from .patch import AUTO, ONE_PYRAMID, remove_patch
 from .run import Run, is_active, log
+from .schedule import Schedule
 from .settings import PatchSettings, make_settings
 from .user_presets import PresetError, find_preset, write_preset
 
@@ -62,14 +63,15 @@ class Calibration:
 class Measuring:
     """A DIFFUSION_MODEL wrapper that asks the model again with PSA; what it hands on is the dense output."""
 
-    def __init__(self, settings: list[PatchSettings], family: Family) -> None:
-        self.settings, self.family = settings, family
-        self.wanted: set[int] | None = None
+    def __init__(self, settings: list[PatchSettings], family: Family, pixels: tuple[int, int] | None = None) -> None:
+        self.settings, self.family, self.pixels = settings, family, pixels
+        self.schedule: Schedule | None = None
+        self.wanted: set[int] = set()
         self.sigmas = (math.inf, 0.0)
         self.errors: dict[float, list[float]] = defaultdict(list)
         self.seconds: dict[float, list[float]] = defaultdict(list)
         self.dense_seconds: list[float] = []
-        self.reasons: set[str] = set()
+        self.fallbacks: Counter[str] = Counter()
         self._place: tuple[Any, ...] = ()
 
     def before_call(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
@@ -79,9 +81,10 @@ class Measuring:
     def __call__(self, executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
         options = core.options_of(args, kwargs)
         sigma = core.current_sigma(options)
-        step = core.current_step(options, sigma)
-        if self.wanted is None:
-            self.wanted = self._choose(options.get("sample_sigmas"), sigma)
+        if self.schedule is None:
+            self.schedule = Schedule((core.schedule(options) or [sigma, 0.0])[:-1], self._is_active)
+            self.wanted = self._choose(self.schedule.sparse_steps)
+        step = self.schedule.move(sigma).step
 
         def call() -> torch.Tensor:
             return executor(x, timestep, context, *args, **kwargs)
@@ -93,25 +96,28 @@ class Measuring:
         dense, seconds = _timed(call, x.device)
         self.dense_seconds.append(seconds)
         for settings in self.settings:
-            run = Run(settings, *self.sigmas, pictured_block=-1)
-            run.begin_model_call(sigma, step, *self._place)
+            run = Run(settings, *self.sigmas, pictured_block=-1, latent_size=tuple(x.shape[2:]), pixels=self.pixels)
+            run.fallbacks = self.fallbacks
+            run.begin_model_call(sigma, *self._place, latent_size=tuple(x.shape[2:]))
             options[RUN_KEY] = run
             try:
-                if settings.config.sparsity not in self.errors and not self.reasons:
+                if settings.config.sparsity not in self.errors:
                     call()
                 output, seconds = _timed(call, x.device)
             finally:
                 options.pop(RUN_KEY, None)
-            self.reasons.update(run.fallbacks)
+            if self.fallbacks:  # the rest of the run would only take its time
+                raise _stays_dense(self.fallbacks)
             error = (output.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-12)
             self.errors[settings.config.sparsity].append(float(error))
             self.seconds[settings.config.sparsity].append(seconds)
         return dense
 
-    def _choose(self, schedule: torch.Tensor | None, sigma: float) -> set[int]:
+    def _is_active(self, sigma: float) -> bool:
+        return is_active(sigma, *self.sigmas)
+
+    def _choose(self, active: list[int]) -> set[int]:
         """The steps to measure: the first, the middle and the last of those in which PSA would be active."""
-        sigmas = [sigma] if schedule is None else schedule.tolist()[:-1]
-        active = [i for i, value in enumerate(sigmas) if is_active(value, *self.sigmas)]
         places = (round(part * (len(active) - 1) / (MEASURED_STEPS - 1)) for part in range(MEASURED_STEPS))
         return {active[place] for place in places} if active else set()
 
@@ -154,6 +160,9 @@ def calibrate(
         raise InputError("model", "a model on several GPUs", "one on a single GPU", NODE, do=do)
     if psa_pyramid is not None and preset != AUTO:
         raise InputError("preset", preset, f"{AUTO} while PSA Pyramid is connected", NODE, do=ONE_PYRAMID)
+    if not math.isfinite(target) or target <= 0:
+        do = "set target to 0.15 for error or 2.0 for speed-up, or to a number of your own"
+        raise InputError("target", target, "a number above 0", NODE, do=do)
     name = family.preset if preset == AUTO else preset
     shape = find_preset(name, node=NODE) if psa_pyramid is None else psa_pyramid
     if shape.as_written or shape.settings["mode"] == "threshold":
@@ -173,15 +182,12 @@ def calibrate(
         if _reachable(shape, sparsity)
     ]
     measuring = _measure(model, candidates, family, start_percent, sample)
-    if measuring.reasons:
-        given = f"a size at which PSA stays dense ({'; '.join(sorted(measuring.reasons))})"
-        do = "take more frames or a larger picture, or lower min_tokens"
-        raise InputError("latent_image", given, "a video that is long enough for PSA", NODE, do=do)
     points = measuring.points()
     if not points:
         do = "lower start_percent or take more steps"
         allowed = "a value that leaves at least one step to measure"
         raise InputError("start_percent", start_percent, allowed, NODE, do=do)
+    _refuse_not_finite(points)
     found = propose(points, min(measuring.dense_seconds), goal, target)
     log.info("PSA: calibrated: sparsity %.2f; %s", found.sparsity, found.note)
     if save_as.strip():
@@ -193,6 +199,21 @@ def calibrate(
             do = "choose another name, or leave it empty"
             raise InputError("save_as", save_as, str(error), NODE, do=do) from error
     return found
+
+
+def _stays_dense(fallbacks: Counter[str]) -> InputError:
+    do = f"this is why: {'; '.join(fallbacks)}"
+    return InputError("latent_image", "a video that PSA leaves dense", "one that PSA makes sparse", NODE, do=do)
+
+
+def _refuse_not_finite(points: tuple[Point, ...]) -> None:
+    """Raise InputError where an output was not finite: such an error is neither above nor below any target."""
+    bad = [f"{point.sparsity:.2f}" for point in points if not math.isfinite(point.error)]
+    if not bad:
+        return
+    where = "every sparsity or dense already" if len(bad) == len(points) else f"sparsity {', '.join(bad)}"
+    do = "load it in bf16, or check model, LoRA and latent in a run without PSA; nothing was proposed or saved"
+    raise InputError("model", f"a model whose output is NaN at {where}", "one whose output is finite", NODE, do=do)
 
 
 def propose(points: tuple[Point, ...], dense_seconds: float, goal: str, target: float) -> Calibration:
@@ -244,7 +265,7 @@ def _measure(
 ) -> Measuring:
     clone = remove_patch(model)
     core.set_override(clone, PSAOverride(core.get_override(clone)))
-    measuring = Measuring(settings, family)
+    measuring = Measuring(settings, family, core.pixels_per_latent(clone))
     sampling = clone.get_model_object("model_sampling")
     measuring.sigmas = (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(1.0)))
     core.add_wrappers(clone, KEY, before_call=measuring.before_call)

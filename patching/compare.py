@@ -10,6 +10,7 @@ import torch
 
 from ..errors import InputError
 from ..pictures.compare import compare, side_by_side
+from .findings import ranges
 
 NODE = "PSA Compare"
 
@@ -25,6 +26,12 @@ def compare_images(
     for name, images in (("images_a", images_a), ("images_b", images_b)):
         if not hasattr(images, "shape"):
             raise InputError(name, images, "IMAGE", NODE, do=f"connect a video or pictures to {name}")
+        if not torch.isfinite(images).all():
+            frames = ranges([i for i, frame in enumerate(images) if not torch.isfinite(frame).all()])
+            do = "sample the video again, in bf16 where it was fp16"
+            raise InputError(name, f"NaN or infinite numbers in frames {frames}", "finite pictures", NODE, do=do)
+    if not math.isfinite(difference_gain):
+        raise InputError("difference_gain", difference_gain, "1 to 32", NODE, do="set difference_gain to 4")
     given, allowed = tuple(images_b.shape[:3]), tuple(images_a.shape[:3])
     if given != allowed:
         do = "give both videos the same size and number of frames"

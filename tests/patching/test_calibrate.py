@@ -131,3 +131,55 @@ def test_a_model_on_several_gpus_is_refused(model):
     both.set_additional_models("multigpu", [model.clone()])
     with pytest.raises(InputError, match=r"PSA Calibrate, input model: .*several GPUs.*single GPU"):
         calibrate(both, sampler([]), **INPUTS)
+
+
+@pytest.mark.parametrize("bad", ["one", "all"])
+def test_errors_that_are_not_finite_propose_and_save_nothing(model, monkeypatch, tmp_path, bad):
+    from comfyui_psa.patching import override, user_presets
+    from comfyui_psa.patching.calibrate import calibrate
+
+    monkeypatch.setattr(user_presets, "folder", lambda: tmp_path)
+    genuine = override.pyramid_sparse_attention
+
+    def attention(q, k, v, config, **kwargs):
+        if bad == "all" or config.sparsity == 0.9:
+            v = v * float("nan")
+        return genuine(q, k, v, config, **kwargs)
+
+    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    words = "at sparsity 0.90" if bad == "one" else "every sparsity"
+    with pytest.raises(InputError, match=f"^PSA Calibrate, input model: .*NaN.*{words}.*nothing was proposed or saved"):
+        calibrate(model, sampler([]), **INPUTS, save_as="mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", [float("nan"), float("inf"), 0.0])
+def test_a_target_must_be_a_number(model, target):
+    from comfyui_psa.patching.calibrate import calibrate
+
+    with pytest.raises(InputError, match="PSA Calibrate, input target: "):
+        calibrate(model, sampler([]), **INPUTS | {"target": target})
+
+
+def test_a_short_video_is_said_once_and_at_once(model, monkeypatch, caplog):
+    from comfyui_psa.patching.calibrate import calibrate
+
+    calls = []
+    network = model.model.diffusion_model
+    genuine = network._forward
+    monkeypatch.setattr(network, "_forward", lambda *a, **k: calls.append(1) or genuine(*a, **k))
+    with pytest.raises(InputError) as caught:
+        calibrate(model, sampler([]), **INPUTS | {"min_tokens": 12288})
+    refused, reason = str(caught.value).split(". This is why: ")
+    assert "fewer" not in refused
+    assert reason.startswith("768 tokens (9 frames of 256x256) are fewer than min_tokens 12288")
+    assert reason.endswith("set min_tokens to 768 or less to have them sparse.")
+    assert caplog.text.count("fewer than min_tokens") == 1
+    assert len(calls) <= 5, "nothing more is computed once it is known"
+
+
+def test_the_seed_stays_as_it_is(comfyui):
+    from comfyui_psa.nodes.calibrate import PSACalibrate
+
+    seed = PSACalibrate.INPUT_TYPES()["required"]["seed"][1]
+    assert seed["control_after_generate"] == "fixed"

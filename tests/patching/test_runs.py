@@ -1,7 +1,8 @@
-"""Whole runs as users make them: sizes, steps, parts of the video, caches and interrupts; what is said of them is true."""
+"""Whole runs as users make them: sizes, steps, parts of the video, caches, interrupts; what is said of them is true."""
 
 import copy
 import gc
+import itertools
 import json
 import pickle
 import weakref
@@ -155,7 +156,7 @@ def restarting(model, x, sigmas, extra_args=None, callback=None, disable=None, *
     """A sampler that goes back twice to a level it has left, which the schedule that ComfyUI knows does not show."""
     ones = x.new_ones([x.shape[0]])
     walk = [*sigmas[:4].tolist(), *sigmas[1:4].tolist(), *sigmas[1:].tolist()]
-    for sigma, following in zip(walk, walk[1:], strict=False):
+    for sigma, following in itertools.pairwise(walk):
         denoised = model(x, sigma * ones, **(extra_args or {}))
         x = x + (x - denoised) / max(sigma, 1e-6) * (following - sigma)
     return x
