@@ -110,7 +110,9 @@ def node(class_type, **inputs):
 def test_a_real_server_runs_the_node_again_when_the_preset_was_edited(server, client, definitions, tiny_wan):
     from comfyui_psa.devtools.workflow import default_value, inputs_of
 
-    save_file(tiny_wan.state_dict("t2v"), server.home / "models" / "diffusion_models" / "tiny.safetensors")
+    models = server.home / "models" / "diffusion_models"
+    models.mkdir(exist_ok=True)
+    save_file(tiny_wan.state_dict("t2v"), models / "tiny.safetensors")
     folder = server.home / "user" / "psa_presets"
     folder.mkdir(parents=True, exist_ok=True)
 
