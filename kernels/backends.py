@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch.autograd import forward_ad
 
 from ..errors import refusal
 from .levels import BlockLists
@@ -18,8 +19,23 @@ BACKENDS = ("auto", "triton", "torch")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+NO_GRADIENTS = (
+    "gradients are asked for, and PSA computes none; call the model under torch.no_grad() where you need none"
+)
+
+
 class BackendError(RuntimeError):
     """The backend that was asked for cannot serve the call; the message is the reason."""
+
+
+def gradient_reason(*tensors: torch.Tensor) -> str | None:
+    """Why no backend serves a call on these tensors, or None: none has a backward pass, nor a forward derivative.
+
+    One that served the call would return an output without a graph, and what was to be trained would stay as it is.
+    """
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    wanted = wanted or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    return NO_GRADIENTS if wanted else None
 
 
 def triton_reason(q: torch.Tensor) -> str | None:

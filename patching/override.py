@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..kernels.attention import AttentionResult, pyramid_sparse_attention
-from ..kernels.backends import BackendError
+from ..kernels.backends import BackendError, gradient_reason
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.levels import topk_ends
 from . import core
@@ -112,7 +112,7 @@ def decline_reason(
         return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served"
     if run.block in settings.dense_blocks:
         return f"block {run.block} is listed in dense_blocks"
-    return run.out_of_reach.get((layout, run.config.sparsity))
+    return gradient_reason(q, k, v) or run.out_of_reach.get((layout, run.config.sparsity))
 
 
 def _sparse(

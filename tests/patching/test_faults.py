@@ -95,6 +95,35 @@ def test_a_failure_in_the_middle_of_a_step_leaves_the_rest_dense(model, sample, 
     assert [step["sparse_calls"] for step in report(psa)["steps"]] == [0, 2, 1, 0]
 
 
+def test_a_step_that_is_differentiated_is_dense_and_the_next_is_not(model, sample, monkeypatch, caplog):
+    """As nodes guide: a gradient of the model's answer with respect to the latent, in one of the steps."""
+    import comfy.model_management
+
+    monkeypatch.setattr(comfy.model_management, "in_training", True)  # the core's switch to parts that have a gradient
+
+    def gradient(apply_model, given):
+        with torch.enable_grad():
+            latent = given["input"].detach().requires_grad_()
+            out = apply_model(latent, given["timestep"], **given["c"])
+            (found,) = torch.autograd.grad(out.square().sum(), latent)
+        gradients.append(found)
+        return out.detach()
+
+    def guide(apply_model, given):
+        calls.append(1)
+        if len(calls) == 3:
+            return gradient(apply_model, given)
+        return apply_model(given["input"], given["timestep"], **given["c"])
+
+    gradients, calls = [], []
+    psa = patch_model(model, **PATCH)
+    psa.set_model_unet_function_wrapper(guide)
+    sample(psa, steps=4)
+    assert gradients[0].abs().max() > 0
+    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [0, 2, 0, 2]
+    assert caplog.text.count("staying dense: gradients are asked for") == 1
+
+
 class Stopped(BaseException):
     """As ComfyUI's interrupt: no Exception."""
 
