@@ -119,3 +119,12 @@ def client(server):
 def definitions(client):
     """The node definitions that the frontend sees."""
     return client.get("/object_info")
+
+
+@pytest.fixture(scope="session")
+def pipes():
+    """The module `tiny_pipelines.py` beside this file: tiny diffusers pipelines with random weights."""
+    spec = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

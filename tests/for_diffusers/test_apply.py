@@ -5,55 +5,6 @@ import torch
 
 from comfyui_psa.for_diffusers import apply_psa, remove_psa
 
-SETTINGS = {"min_tokens": 0, "warm_up": 0}
-FULL = SETTINGS | {"sparsity": 0.01, "mode": "topk", "shares": {1: 1.0}}
-SIZE = (1, 16, 3, 32, 32)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def wan(layers=2, seed=0):
-    """A tiny WanTransformer3DModel with random weights."""
-    from diffusers import WanTransformer3DModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=128, num_layers=layers, ffn_dim=256, text_dim=4096,
-        ).eval()  # fmt: skip
-        for parameter in model.parameters():
-            parameter.data = 0.1 * torch.randn_like(parameter) * min(1.0, (256 / max(1, parameter[0].numel())) ** 0.5)
-    return model
-
-
-def velocity(model, timestep=1000.0, text=13, size=SIZE):
-    with torch.no_grad():
-        return model(normal(*size, seed=1), torch.tensor([timestep]), normal(1, text, 4096, seed=2), return_dict=False)[
-            0
-        ]
-
-
-def pipeline(*transformers, steps=None):
-    """What apply_psa needs of a Wan pipeline."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-    names = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": scheduler}
-    second = {"transformer_2": transformers[1], "boundary_ratio": 0.5} if len(transformers) > 1 else {}
-    pipe = WanPipeline(transformer=transformers[0], **names, **second)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def run(pipe, steps=4):
-    with torch.no_grad():
-        return pipe(
-            prompt_embeds=normal(1, 13, 4096, seed=2), num_inference_steps=steps, guidance_scale=1.0, height=256,
-            width=256, num_frames=9, latents=normal(*SIZE, seed=1), output_type="latent",
-        ).frames  # fmt: skip
-
 
 def wan_names(state):
     """diffusers' weights of Wan by ComfyUI's names."""
@@ -77,43 +28,39 @@ def wan_names(state):
     return renamed
 
 
-def close(one, other, tolerance):
-    return float((one - other).norm() / other.norm()) < tolerance
-
-
-def test_wan_in_full_is_dense_and_removal_is_exact():
-    model = wan()
-    stock = velocity(model)
-    applied = apply_psa(model, **FULL)
-    assert close(velocity(model), stock, 1e-4)
+def test_wan_in_full_is_dense_and_removal_is_exact(pipes):
+    model = pipes.wan()
+    stock = pipes.velocity(model)
+    applied = apply_psa(model, **pipes.FULL)
+    assert pipes.close(pipes.velocity(model), stock, 1e-4)
     assert (applied.sparse_calls, applied.dense_calls) == (2, 0)
     assert remove_psa(model)
     assert not remove_psa(model)
-    assert torch.equal(velocity(model), stock)
+    assert torch.equal(pipes.velocity(model), stock)
     assert not any(block.attn1._forward_pre_hooks or block.attn1._forward_hooks for block in model.blocks)
 
 
 @pytest.mark.parametrize("settings", [{"mode": "topk"}, {"mode": "budget", "order": "raster", "tail": True}])
-def test_wan_is_what_comfyui_computes(tiny_wan, settings):
+def test_wan_is_what_comfyui_computes(pipes, tiny_wan, settings):
     import comfy.sd
 
     from comfyui_psa.patching.patch import patch_model
 
-    model = wan()
-    apply_psa(model, 0.6, **SETTINGS, **settings)
-    ours = normal(*SIZE, seed=1) - velocity(model)  # one Euler step from sigma 1 to 0
+    model = pipes.wan()
+    apply_psa(model, 0.6, **pipes.SETTINGS, **settings)
+    ours = pipes.normal(*pipes.SIZE, seed=1) - pipes.velocity(model)  # one Euler step from sigma 1 to 0
     inputs = settings | ({"tail": "on"} if "tail" in settings else {})
     native = patch_model(
         comfy.sd.load_diffusion_model_state_dict(wan_names(model.state_dict())), sparsity=0.6, preset="auto",
         start_percent=0.0, end_percent=1.0, min_tokens=0, **inputs,
     )  # fmt: skip
-    conditioning = [[normal(1, 13, 4096, seed=2), {}]]
-    out = tiny_wan.sample(native, noise=normal(*SIZE, seed=1), positive=conditioning, negative=conditioning)
-    assert close(native.model.process_latent_in(out), ours, 1e-4)
+    conditioning = [[pipes.normal(1, 13, 4096, seed=2), {}]]
+    out = tiny_wan.sample(native, noise=pipes.normal(*pipes.SIZE, seed=1), positive=conditioning, negative=conditioning)
+    assert pipes.close(native.model.process_latent_in(out), ours, 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["5b", "1.5"])
-def test_cogvideox_pipeline_is_what_comfyui_computes(tiny, model_folders, kind):
+def test_cogvideox_pipeline_is_what_comfyui_computes(pipes, tiny, model_folders, kind):
     import comfy.sample
 
     from comfyui_psa.cogvideox.sampler import make_sampler
@@ -123,13 +70,13 @@ def test_cogvideox_pipeline_is_what_comfyui_computes(tiny, model_folders, kind):
 
     size = (1, 16, 6, 24, 32)
     model = tiny.write_folder(model_folders / "diffusers" / f"apply {kind}", kind)
-    latents = normal(*size, seed=3)
+    latents = pipes.normal(*size, seed=3)
     dense = tiny.run_pipeline(model, kind, "dpm", latents, 4)
-    applied = apply_psa(model, 0.6, block_kv=32, **SETTINGS)
+    applied = apply_psa(model, 0.6, block_kv=32, **pipes.SETTINGS)
     ours = tiny.run_pipeline(model, kind, "dpm", latents, 4)
     assert (applied.sparse_calls, applied.fallbacks) == (8, {})
     assert applied.mean_sparsity() == pytest.approx(0.6, abs=0.05)
-    assert not close(ours, dense, 1e-4)
+    assert not pipes.close(ours, dense, 1e-4)
     native = patch_model(
         load_checkpoint(f"apply {kind}"), sparsity=0.6, preset="auto", start_percent=0.0, end_percent=1.0, min_tokens=0,
         block_kv="32",
@@ -139,19 +86,19 @@ def test_cogvideox_pipeline_is_what_comfyui_computes(tiny, model_folders, kind):
         native, latents, 1.0, make_sampler("dpm"), trailing_sigmas(native, 4, 1.0), *conds, torch.zeros(size), seed=7,
         disable_pbar=True,
     )  # fmt: skip
-    assert close(native.model.process_latent_in(out), ours, 1e-4)
+    assert pipes.close(native.model.process_latent_in(out), ours, 1e-4)
 
 
 @pytest.mark.parametrize(("warm_up", "dense"), [(0, 0), (1, 1), (3, 3), (9, 4), (0.25, 1), (0.3, 2), (1.0, 4)])
-def test_warm_up_in_steps_and_as_a_share(warm_up, dense):
-    pipe = pipeline(wan())
+def test_warm_up_in_steps_and_as_a_share(pipes, warm_up, dense):
+    pipe = pipes.pipeline(pipes.wan())
     applied = apply_psa(pipe, 0.6, min_tokens=0, warm_up=warm_up)
-    run(pipe)
+    pipes.run(pipe)
     assert (applied.dense_calls, applied.sparse_calls) == (2 * dense, 2 * (4 - dense))
     assert not applied.fallbacks
 
 
-def test_the_density_falls_over_the_sparse_steps(monkeypatch):
+def test_the_density_falls_over_the_sparse_steps(pipes, monkeypatch):
     from comfyui_psa.for_diffusers import state
 
     asked = []
@@ -162,43 +109,43 @@ def test_the_density_falls_over_the_sparse_steps(monkeypatch):
         return genuine(q, k, v, config, **more)
 
     monkeypatch.setattr(state, "pyramid_sparse_attention", recording)
-    pipe = pipeline(wan())
+    pipe = pipes.pipeline(pipes.wan())
     apply_psa(pipe, 0.6, min_tokens=0, warm_up=1, falling=0.5)
-    run(pipe)
+    pipes.run(pipe)
     assert asked == pytest.approx([0.6, 0.6, 0.4, 0.4, 0.2, 0.2])
 
 
-def test_the_4_step_preset_and_both_experts_of_wan_22():
-    pipe = pipeline(wan(), wan(seed=1))
-    stock = run(pipe)
+def test_the_4_step_preset_and_both_experts_of_wan_22(pipes):
+    pipe = pipes.pipeline(pipes.wan(), pipes.wan(seed=1))
+    stock = pipes.run(pipe)
     applied = apply_psa(pipe, 0.6, "wan-4step-lora", min_tokens=0)
-    out = run(pipe)
+    out = pipes.run(pipe)
     assert (applied.dense_calls, applied.sparse_calls) == (2, 6)
     assert all(state.sparse_calls for state in applied.states), "both experts were sparse"
-    assert not close(out, stock, 1e-6)
+    assert not pipes.close(out, stock, 1e-6)
     apply_psa(pipe, 0.9, min_tokens=0)  # replaces
     applied.remove()
     assert remove_psa(pipe)
-    assert torch.equal(run(pipe), stock)
+    assert torch.equal(pipes.run(pipe), stock)
 
 
-def test_what_it_cannot_serve_stays_dense_with_a_reason(caplog):
-    model = wan()
-    stock = velocity(model)
+def test_what_it_cannot_serve_stays_dense_with_a_reason(pipes, caplog):
+    model = pipes.wan()
+    stock = pipes.velocity(model)
     for changes, reason in (
         ({"min_tokens": 12288}, "fewer than min_tokens"),
         ({"dense_blocks": (0, 1)}, "listed in dense_blocks"),
         ({"backend": "triton"}, "needs a GPU"),
     ):
-        applied = apply_psa(model, 0.6, **SETTINGS | changes)
-        assert torch.equal(velocity(model), stock)
+        applied = apply_psa(model, 0.6, **pipes.SETTINGS | changes)
+        assert torch.equal(pipes.velocity(model), stock)
         assert all(reason in text for text in applied.fallbacks)
         assert reason in caplog.text
-    assert apply_psa(model, 0.0, **SETTINGS).sparse_calls == 0
-    assert torch.equal(velocity(model), stock)
+    assert apply_psa(model, 0.0, **pipes.SETTINGS).sparse_calls == 0
+    assert torch.equal(pipes.velocity(model), stock)
 
 
-def test_a_kernel_that_fails_is_tried_once(monkeypatch, caplog):
+def test_a_kernel_that_fails_is_tried_once(pipes, monkeypatch, caplog):
     from comfyui_psa.for_diffusers import state
 
     tries = []
@@ -207,38 +154,38 @@ def test_a_kernel_that_fails_is_tried_once(monkeypatch, caplog):
         tries.append(1)
         raise RuntimeError("ptxas failed\nmore lines")
 
-    model = wan()
-    stock = velocity(model)
+    model = pipes.wan()
+    stock = pipes.velocity(model)
     with monkeypatch.context() as failing:
         failing.setattr(state, "pyramid_sparse_attention", broken)
-        applied = apply_psa(model, 0.6, **SETTINGS)
+        applied = apply_psa(model, 0.6, **pipes.SETTINGS)
         for _ in range(2):
-            assert torch.equal(velocity(model), stock)
+            assert torch.equal(pipes.velocity(model), stock)
     assert len(tries) == 1
     assert caplog.text.count("staying dense") == 1
     assert list(applied.fallbacks.values()) == [4]
-    applied = apply_psa(model, 0.6, **SETTINGS)
-    velocity(model)
+    applied = apply_psa(model, 0.6, **pipes.SETTINGS)
+    pipes.velocity(model)
     assert applied.sparse_calls == 2
 
 
-def test_orders_that_follow_the_data():
-    model = wan()
-    applied = apply_psa(model, 0.6, **SETTINGS, order="hybrid", clusters=(8, 16))
-    assert torch.isfinite(velocity(model)).all()
+def test_orders_that_follow_the_data(pipes):
+    model = pipes.wan()
+    applied = apply_psa(model, 0.6, **pipes.SETTINGS, order="hybrid", clusters=(8, 16))
+    assert torch.isfinite(pipes.velocity(model)).all()
     assert (applied.sparse_calls, applied.fallbacks) == (2, {})
     assert applied.mean_sparsity() == pytest.approx(0.6, abs=0.05)
 
 
-def test_an_error_inside_the_transformer_leaves_no_interception_behind():
-    model = wan()
-    apply_psa(model, 0.6, **SETTINGS)
+def test_an_error_inside_the_transformer_leaves_no_interception_behind(pipes):
+    model = pipes.wan()
+    apply_psa(model, 0.6, **pipes.SETTINGS)
     hook = model.blocks[0].attn1.to_out[0].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        velocity(model)
+        pipes.velocity(model)
     hook.remove()
     assert torch.overrides._len_torch_function_stack() == 0
-    velocity(model)
+    pipes.velocity(model)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +201,8 @@ def test_an_error_inside_the_transformer_leaves_no_interception_behind():
         ({"no_such_field": 1}, "no_such_field"),
     ],
 )
-def test_wrong_input_says_what_is_allowed_and_changes_nothing(arguments, message):
-    model = wan()
+def test_wrong_input_says_what_is_allowed_and_changes_nothing(pipes, arguments, message):
+    model = pipes.wan()
     with pytest.raises(ValueError, match="apply_psa, ") as caught:
         apply_psa(model, **{"warm_up": 0} | arguments)
     assert message in str(caught.value)
