@@ -1,7 +1,7 @@
-"""PSA on the transformers of a diffusers pipeline: hooks that come and go; no class, module or processor is replaced.
+"""PSA on the transformers of a diffusers pipeline: comes and goes; no class, module or processor is replaced.
 
-Each transformer gets a hook that learns step and grid of a call, each self-attention one that lets `interception.py`
-answer its attention while it runs. Processors stay diffusers' own, or whatever the user has set.
+Each transformer gets hooks that learn step and grid of a call, each self-attention a `forward` before its own that lets
+`interception.py` answer its attention while it runs. Processors stay diffusers' own, or whatever the user has set.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError
 from ..kernels.falling import check_falling
 from ..kernels.presets import load_presets
-from .interception import AttentionInterception
-from .layout import MODELS, TransformerFamily
-from .state import CallState
+from .interception import InterceptedForward
+from .layout import MODELS
+from .schedule import Schedule
+from .state import TransformerState
 
 _ATTRIBUTE = "_psa_applied"
 
@@ -32,9 +33,8 @@ class AppliedPSA:
         states: one for each transformer of the pipeline.
     """
 
-    states: list[CallState]
-    _hooks: list[Any]
-    _owners: list[Any]
+    states: list[TransformerState]
+    _patches: list[_Patch]
 
     @property
     def sparse_calls(self) -> int:
@@ -57,13 +57,32 @@ class AppliedPSA:
         return 1 - sum(sums) / self.sparse_calls if sums else None
 
     def remove(self) -> None:
-        """Take every hook away; the transformers are as they were."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        for owner in self._owners:
-            if owner.__dict__.get(_ATTRIBUTE) is self:
-                del owner.__dict__[_ATTRIBUTE]
+        """Take PSA away, where nothing has replaced it; the transformers are as they were."""
+        for patch in self._patches:
+            patch.remove()
+
+
+class _Patch:
+    """PSA on one transformer, which refers to it: hooks that tell its calls, and a `forward` before each
+    self-attention's own."""
+
+    def __init__(self, transformer: Any, state: TransformerState) -> None:
+        self.transformer, self.state = transformer, state
+        self._parts = [
+            transformer.register_forward_pre_hook(state.begin_call, with_kwargs=True),
+            transformer.register_forward_hook(state.end_call, always_call=True),
+        ]
+        for index, block in enumerate(MODELS[state.family].blocks(transformer)):
+            self._parts.append(InterceptedForward(block.attn1, state, index))
+        transformer.__dict__[_ATTRIBUTE] = self
+
+    def remove(self) -> None:
+        """Once is enough, and as often as you like."""
+        for part in self._parts:
+            part.remove()
+        self._parts.clear()
+        if self.transformer.__dict__.get(_ATTRIBUTE) is self:
+            del self.transformer.__dict__[_ATTRIBUTE]
 
 
 def apply_psa(
@@ -107,38 +126,36 @@ def apply_psa(
     presets = load_presets()
     if preset != "auto" and preset not in presets:
         raise _error("preset", preset, f"auto, {', '.join(presets)}")
-    scheduler = getattr(pipe, "scheduler", None)
+    knows_steps = getattr(pipe, "scheduler", None) is not None
     if warm_up < 0 or (isinstance(warm_up, float) and warm_up > 1):
         raise _error("warm_up", warm_up, "a share from 0.0 to 1.0 or a step count")
-    if warm_up and scheduler is None:
+    if warm_up and not knows_steps:
         raise _error("warm_up", warm_up, "0, a bare transformer knows no steps")
     planned = []
     for transformer in transformers:
-        family = MODELS[type(transformer).__name__]
-        chosen = presets[family.preset(transformer) if preset == "auto" else preset]
+        family = type(transformer).__name__
+        chosen = presets[MODELS[family].preset(transformer) if preset == "auto" else preset]
         try:
             config = chosen.config(sparsity or 0.5, **changes)
             check_falling(falling, config)
         except (ConfigError, TypeError) as error:
             raise ValueError(f"apply_psa, {error}") from error
-        steps = warm_up if chosen.dense_steps is None or scheduler is None else chosen.dense_steps
-        state = CallState(
-            config, scheduler, steps, frozenset(dense_blocks), min_tokens, backend, falling, off=sparsity == 0
+        steps = warm_up if chosen.dense_steps is None else chosen.dense_steps
+        schedule = Schedule(pipe, steps) if knows_steps and (steps or falling) else None
+        state = TransformerState(
+            family, config, schedule, frozenset(dense_blocks), min_tokens, backend, falling, off=sparsity == 0
         )
-        planned.append((transformer, family, state))
+        planned.append((transformer, state))
     remove_psa(pipe)
-    hooks = [hook for transformer, family, state in planned for hook in _add_hooks(transformer, family, state)]
-    applied = AppliedPSA([state for *_, state in planned], hooks, [*transformers])
-    for owner in transformers:
-        owner.__dict__[_ATTRIBUTE] = applied
-    return applied
+    patches = [_Patch(transformer, state) for transformer, state in planned]
+    return AppliedPSA([patch.state for patch in patches], patches)
 
 
 def remove_psa(pipe: Any) -> bool:
     """Take PSA off a pipeline or transformer; whether it was there."""
-    found = {id(applied): applied for t in _transformers(pipe) if (applied := t.__dict__.get(_ATTRIBUTE)) is not None}
-    for applied in found.values():
-        applied.remove()
+    found = [patch for t in _transformers(pipe) if (patch := t.__dict__.get(_ATTRIBUTE)) is not None]
+    for patch in found:
+        patch.remove()
     return bool(found)
 
 
@@ -152,27 +169,9 @@ def _transformers(pipe: Any) -> list[Any]:
         if isinstance(pipe, torch.nn.Module)
         else [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     )
-    found = [candidate for candidate in candidates if type(candidate).__name__ in MODELS]
+    # By identity: a pipeline may hold one transformer under both names.
+    found = list({id(one): one for one in candidates if type(one).__name__ in MODELS}.values())
     if not found:
         allowed = f"a pipeline with {', '.join(MODELS)}"
         raise TypeError(f"apply_psa, pipe: {type(pipe).__name__} was given; allowed: {allowed}")
     return found
-
-
-def _add_hooks(transformer: Any, family: TransformerFamily, state: CallState) -> list[Any]:
-    def before_call(_: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-        state.begin_call(*family.read_call(transformer, args, kwargs))
-
-    hooks = [transformer.register_forward_pre_hook(before_call, with_kwargs=True)]
-    for index, block in enumerate(family.blocks(transformer)):
-        interception = AttentionInterception(state, index)
-
-        def enter(*_: Any, interception: AttentionInterception = interception) -> None:
-            interception.__enter__()
-
-        def leave(*_: Any, interception: AttentionInterception = interception) -> None:
-            interception.__exit__(None, None, None)
-
-        hooks.append(block.attn1.register_forward_pre_hook(enter))
-        hooks.append(block.attn1.register_forward_hook(leave, always_call=True))
-    return hooks

@@ -1,0 +1,153 @@
+"""Self-attention that PSA cannot see is noticed in the first step and said once; README names what it does see."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from comfyui_psa.for_diffusers import apply_psa
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+
+
+@pytest.fixture(autouse=True)
+def restored_backend():
+    """The backend that `set_attention_backend` chooses for one model becomes the default of all."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+def warnings(caplog):
+    return [record for record in caplog.records if record.name == "ComfyUI-PSA"]
+
+
+class OwnKernel:
+    """An attention processor with a kernel of its own, as users write them."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (attn.norm_q(q), attn.norm_k(k), v))
+        out = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1) @ v
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def flex(model):
+    model.set_attention_backend("flex")
+
+
+def own_kernel(model):
+    for block in model.blocks:
+        block.attn1.set_processor(OwnKernel())
+
+
+def forward_replaced_later(model):
+    for block in model.blocks:
+        block.attn1.forward = type(block.attn1).forward.__get__(block.attn1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason", "advice"),
+    [
+        (flex, "attention backend: flex", "set_attention_backend('native')"),
+        (own_kernel, "does not go through torch's scaled_dot_product_attention", "your own attention processor"),
+        (forward_replaced_later, "no self-attention of the model came to PSA", "call apply_psa again"),
+    ],
+)
+def test_unseen_attention_is_said_once_in_the_first_forward(pipes, caplog, change, reason, advice):
+    model, changed = pipes.wan(), pipes.wan()
+    change(changed)
+    stock = pipes.velocity(changed)
+    applied = apply_psa(model, 0.6, **pipes.SETTINGS)
+    change(model)
+    for times in (1, 2):
+        assert torch.equal(pipes.velocity(model), stock)
+        assert (applied.sparse_calls, applied.dense_calls) == (0, 2 * times)
+        assert list(applied.fallbacks.values()) == [2 * times]
+        assert [record.levelname for record in warnings(caplog)] == ["WARNING"]
+    assert reason in next(iter(applied.fallbacks)) == warnings(caplog)[0].args[0]
+    assert advice in caplog.text
+
+
+def test_one_unseen_block_among_others_is_counted_alone(pipes, caplog):
+    model = pipes.wan(layers=3)
+    model.blocks[1].attn1.set_processor(OwnKernel())
+    applied = apply_psa(model, 0.6, **pipes.SETTINGS)
+    pipes.velocity(model)
+    assert (applied.sparse_calls, applied.dense_calls) == (2, 1)
+    assert len(warnings(caplog)) == 1
+
+
+def test_it_is_said_in_the_warm_up_already(pipes, caplog):
+    pipe = pipes.pipeline(pipes.wan())
+    flex(pipe.transformer)
+    applied = apply_psa(pipe, 0.6, min_tokens=0, warm_up=2)
+    said = []
+    pipes.run(pipe, callback_on_step_end=lambda *_: said.append(len(warnings(caplog))) or {})
+    assert said == [1, 1, 1, 1]
+    assert (applied.dense_calls, sum(applied.fallbacks.values())) == (8, 4)
+
+
+def test_a_backend_chosen_for_a_while(pipes, caplog):
+    from diffusers.models.attention_dispatch import attention_backend
+
+    model = pipes.wan()
+    applied = apply_psa(model, 0.6, **pipes.SETTINGS)
+    with attention_backend("flex"):
+        pipes.velocity(model)
+    pipes.velocity(model)
+    assert (applied.sparse_calls, applied.dense_calls) == (2, 2)
+    assert len(warnings(caplog)) == 1
+
+
+def test_nothing_is_said_of_a_pipeline_that_psa_is_off_in(pipes, caplog):
+    model = pipes.wan()
+    flex(model)
+    apply_psa(model, 0.0, **pipes.SETTINGS)
+    pipes.velocity(model)
+    assert not warnings(caplog)
+
+
+def readme_backends():
+    """The backends that the README promises."""
+    sentence = re.search(r"Attention backends that PSA sees: ([^.]+)\.", README.read_text(encoding="utf-8"))
+    return re.findall(r"`(\w+)`", sentence[1])
+
+
+def self_attention_by(backend, model):
+    """Only the self-attention: on a CPU some of the backends have no kernel for the cross-attention beside it."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
+
+    _check_attention_backend_requirements(AttentionBackendName(backend))
+    for block in model.blocks:
+        block.attn1.processor._attention_backend = AttentionBackendName(backend)
+
+
+@pytest.mark.parametrize("backend", readme_backends())
+def test_the_backends_of_the_readme_work(pipes, caplog, backend):
+    model, expected = pipes.wan(), pipes.wan()
+    apply_psa(expected, 0.6, **pipes.SETTINGS)
+    self_attention_by(backend, model)
+    applied = apply_psa(model, 0.6, **pipes.SETTINGS)
+    assert pipes.close(pipes.velocity(model), pipes.velocity(expected), 1e-6)
+    assert (applied.sparse_calls, applied.dense_calls) == (2, 0)
+    assert not warnings(caplog)
+
+
+def test_the_readme_leaves_no_working_backend_out(pipes):
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    works = []
+    for backend in AttentionBackendName:
+        model = pipes.wan(layers=1)
+        applied = apply_psa(model, 0.6, **pipes.SETTINGS)
+        try:
+            self_attention_by(backend, model)
+            pipes.velocity(model)
+        except (RuntimeError, ValueError, TypeError, NameError, ImportError):
+            continue  # needs a package or a device that is not here
+        if applied.sparse_calls:
+            works.append(backend.value)
+    assert sorted(works) == sorted(readme_backends())
