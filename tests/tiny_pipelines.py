@@ -53,8 +53,8 @@ def run(pipe, steps=4, size=SIZE, **given):
     frames, height, width = 4 * size[2] - 3, 8 * size[3], 8 * size[4]
     given = {"guidance_scale": 1.0, "latents": normal(*size, seed=1), "output_type": "latent"} | given
     return pipe(
-        prompt_embeds=normal(1, 13, 4096, seed=2), num_inference_steps=steps, height=height, width=width,
-        num_frames=frames, **given,
+        prompt_embeds=normal(1, 13, 4096, seed=2).to(pipe._execution_device), num_inference_steps=steps, height=height,
+        width=width, num_frames=frames, **given,
     ).frames  # fmt: skip
 
 

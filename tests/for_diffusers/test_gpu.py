@@ -1,0 +1,101 @@
+"""apply_psa with the Triton kernels on a CUDA device."""
+
+import pytest
+import torch
+
+from comfyui_psa.for_diffusers import apply_psa
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"]
+PSA = {"sparsity": 0.6, "min_tokens": 0}
+
+
+@pytest.fixture(autouse=True)
+def restored_backend():
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    yield
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
+
+
+@pytest.fixture
+def model(pipes):
+    return pipes.wan().to("cuda", torch.bfloat16)
+
+
+def velocity(pipes, model, device="cuda", latents=None):
+    latents = pipes.normal(*pipes.SIZE, seed=1) if latents is None else latents
+    given = latents.to(device, torch.bfloat16), torch.tensor([999.0], device=device)
+    return model(*given, pipes.normal(1, 13, 4096, seed=2).to(device, torch.bfloat16), return_dict=False)[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_backends_of_the_readme(pipes, model, backend):
+    model.set_attention_backend(backend)
+    applied = apply_psa(model, **PSA, warm_up=0)
+    with torch.no_grad():
+        sparse = velocity(pipes, model)
+    assert (applied.sparse_calls, applied.fallbacks) == (2, {})
+    with torch.no_grad():
+        apply_psa(model, **PSA, warm_up=0, backend="torch")
+        assert pipes.close(sparse.float(), velocity(pipes, model).float(), 0.02)
+
+
+def test_a_lora_learns_and_psa_acts_again(pipes, model):
+    peft = pytest.importorskip("peft")
+    model.requires_grad_(False)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    applied = apply_psa(model, **PSA, warm_up=0, backend="triton")
+    velocity(pipes, model).float().square().mean().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad and "attn1" in name}
+    assert len(trained) == 8
+    assert all(grad is not None and grad.abs().max() > 0 for grad in trained.values())
+    assert (applied.sparse_calls, applied.dense_calls) == (0, 2)
+    with torch.no_grad():
+        velocity(pipes, model)
+    assert applied.sparse_calls == 2
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("how", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_before_and_after(pipes, how, first):
+    """diffusers takes its hooks off and puts them on again after every run."""
+    pipe = pipes.pipeline(pipes.wan().to(torch.bfloat16))
+    applied = apply_psa(pipe, **PSA, warm_up=1) if first else None
+    getattr(pipe, how)()
+    applied = applied or apply_psa(pipe, **PSA, warm_up=1)
+    outputs = [pipes.run(pipe, 3) for _ in range(2)]
+    assert (applied.dense_calls, applied.sparse_calls) == (2 * 2, 2 * 4)
+    assert torch.equal(*outputs)
+    assert not applied.fallbacks
+    applied.remove()
+    pipes.run(pipe, 3)
+    assert applied.sparse_calls == 8
+
+
+def test_group_offload_with_a_stream(pipes):
+    expected, model = (pipes.wan().to(torch.bfloat16) for _ in range(2))
+    apply_psa(expected.cuda(), **PSA, warm_up=0)
+    applied = apply_psa(model, **PSA, warm_up=0)
+    model.enable_group_offload(
+        onload_device=torch.device("cuda"), offload_device=torch.device("cpu"), offload_type="block_level",
+        num_blocks_per_group=1, use_stream=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert torch.equal(velocity(pipes, model), velocity(pipes, expected))
+    assert applied.sparse_calls == 2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_pipeline_that_moves_to_the_other_device(pipes, model):
+    applied = apply_psa(model, **PSA, warm_up=0)
+    with torch.no_grad():
+        first = velocity(pipes, model)
+        model.to("cuda:1")
+        second = velocity(pipes, model, "cuda:1")
+    assert (applied.sparse_calls, applied.fallbacks) == (4, {})
+    assert torch.equal(first.cpu(), second.cpu())
+    assert applied.mean_sparsity() == pytest.approx(0.6, abs=0.05)
