@@ -22,6 +22,8 @@ from .lora_kinds import looks_like
 from .lora_names import Reading, Target, image_model, module_names, read_keys
 from .lora_settings import lora_config, with_alphas
 from .menu import menu_name
+from .recognise import recognise
+from .safetensors_header import Header
 from .tensor_file import FileError, read_tensors
 
 NODE = "PSA LoRA Loader"
@@ -47,8 +49,7 @@ def apply_lora(model: Any, name: str, strength: float) -> tuple[Any, str]:
         keys = read_keys(tensors, module_names(model)).keys if config.get("alpha_pattern") else {}
         scaled = with_alphas(tensors, config, lambda key: keys[key].module if key in keys else key, path)
     except FileError as error:
-        do = "mend or download it again, or choose another LoRA"
-        raise InputError("lora_name", name, f"a file that can be used; {error}", NODE, do=do) from error
+        raise InputError("lora_name", name, f"a file that can be used; {error}", NODE, do=error.do) from error
     return patch_with_lora(model, scaled, name, strength, tensors)
 
 
@@ -72,7 +73,7 @@ def patch_with_lora(
     reading = read_keys(tensors, module_names(model))
     fit = _fit(reading, tensors, weight_sizes(model))
     own = set(tensors if in_file is None else in_file)
-    _refuse(model, own, reading, fit, name)
+    _refuse(model, tensors, own, reading, fit, name)
     patched = model.clone()
     if strength != 0:
         for layer in fit.layers:
@@ -116,17 +117,16 @@ def _fit(reading: Reading, tensors: Mapping[str, torch.Tensor], sizes: Mapping[s
     return fit
 
 
-def _refuse(model: Any, in_file: set[str], reading: Reading, fit: _Fit, name: str) -> None:
+def _refuse(
+    model: Any, tensors: Mapping[str, torch.Tensor], in_file: set[str], reading: Reading, fit: _Fit, name: str
+) -> None:
     """Refuse a file made for another model, as far as its names or sizes tell."""
     family = image_model(model)
     kind = family or type(model.model).__name__
-    allowed = f"a LoRA for this model ({kind})"
+    allowed, do = f"a LoRA for this model ({kind})", f"choose a LoRA that was made for {kind}"
     unknown, known = in_file.intersection(reading.unknown), in_file.intersection(reading.keys)
     # The keys that do not fit are those that tell.
     likeness = looks_like(unknown, family)
-    advice = f"; it looks like one for {likeness}" if likeness else ""
-    if 2 * sum(reading.keys[key].part in ("weight", "bias") for key in known) > len(in_file):
-        advice = "; it looks like a whole model, not like a LoRA"
     strangers = likeness is not None and 2 * len(unknown) > len(in_file)
     other = next((misfit for misfit, _ in fit.misfits if misfit.multiplied or not fit.layers), None)
     if other is not None and not strangers:
@@ -136,12 +136,19 @@ def _refuse(model: Any, in_file: set[str], reading: Reading, fit: _Fit, name: st
         given = f"{shown}, made for {made_for}" if made_for else name
         place = f"{allowed}, which has {_times(other.size)} at {other.target.removeprefix('diffusion_model.')}"
         parts = "" if made_for else f"; of {_parts(other.parts)} that cannot be made"
+        like = f"; it looks like one for {likeness}" if likeness else ""
         do = f"choose a LoRA that was made for this size of {kind}"
-        raise InputError("lora_name", given, place + parts + advice, NODE, do=do)
+        raise InputError("lora_name", given, place + parts + like, NODE, do=do)
     if strangers or not fit.layers:
         fits = f"only {len(known)} of {len(in_file)} keys fit, not those" if fit.layers else "no key of it fits,"
-        allowed = f"{allowed}; {fits} such as {_examples(unknown or in_file)}{advice}"
-        raise InputError("lora_name", name, allowed, NODE, do=f"choose a LoRA that was made for {kind}")
+        file = recognise(Header({key: ("", tuple(tensor.shape)) for key, tensor in tensors.items()}, {}))
+        if file is not None and file.loader != NODE:
+            like, do = f"; it is {file.name}", f"load it with {file.loader}" if file.loader else do
+        else:
+            like = f"; it looks like one for {likeness}" if likeness else ""
+        raise InputError(
+            "lora_name", name, f"{allowed}; {fits} such as {_examples(unknown or in_file)}{like}", NODE, do=do
+        )
 
 
 def _summary(reading: Reading, fit: _Fit, in_file: set[str], name: str, strength: float) -> tuple[str, bool]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -12,13 +11,16 @@ from typing import Any
 
 import torch
 
-from .tensor_file import FileError
+from ..errors import shown
+from .files import FileError, parse_object, printable, read_object
 
 # The matrix whose first size is the rank, of LoRA, LoHa and LoKr.
 _DOWN = re.compile(
     r"[._](?:lora_A|lora_down|lora\.down|lora_linear_layer\.down|hada_w1_b|lokr_w1_b|lokr_w2_b)"
     r"(?:\.(?!weight$)[^.]+)?(?:\.weight)?$"
 )
+_DO = "choose another LoRA"
+_LONGEST_PATTERN = 1000
 _SECONDS = 4.0
 """How long all patterns of a file may take; those of 400 modules take a tenth of a second."""
 
@@ -33,23 +35,24 @@ def lora_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """
     text = metadata.get("lora_adapter_metadata")
     beside = path.with_name("adapter_config.json")
-    try:
-        if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
-            text = beside.read_text(encoding="utf-8-sig")
-        if text is None:
-            return {}
-        found = json.loads(text)
-        found = {key.removeprefix("transformer."): value for key, value in found.items()}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise FileError(path, f"its LoRA metadata cannot be read: {reason}") from error
+    if text is not None:
+        try:
+            found = parse_object(path, text)
+        except FileError as error:
+            raise FileError(path, f"its LoRA metadata {error.reason.removeprefix('it ')}", _DO) from error
+    elif path.name == "adapter_model.safetensors" and beside.is_file():
+        found = read_object(beside)
+    else:
+        return {}
+    found = {key.removeprefix("transformer."): value for key, value in found.items()}
     patterns = found.get("alpha_pattern") or {}
     named = {"lora_alpha": found.get("lora_alpha"), "alpha": found.get("alpha")}
     if not isinstance(patterns, dict):
-        raise FileError(path, "its LoRA metadata cannot be read: alpha_pattern must hold names and numbers")
+        raise FileError(path, "its LoRA metadata cannot be used: alpha_pattern must hold names and numbers", _DO)
     for name, value in {**named, **patterns}.items():
         if value is not None and not _is_number(value):
-            raise FileError(path, f"its LoRA metadata cannot be used: {name[:60]} is {str(value)[:60]}, not a number")
+            reason = f"its LoRA metadata cannot be used: {printable(name[:60])} is {shown(value)}, not a number"
+            raise FileError(path, reason, _DO)
     return found
 
 
@@ -94,27 +97,39 @@ class _Patterns:
     """
 
     def __init__(self, values: Mapping[str, float], file: Path | str) -> None:
-        import regex
-
+        try:
+            import regex
+        except ImportError as error:
+            raise FileError(file, "its alpha_pattern needs the package regex", "pip install regex") from error
         self._file = file
         self._end = time.monotonic() + _SECONDS
         self._values: list[tuple[str, Any, float]] = []
         for pattern, value in values.items():
+            self._seconds_left(pattern)
             try:
+                if len(pattern) > _LONGEST_PATTERN:
+                    raise ValueError("no module has such a name")
                 self._values.append((pattern, regex.compile(rf"(.*\.)?({pattern})$"), float(value)))
-            except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-                raise FileError(file, f"its alpha_pattern {pattern[:60]!r} is not a pattern") from error
+            except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
+                raise FileError(file, f"its alpha_pattern {shown(pattern)} is not a pattern", _DO) from error
 
     def value(self, module: str, default: float) -> float:
         for pattern, compiled, value in self._values:
             try:
-                if compiled.match(module, timeout=max(0.001, self._end - time.monotonic())):
+                if compiled.match(module, timeout=self._seconds_left(pattern)):
                     return value
-            except TimeoutError as error:
-                raise FileError(
-                    self._file, f"its alpha_pattern {pattern[:60]!r} takes too long to match; do not trust this file"
-                ) from error
+            except TimeoutError:
+                raise self._too_long(pattern) from None
         return default
+
+    def _seconds_left(self, pattern: str) -> float:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise self._too_long(pattern)
+        return left
+
+    def _too_long(self, pattern: str) -> FileError:
+        return FileError(self._file, f"its alpha_pattern {shown(pattern)} takes too long to match", _DO)
 
 
 def _is_number(value: Any) -> bool:

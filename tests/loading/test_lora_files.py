@@ -186,8 +186,21 @@ def test_blocks_of_another_variant_are_not_taken_for_the_models_own(wan, vace, w
 
 
 def test_a_whole_model_is_called_one(wan, tiny_wan):
-    with pytest.raises(InputError, match=r"no key of it fits, .*; it looks like a whole model, not like a LoRA"):
+    expected = r"no key of it fits, .*; it is a Wan model\. Load it with Load Diffusion Model\.$"
+    with pytest.raises(InputError, match=expected):
         patch_with_lora(wan, tiny_wan.state_dict("t2v"), "x")
+
+
+@pytest.mark.parametrize("stranger", [name for name in STRANGERS if "CogVideoX" not in name])
+def test_an_image_models_blocks_are_not_cogvideox_blocks(model_folders, tiny, stranger):
+    from comfyui_psa.loading.checkpoint import load_checkpoint
+
+    folder = model_folders / "diffusers" / "for strangers"
+    if not folder.exists():
+        tiny.write_folder(folder, "5b")
+    words, name = STRANGERS[stranger]
+    with pytest.raises(InputError, match=rf"no key of it fits, .*; it looks like one for .*{words}"):
+        patch_with_lora(load_checkpoint("for strangers"), pair(name, 64, 64), "x")
 
 
 WRONG = {

@@ -113,7 +113,7 @@ def test_strength_leads_from_the_model_to_dora(wan, model_folders):
         ({"alpha_pattern": {r"(?:(?P<a>.+?)|(?P<b>..+?))+(?P=a)(?P=b).*[A-Z]": 1.0}}, "takes too long to match"),
         ({"alpha_pattern": {"(": 1.0}}, "is not a pattern"),
         ({"alpha_pattern": ["q"]}, "alpha_pattern must hold names and numbers"),
-        ({"alpha_pattern": {"q": "much"}}, "q is much, not a number"),
+        ({"alpha_pattern": {"q": "much"}}, "q is 'much', not a number"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan, not a number"),
         ({"lora_alpha": 10**400}, "not a number"),
         ({"lora_alpha": [1, 2]}, r"lora_alpha is \[1, 2\], not a number"),
