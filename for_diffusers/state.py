@@ -189,7 +189,10 @@ class TransformerState:
         if q.shape != k.shape or tokens != call.layout.length:
             return f"{tokens} and {k.shape[2]} tokens, but {call.layout.length} are expected of this model"
         if tokens < self.min_tokens:
-            return f"{tokens} tokens are fewer than min_tokens {self.min_tokens}; dense is usually faster there"
+            return (
+                f"{tokens} tokens are fewer than min_tokens {self.min_tokens}, where dense is usually faster; set "
+                f"min_tokens to {tokens} or less to have them sparse"
+            )
         if call.layout.video < 2 * self.config.block_q:
             return f"{call.layout.video} video tokens are fewer than two query blocks of {self.config.block_q}"
         if block in self.dense_blocks:

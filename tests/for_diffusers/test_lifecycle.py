@@ -146,7 +146,7 @@ def test_the_older_one_s_removal_leaves_the_newer_one(pipes):
     assert (older.sparse_calls, newer.sparse_calls) == (0, 2)
 
 
-def test_one_expert_set_anew_leaves_the_other(pipes):
+def test_one_expert_set_again_leaves_the_other(pipes):
     pipe = pipes.pipeline(pipes.wan(), pipes.wan(seed=1))
     both = apply_psa(pipe, 0.6, **pipes.SETTINGS)
     alone = apply_psa(pipe.transformer_2, 0.9, **pipes.SETTINGS)
