@@ -1,7 +1,8 @@
-"""`python dev.py fuzz`: random and hostile node inputs over the API of a real server, thousands of times.
+"""`python dev.py fuzz`: random and hostile node inputs and files over the API of a real server, thousands of times.
 
 A case is one prompt with one node of the pack. It may succeed, be refused by ComfyUI's own checks, or end in an error
 in the pack's words. Anything else is a failure: another error, a server that answers with none, or that dies.
+Half of the cases have random inputs, the other half name a file of `fuzz_files`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import tempfile
 import urllib.error
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .client import Client, Prompt, PromptFailed
+from .fuzz_files import FOLDER, GOOD_PRESETS, corpus
 from .serve import running_server
 from .server import ComfyServer
 from .terminal import Failure
@@ -23,20 +26,29 @@ from .workflow import Input, default_value, inputs_of
 
 OUR_WORDS = re.compile(r"failed: PSA [A-Z][\w ]*(,| needs|:)")
 """How an error of the pack begins: the node's name, and what was wrong with it."""
+OUR_REFUSAL = re.compile(r" - PSA [A-Z][\w ]*(,| needs|:)")
+"""The same, where the pack refuses a prompt before it runs."""
 NOT_FUZZED = {"PSALoraDownload": "it would go to the network", "PSACalibrate": "each case would sample for a minute"}
-PRESET_FILES = {
-    "empty": b"", "nul": bytes(64), "no json": b"{", "text": b"hello", "list": b"[]", "number": b"1e400",
-    "deep": b"[" * 50_000, "huge": b" " * 2_000_000, "latin": b'{"about": "\xe9"}', "nan": b'{"shares": {"1": NaN}}',
-    "negative": b'{"shares": {"1": -1}}', "above one": b'{"shares": {"1": 0.9, "8": 0.9}}',
-    "factor": b'{"shares": {"3": 1}}', "types": b'{"shares": [], "mode": 7}',
-    "unknown": b'{"shares": {"1": 0.5}, "__class__": "x"}',
-    "good": b'{"shares": {"1": 0.1, "8": 0.2}, "mode": "topk"}', "twice": b'{"shares": {"1": 0.1}, "shares": {"1": 2}}',
-}  # fmt: skip
-"""Preset files of a user who means harm, and one good one, by name."""
 SECONDS = 120
 """A case that has not ended by then is a failure."""
 SAMPLED = 50
-"""Every so many cases of PSA Patch the patched model is also sampled, for two steps."""
+"""Every so many cases of the nodes that patch a model it is also sampled, for two steps."""
+PATCHING = ("PSAPatch", "PSALoraLoader")
+FILE_INPUTS = {
+    "PSACogVideoXLoader": "checkpoint",
+    "PSALoraLoader": "lora_name",
+    "PSAPatch": "preset",
+    "PSACalibrate": "preset",
+    "PSAPyramid": "save_as",
+}
+"""The nodes that read or write a file, and the input that names it."""
+FILE_NAMES = [
+    "", ".", "..", "../x", "a/b", "a\\b", "C:\\x", "nul", "x\n", "\x00", "é" * 65, "good", "user/good", "user/../x",
+    "folder",
+    "circle", "psa_fuzz/gone.safetensors", "psa_fuzz\\good.safetensors", "psa_fuzz/../psa_fuzz/good.safetensors",
+    "/dev/zero",
+]  # fmt: skip
+"""Names of files that no menu lists."""
 
 SIZES = {"width": 64, "height": 64, "length": 9, "batch_size": 2, "steps": 50}
 """Inputs whose allowed values can ask for more than a machine has: no allowed value above these is tried."""
@@ -100,22 +112,15 @@ def run_fuzz(comfyui: Path, cases: int, seed: int) -> int:
     Raises:
         Failure: the server died; the sentence names the case.
     """
-    with running_server(comfyui) as server:
+    with tempfile.TemporaryDirectory(prefix="psa-fuzz-") as home, running_server(comfyui, home=Path(home)) as server:
         client = Client(server.url)
         return fuzz(server, client, cases, seed, print)
 
 
 def fuzz(server: ComfyServer, client: Client, cases: int, seed: int, say: Callable[[str], None]) -> int:
-    """As `run_fuzz`, on a server that runs already; it gets the user's preset files for the time being."""
-    presets = server.home / "user" / "psa_presets"
-    presets.mkdir(parents=True, exist_ok=True)
-    for name, content in PRESET_FILES.items():
-        (presets / f"{name}.json").write_bytes(content)
-    try:
+    """As `run_fuzz`, on a server that runs already; it gets the files for the time being."""
+    with corpus(server.home, seed):
         return _fuzz(server, client, cases, seed, say)
-    finally:
-        for name in PRESET_FILES:
-            (presets / f"{name}.json").unlink(missing_ok=True)
 
 
 def _fuzz(server: ComfyServer, client: Client, cases: int, seed: int, say: Callable[[str], None]) -> int:
@@ -124,9 +129,12 @@ def _fuzz(server: ComfyServer, client: Client, cases: int, seed: int, say: Calla
     nodes = [name for name in nodes if fixed_links(definitions[name]) is not None]
     ends: Counter[str] = Counter()
     for number in range(cases):
-        # Half of the cases for the node with the most inputs.
-        node = "PSAPatch" if rng.random() < 0.5 else rng.choice(nodes)
-        case = make_case(rng, number, node, definitions)
+        if number % 2:
+            node = rng.choice(list(FILE_INPUTS))
+            case = make_case(rng, number, node, definitions, random_file(rng, node, definitions))
+        else:  # half of these for the node with the most inputs
+            node = "PSAPatch" if rng.random() < 0.5 else rng.choice(nodes)
+            case = make_case(rng, number, node, definitions)
         end, message = run_case(server, client, case)
         ends[end] += 1
         if end == "failure":
@@ -144,11 +152,26 @@ def fixed_links(definition: dict) -> dict[str, str] | None:
     return needed if all(kind in SOURCES for kind in needed.values()) else None
 
 
-def make_case(rng: random.Random, number: int, node: str, definitions: dict) -> Case:
-    """A prompt with `node`: mostly its defaults, one to four inputs replaced, sometimes left out or sent as well."""
+def random_file(rng: random.Random, node: str, definitions: dict) -> str:
+    """The name of a file for the input of `node` that names one: of those made for it, or none that is there."""
+    (spec,) = (spec for spec in inputs_of(definitions[node]) if spec.name == FILE_INPUTS[node])
+    made = [name for name in spec.choices or () if FOLDER in name or name.startswith("user/")]
+    if node == "PSACalibrate":  # with a good one it would sample for a minute
+        made = [name for name in made if name.removeprefix("user/") not in GOOD_PRESETS]
+    return rng.choice(made) if made and rng.random() < 0.9 else rng.choice(FILE_NAMES)
+
+
+def make_case(rng: random.Random, number: int, node: str, definitions: dict, file: str | None = None) -> Case:
+    """A prompt with `node`: mostly its defaults, one to four inputs replaced, sometimes left out or sent as well.
+
+    With `file` its defaults and that file.
+    """
     specs = [spec for spec in inputs_of(definitions[node]) if spec.is_widget]
     inputs = {spec.name: default_value(spec) for spec in specs}
-    for spec in rng.sample(specs, min(len(specs), rng.randint(1, 4))):
+    if file is not None:
+        inputs[FILE_INPUTS[node]] = file
+    changed = [] if file is not None else rng.sample(specs, min(len(specs), rng.randint(1, 4)))
+    for spec in changed:
         if rng.random() < 0.04:
             del inputs[spec.name]
         else:
@@ -166,7 +189,7 @@ def make_case(rng: random.Random, number: int, node: str, definitions: dict) -> 
     if links and rng.random() < 0.02:
         links[rng.choice(list(links))] = rng.choice(OTHERS)
     prompt["node"] = {"class_type": node, "inputs": inputs | links}
-    if node == "PSAPatch" and number % SAMPLED == 0:
+    if node in PATCHING and number % SAMPLED < 2:
         prompt |= sampled(["node", 0], definitions)
     elif definitions[node]["output"]:
         prompt["end"] = {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}}
@@ -236,7 +259,10 @@ def run_case(server: ComfyServer, client: Client, case: Case) -> tuple[str, str]
         if message.startswith("ComfyUI refused the prompt: no reason given"):
             return "failure", message
         if message.startswith("ComfyUI refused the prompt"):
-            return "refused", message
+            raw = "Exception when validating" in message or (
+                "Custom validation failed" in message and not OUR_REFUSAL.search(message)
+            )
+            return "failure" if raw else "refused", message
         return ("ours" if OUR_WORDS.search(message) else "failure"), message
     except (Failure, urllib.error.URLError, OSError) as error:
         try:

@@ -21,10 +21,10 @@ from .thumbnails import write_cards
 
 
 @contextmanager
-def running_server(comfyui: Path, port: int = 0):
-    """A server with the pack, with its start shown as a phase."""
+def running_server(comfyui: Path, port: int = 0, home: Path = HOME):
+    """A server with the pack, in the base directory `home`, with its start shown as a phase."""
     with Phase("Starting ComfyUI"):
-        server = ComfyServer(comfyui, port=port).start()
+        server = ComfyServer(comfyui, home, port=port).start()
     with server:
         yield server
 
