@@ -6,7 +6,7 @@
     python dev.py serve    open ComfyUI with the pack, for trying by hand
     python dev.py bench    run the benchmarks
     python dev.py quality  measure settings against dense sampling; --quick takes minutes on a CPU
-    python dev.py fuzz     random and hostile node inputs on a real server, --cases of them
+    python dev.py fuzz     random and hostile inputs and files on a real server, --cases of them
     python dev.py soak     many prompts in a row on a real server, and its memory before and after
     python dev.py setup    only make the environment in .dev/
     python dev.py workflows    write workflows/*.json and locales/en anew, after a node's schema has changed

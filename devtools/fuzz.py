@@ -246,6 +246,16 @@ def sampled(model: list, definitions: dict) -> Prompt:
     }
 
 
+def verdict(message: str) -> str:
+    """What an error of a prompt counts as: ours, refused or failure."""
+    if not message.startswith("ComfyUI refused the prompt"):
+        return "ours" if OUR_WORDS.search(message) else "failure"
+    nothing_said = message.startswith("ComfyUI refused the prompt: no reason given")
+    raised = "Exception when validating" in message
+    strange = "Custom validation failed" in message and not OUR_REFUSAL.search(message)
+    return "failure" if nothing_said or raised or strange else "refused"
+
+
 def run_case(server: ComfyServer, client: Client, case: Case) -> tuple[str, str]:
     """How a case ended: success, refused, ours or failure, and what was said.
 
@@ -255,15 +265,7 @@ def run_case(server: ComfyServer, client: Client, case: Case) -> tuple[str, str]
     try:
         client.run(case.prompt, timeout=SECONDS)
     except PromptFailed as error:
-        message = str(error)
-        if message.startswith("ComfyUI refused the prompt: no reason given"):
-            return "failure", message
-        if message.startswith("ComfyUI refused the prompt"):
-            raw = "Exception when validating" in message or (
-                "Custom validation failed" in message and not OUR_REFUSAL.search(message)
-            )
-            return "failure" if raw else "refused", message
-        return ("ours" if OUR_WORDS.search(message) else "failure"), message
+        return verdict(str(error)), str(error)
     except (Failure, urllib.error.URLError, OSError) as error:
         try:
             server.check_alive()

@@ -161,7 +161,7 @@ def cogvideox(rng: random.Random) -> Tensors:
 
 def loras(rng: random.Random) -> Iterator[tuple[str, bytes]]:
     """LoRA files for the demo's Wan model: names of many tools, every form of weight, right sizes and wrong ones."""
-    with (DEMO_WEIGHTS / "psa_demo_wan_dit.safetensors").open("rb") as file:
+    with (DEMO_WEIGHTS / "diffusion_models" / "psa_demo_wan_dit.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     sizes = {name.removesuffix(".weight"): tuple(entry["shape"]) for name, entry in header.items() if "shape" in entry}
     layers = {name: size for name, size in sizes.items() if len(size) == 2 and ".blocks." in f".{name}"}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from comfyui_psa.devtools.fuzz import OUR_WORDS, fuzz
+from comfyui_psa.devtools.fuzz import OUR_WORDS, fuzz, verdict
+from comfyui_psa.devtools.fuzz_files import corpus
 from comfyui_psa.devtools.soak import ALLOWED_MB, soak
 
 
@@ -19,6 +20,41 @@ def test_what_counts_as_the_packs_own_words():
     assert OUR_WORDS.search("Node 1 (PSALoraLoader) failed: PSA LoRA Loader, input lora_name: ...")
     assert not OUR_WORDS.search("Node 1 (PSAPatch) failed: 'NoneType' object has no attribute 'model'")
     assert not OUR_WORDS.search("Node 1 (KSampler) failed: PSA")
+
+
+@pytest.mark.parametrize(
+    ("message", "counts"),
+    [
+        ("Node 1 (PSAPatch) failed: PSA Patch, input pyramid: 'x' was given; allowed: ...", "ours"),
+        ("Node 1 (PSACogVideoXLoader) failed: Error while deserializing header", "failure"),
+        ("ComfyUI refused the prompt: no reason given", "failure"),
+        ("ComfyUI refused the prompt: node 1 (PSAPatch): Value not in list (preset: 'x' not in [])", "refused"),
+        (
+            "ComfyUI refused the prompt: node 1 (PSACogVideoXLoader): Custom validation failed for node "
+            "(checkpoint - PSA CogVideoX Loader, input checkpoint: 'x' was given; allowed: ...)",
+            "refused",
+        ),
+        (
+            "ComfyUI refused the prompt: node 1 (X): Custom validation failed for node (checkpoint - KeyError)",
+            "failure",
+        ),
+        ("ComfyUI refused the prompt: node 1 (X): Exception when validating node (maximum recursion)", "failure"),
+    ],
+)
+def test_what_an_error_counts_as(message, counts):
+    assert verdict(message) == counts
+
+
+def test_the_files_are_the_same_for_a_seed_and_gone_afterwards(tmp_path):
+    def everything():
+        return {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    with corpus(tmp_path, 1):
+        first = everything()
+    assert not everything()
+    with corpus(tmp_path, 1):
+        assert everything() == first
+    assert len(first) > 500
 
 
 @pytest.mark.slow
