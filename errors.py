@@ -9,21 +9,31 @@ _MOST_LETTERS = 80
 _MOST_CHOICES = 24
 
 
-class InputError(ValueError):
-    """A wrong node input: one sentence with node, input, what was given and what is allowed, and one that says what to
-    do. Without the second none can be made.
+class NodeError(ValueError):
+    """What ends a node: `told`, which begins with the node's name, and a sentence that says what to do. Without the
+    second none can be made."""
+
+    # ComfyUI shows a class as its module and name, and the module begins with the folder of the user's pack.
+    __module__ = "builtins"
+    __qualname__ = "Node stopped"
+
+    def __init__(self, told: str, *, do: str) -> None:
+        super().__init__(f"{told.rstrip('. ')}. {sentence(do)}")
+
+
+class InputError(NodeError):
+    """A wrong node input: node, input, what was given, what is allowed, and what to do.
 
     Attributes:
         field: the input, or several with commas between them.
     """
 
-    # ComfyUI shows a class as its module and name, and the module begins with the folder of the user's pack.
     __module__ = "builtins"
     __qualname__ = "Wrong input"
 
     def __init__(self, field: str, given: object, allowed: str, node: str = "PSA Patch", *, do: str) -> None:
         self.field = field
-        super().__init__(f"{node}, input {refusal(field, given, allowed)}. {sentence(do)}")
+        super().__init__(f"{node}, input {refusal(field, given, allowed)}", do=do)
 
     @classmethod
     def of_choice(cls, field: str, given: object, choices: Iterable[object], node: str = "PSA Patch") -> InputError:
@@ -61,7 +71,12 @@ def shown(given: object) -> str:
     return "something of another type"
 
 
+def is_model(value: object) -> bool:
+    """Whether a value is a MODEL of ComfyUI."""
+    return all(hasattr(value, name) for name in ("model", "model_options", "clone", "get_model_object"))
+
+
 def require_model(model: object, node: str = "PSA Patch") -> None:
     """Raise InputError where a node was given something else than a MODEL, which ComfyUI's API lets through."""
-    if not all(hasattr(model, name) for name in ("model", "model_options", "clone", "get_model_object")):
+    if not is_model(model):
         raise InputError("model", model, "the MODEL output of a loader", node, do="connect a model loader to model")

@@ -27,6 +27,27 @@ def size_error(name: str, value: object) -> InputError | None:
     return InputError(name, value, allowed, NODE, do=f"set {name} to {below} or {below + step}, the nearest")
 
 
+def check_width(width: int) -> None:
+    """Raise InputError for a width that the VAE has no latent for."""
+    _check_size("width", width)
+
+
+def check_height(height: int) -> None:
+    """As `check_width`."""
+    _check_size("height", height)
+
+
+def check_length(length: int) -> None:
+    """Raise InputError for a number of frames that the VAE has no latent for."""
+    _check_size("length", length)
+
+
+def _check_size(name: str, value: int) -> None:
+    error = size_error(name, value)
+    if error is not None:
+        raise error
+
+
 def image_to_video(
     positive: Any, negative: Any, vae: Any, start_image: torch.Tensor, width: int, height: int, length: int, batch: int
 ) -> tuple[Any, Any, dict[str, torch.Tensor]]:
@@ -53,10 +74,9 @@ def image_to_video(
     if start_image.ndim != 4 or start_image.shape[-1] < 3 or not start_image.numel():
         allowed = "a picture with three colours"
         raise InputError("start_image", start_image, allowed, NODE, do="connect Load Image to start_image")
-    for name, value in (("width", width), ("height", height), ("length", length)):
-        error = size_error(name, value)
-        if error is not None:
-            raise error
+    check_width(width)
+    check_height(height)
+    check_length(length)
     pixels = comfy.utils.common_upscale(start_image[:1, :, :, :3].movedim(-1, 1), width, height, "lanczos", "center")
     # The frames after the first are left to the model, which pads them with zeros as diffusers does.
     image = vae.encode(pixels.movedim(1, -1))

@@ -93,13 +93,13 @@ def load_checkpoint(name: str, weight_dtype: str = "default", *, disable_dynamic
     return model
 
 
-def check_checkpoint(name: str) -> Checked:
+def check_checkpoint(checkpoint: str) -> Checked:
     """Everything that can be said of a checkpoint without reading a weight.
 
     Raises:
         InputError: as `load_checkpoint`.
     """
-    path = find_checkpoint(name)
+    path = find_checkpoint(checkpoint)
     try:
         files = weight_files(path)
         header = _joined([read_header(file) for file in files])
@@ -109,22 +109,12 @@ def check_checkpoint(name: str) -> Checked:
         variant = find_variant(config, **read_configs(path))
     except NotCogVideoX as error:
         what, do = describe(header, "choose a CogVideoX transformer, as a file or as diffusers' folder")
-        raise InputError("checkpoint", name, f"a CogVideoX checkpoint; {what}", NODE, do=do) from error
+        raise InputError("checkpoint", checkpoint, f"a CogVideoX checkpoint; {what}", NODE, do=do) from error
     except FileError as error:
-        raise _unusable(name, error) from error
+        raise _unusable(checkpoint, error) from error
     except ValueError as error:
-        raise _unusable(name, FileError(path, str(error))) from error
+        raise _unusable(checkpoint, FileError(path, str(error))) from error
     return Checked(path, files, names, unused, variant)
-
-
-def checkpoint_problem(name: object) -> str | None:
-    """What `check_checkpoint` says against the checkpoint, or None; also where nothing is known yet (None)."""
-    try:
-        if name is not None:
-            check_checkpoint(name)
-    except InputError as error:
-        return str(error)
-    return None
 
 
 def checkpoint_state(name: object) -> list[tuple[str, int, int]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .download import DownloadError, download_lora
+from ..errors import InputError
+from .download import FILE, REPOSITORY, DownloadError, check_names, download_lora
 from .own_folders import OWN_LORAS
 
 
@@ -14,6 +15,19 @@ def list_loras() -> list[str]:
     import folder_paths
 
     return [name for name in folder_paths.get_filename_list("loras") if name.lower().endswith(".safetensors")]
+
+
+def check_download(repository: str, file: str) -> None:
+    """Raise InputError for names that cannot be a repository's or a LoRA file's."""
+    for field, given, allowed, pair in (
+        ("repository", repository, f"owner/name, as in {REPOSITORY}", (repository.strip(), FILE)),
+        ("file", file, f"a .safetensors file of the repository, as in {FILE}", (REPOSITORY, file.strip())),
+    ):
+        try:
+            check_names(*pair)
+        except DownloadError as error:
+            do = f"copy the {field} from its page on huggingface.co"
+            raise InputError(field, given, allowed, "PSA LoRA Download", do=do) from error
 
 
 def download_into_loras(repository: str, file: str) -> str:

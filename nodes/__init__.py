@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..loading.own_folders import register_own_folders
 from .calibrate import PSACalibrate
+from .check_route import add_route
 from .cogvideox import (
     PSACogVideoXFix,
     PSACogVideoXImageToVideo,
@@ -26,6 +27,7 @@ class PSAExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         register_own_folders()
+        add_route({"PSAPatch": PSAPatch, "PSAPyramid": PSAPyramid})
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

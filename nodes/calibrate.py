@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from comfy_api.latest import io
 
-from ..patching.calibrate import GOALS, calibrate, sampler
-from ..patching.patch import AUTO
-from ..patching.show import to_image
-from ..patching.user_presets import fingerprint, preset_names
+from ..patching.calibrate import GOALS, NODE, calibrate, check_shape, sampler
+from ..patching.settings import AUTO, check_one_pyramid
+from ..patching.show import check_prefix, to_image
+from ..patching.user_presets import check_name, fingerprint, preset_names
 from ..pictures.curve import draw_calibration
+from .base import PSANode
 from .pyramid import Pyramid
 from .report import save_picture
 
 
-class PSACalibrate(io.ComfyNode):
+class PSACalibrate(PSANode):
     """The sparsity that meets a target error or a target speed-up on this machine, with this model and size."""
+
+    rules = (
+        partial(check_one_pyramid, node=NODE),
+        check_shape,
+        partial(check_name, node=NODE),
+        partial(check_prefix, node=NODE),
+    )
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -128,9 +137,7 @@ class PSACalibrate(io.ComfyNode):
         return fingerprint(preset)
 
     @classmethod
-    def execute(
-        cls, model, positive, negative, latent_image, seed, steps, cfg, filename_prefix, **inputs
-    ) -> io.NodeOutput:
+    def run(cls, model, positive, negative, latent_image, seed, steps, cfg, filename_prefix, **inputs) -> io.NodeOutput:
         sample = sampler(latent_image, positive, negative, seed=seed, steps=steps, cfg=cfg)
         found = calibrate(model, sample, **inputs)
         picture = to_image(draw_calibration(found.as_dict()))

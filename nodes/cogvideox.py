@@ -6,14 +6,17 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..cogvideox.corrections import correct_model
-from ..cogvideox.image import image_to_video, size_error
+from ..cogvideox.image import check_height, check_length, check_width, image_to_video
 from ..cogvideox.sampler import SOLVERS, make_sampler
 from ..cogvideox.schedule import trailing_sigmas
-from ..loading.checkpoint import WEIGHT_DTYPES, checkpoint_problem, checkpoint_state, list_checkpoints, load_checkpoint
+from ..loading.checkpoint import WEIGHT_DTYPES, check_checkpoint, checkpoint_state, list_checkpoints, load_checkpoint
+from .base import PSANode
 
 
-class PSACogVideoXLoader(io.ComfyNode):
+class PSACogVideoXLoader(PSANode):
     """Load a CogVideoX model from a diffusers folder or a single file, with everything set as it was trained."""
+
+    rules = (check_checkpoint,)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -51,19 +54,15 @@ class PSACogVideoXLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, checkpoint: str | None = None) -> bool | str:
-        return checkpoint_problem(checkpoint) or True
-
-    @classmethod
     def fingerprint_inputs(cls, checkpoint: str | None = None, **_: object) -> object:
         return checkpoint_state(checkpoint)
 
     @classmethod
-    def execute(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
+    def run(cls, checkpoint: str, weight_dtype: str) -> io.NodeOutput:
         return io.NodeOutput(load_checkpoint(checkpoint, weight_dtype))
 
 
-class PSACogVideoXFix(io.ComfyNode):
+class PSACogVideoXFix(PSANode):
     """The corrections of PSA CogVideoX Loader for a CogVideoX model from another loader."""
 
     @classmethod
@@ -82,11 +81,11 @@ class PSACogVideoXFix(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model) -> io.NodeOutput:
+    def run(cls, model) -> io.NodeOutput:
         return io.NodeOutput(correct_model(model))
 
 
-class PSACogVideoXSigmas(io.ComfyNode):
+class PSACogVideoXSigmas(PSANode):
     """The trailing timesteps of diffusers as SIGMAS."""
 
     @classmethod
@@ -125,11 +124,11 @@ class PSACogVideoXSigmas(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, steps: int, denoise: float) -> io.NodeOutput:
+    def run(cls, model, steps: int, denoise: float) -> io.NodeOutput:
         return io.NodeOutput(trailing_sigmas(model, steps, denoise))
 
 
-class PSACogVideoXSampler(io.ComfyNode):
+class PSACogVideoXSampler(PSANode):
     """diffusers' CogVideoX schedulers as a SAMPLER."""
 
     @classmethod
@@ -158,12 +157,14 @@ class PSACogVideoXSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, solver: str) -> io.NodeOutput:
+    def run(cls, solver: str) -> io.NodeOutput:
         return io.NodeOutput(make_sampler(solver))
 
 
-class PSACogVideoXImageToVideo(io.ComfyNode):
+class PSACogVideoXImageToVideo(PSANode):
     """A start image for the image-to-video models."""
+
+    rules = (check_width, check_height, check_length)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -214,13 +215,5 @@ class PSACogVideoXImageToVideo(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None = None, height: int | None = None, length: int | None = None):
-        for name, value in (("width", width), ("height", height), ("length", length)):
-            error = None if value is None else size_error(name, value)  # None: it comes over a wire
-            if error is not None:
-                return str(error)
-        return True
-
-    @classmethod
-    def execute(cls, positive, negative, vae, start_image, width, height, length, batch_size) -> io.NodeOutput:
+    def run(cls, positive, negative, vae, start_image, width, height, length, batch_size) -> io.NodeOutput:
         return io.NodeOutput(*image_to_video(positive, negative, vae, start_image, width, height, length, batch_size))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patching.compare import compare_images
+from ..patching.compare import check_lpips, compare_images
+from .base import PSANode
 
 
-class PSACompare(io.ComfyNode):
+class PSACompare(PSANode):
     """How far one video is from another: PSNR, SSIM, LPIPS, and a picture of the difference."""
+
+    rules = (check_lpips,)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -57,6 +60,6 @@ class PSACompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, images_a, images_b, name_a, name_b, difference_gain, lpips) -> io.NodeOutput:
+    def run(cls, images_a, images_b, name_a, name_b, difference_gain, lpips) -> io.NodeOutput:
         picture, psnr, ssim, figures = compare_images(images_a, images_b, name_a, name_b, difference_gain, lpips)
         return io.NodeOutput(picture, psnr, ssim, figures, ui={"text": [figures]})

@@ -5,11 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..demo.scene import ATTRIBUTES, Scene, conditioning, scene_from_indices, scene_to_indices
+from .base import PSANode
 
 _DEFAULT = scene_to_indices(Scene())
 
 
-class PSADemoScene(io.ComfyNode):
+class PSADemoScene(PSANode):
     """Two moving objects over a moving background, as conditioning of the demo model."""
 
     @classmethod
@@ -35,6 +36,6 @@ class PSADemoScene(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **words: str) -> io.NodeOutput:
+    def run(cls, **words: str) -> io.NodeOutput:
         indices = [choices.index(words[f"{slot}_{name}"]) for slot, name, choices in ATTRIBUTES]
         return io.NodeOutput([[conditioning([scene_from_indices(indices)]), {}]])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from comfy_api.latest import io
 
-from ..loading.download import FILE, REPOSITORY
+from ..loading.download import FILE, REPOSITORY, DownloadError
 from ..loading.fingerprint import lora_fingerprint
 from ..loading.lora import STRENGTH, apply_lora
-from ..loading.lora_folders import download_into_loras, list_loras
+from ..loading.lora_folders import check_download, download_into_loras, list_loras
+from .base import PSANode
 
 
-class PSALoraLoader(io.ComfyNode):
+class PSALoraLoader(PSANode):
     """Load a LoRA for CogVideoX or Wan, whatever tool wrote it."""
 
     @classmethod
@@ -52,12 +55,15 @@ class PSALoraLoader(io.ComfyNode):
         return lora_fingerprint(lora_name)
 
     @classmethod
-    def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
+    def run(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
         return io.NodeOutput(*apply_lora(model, lora_name, strength))
 
 
-class PSALoraDownload(io.ComfyNode):
+class PSALoraDownload(PSANode):
     """Download a LoRA from the Hugging Face hub into ComfyUI's loras folder."""
+
+    rules = (check_download,)
+    told: ClassVar = {DownloadError: "file"}
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -85,6 +91,6 @@ class PSALoraDownload(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, repository: str, file: str) -> io.NodeOutput:
+    def run(cls, repository: str, file: str) -> io.NodeOutput:
         name = download_into_loras(repository, file)
         return io.NodeOutput(name, ui={"text": [name]})

@@ -8,10 +8,19 @@ from ..kernels.backends import BACKENDS
 from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
 from ..kernels.falling import MOST_FALLING
 from ..patching.live import patch_for_node
-from ..patching.patch import AUTO
-from ..patching.settings import FROM_PRESET, MOST_REUSE_STEPS
+from ..patching.settings import (
+    AUTO,
+    FROM_PRESET,
+    MOST_REUSE_STEPS,
+    check_blocks,
+    check_one_pyramid,
+    check_place,
+    check_shape,
+    check_window,
+)
 from ..patching.user_presets import fingerprint, preset_names
 from ..patching.widgets import preset_shapes
+from .base import PSANode
 from .pyramid import Pyramid
 
 
@@ -20,8 +29,10 @@ def _from_preset(name: str, options: tuple, tooltip: str) -> io.Combo.Input:
     return io.Combo.Input(name, options=values, default=FROM_PRESET, tooltip=tooltip, advanced=True)
 
 
-class PSAPatch(io.ComfyNode):
+class PSAPatch(PSANode):
     """Patch a video model with Pyramid Sparse Attention (arXiv 2512.04025)."""
+
+    rules = (check_window, check_one_pyramid, check_place, check_shape, check_blocks)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -195,6 +206,6 @@ class PSAPatch(io.ComfyNode):
         return fingerprint(preset)
 
     @classmethod
-    def execute(cls, model, **inputs) -> io.NodeOutput:
+    def run(cls, model, **inputs) -> io.NodeOutput:
         patched, told = patch_for_node(model, cls.hidden.unique_id, **inputs)
         return io.NodeOutput(patched, ui={"psa": told})

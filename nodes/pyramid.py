@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from comfy_api.latest import io
 
 from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
-from ..patching.pyramid import make_pyramid
+from ..patching.pyramid import NODE, check_pyramid, make_pyramid
+from ..patching.user_presets import check_name
+from .base import PSANode
 
 Pyramid = io.Custom("PSA_PYRAMID")
 
@@ -29,8 +33,10 @@ def _combo(name: str, options: tuple, default: object, tooltip: str) -> io.Combo
     )
 
 
-class PSAPyramid(io.ComfyNode):
+class PSAPyramid(PSANode):
     """A pyramid of one's own for PSA Patch, in place of a preset."""
+
+    rules = (check_pyramid, partial(check_name, node=NODE))
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -143,5 +149,5 @@ class PSAPyramid(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, **inputs) -> io.NodeOutput:
+    def run(cls, **inputs) -> io.NodeOutput:
         return io.NodeOutput(make_pyramid(**inputs))

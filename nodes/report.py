@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..errors import InputError, require_model
-from ..patching.show import show_report
+from ..patching.show import check_prefix, show_report, wrong_prefix
+from .base import PSANode
 
 
-class PSAReport(io.ComfyNode):
+class PSAReport(PSANode):
     """Figures of the last run: sparsity and seconds per step, sparsity per layer, fallbacks, where the model looked."""
+
+    rules = (check_prefix,)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -67,8 +69,7 @@ class PSAReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, samples, layer=-1, head=0, filename_prefix="psa/report", images=None) -> io.NodeOutput:
-        require_model(model, "PSA Report")
+    def run(cls, model, samples, layer=-1, head=0, filename_prefix="psa/report", images=None) -> io.NodeOutput:
         report, picture = show_report(model, samples, layer, head, images)
         saved = save_picture(picture, filename_prefix, cls)
         return io.NodeOutput(samples, report, picture, ui={**saved, "text": [report]})
@@ -81,6 +82,4 @@ def save_picture(picture, prefix: str, node: type[io.ComfyNode]) -> dict:
     try:
         return ui.ImageSaveHelper.get_save_images_ui(picture, filename_prefix=prefix, cls=node).as_dict()
     except Exception as error:  # ComfyUI refuses a folder outside with a plain Exception
-        name, do = node.define_schema().display_name, "take a name such as psa/report, or leave it empty"
-        allowed = "a name that can be saved in ComfyUI's output folder"
-        raise InputError("filename_prefix", prefix, allowed, name, do=do) from error
+        raise wrong_prefix(prefix, node.define_schema().display_name) from error

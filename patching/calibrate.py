@@ -21,11 +21,11 @@ from ..kernels.presets import Preset
 from . import core
 from .family import Family, find_family
 from .override import RUN_KEY, PSAOverride
-from .patch import AUTO, ONE_PYRAMID, remove_patch
+from .patch import remove_patch
 from .run import Run, is_active, log
 from .schedule import Schedule
-from .settings import PatchSettings, make_settings
-from .user_presets import PresetError, find_preset, write_preset
+from .settings import AUTO, AUTO_PRESETS, PatchSettings, check_one_pyramid, make_settings
+from .user_presets import find_preset, write_preset
 
 NODE = "PSA Calibrate"
 KEY = "psa_calibrate"
@@ -158,17 +158,12 @@ def calibrate(
     if core.is_on_several_gpus(model):
         do = "put MultiGPU CFG Split after the model that goes here"
         raise InputError("model", "a model on several GPUs", "one on a single GPU", NODE, do=do)
-    if psa_pyramid is not None and preset != AUTO:
-        raise InputError("preset", preset, f"{AUTO} while PSA Pyramid is connected", NODE, do=ONE_PYRAMID)
+    check_one_pyramid(preset, psa_pyramid is not None, NODE)
     if not math.isfinite(target) or target <= 0:
         do = "set target to 0.15 for error or 2.0 for speed-up, or to a number of your own"
         raise InputError("target", target, "a number above 0", NODE, do=do)
     name = family.preset if preset == AUTO else preset
-    shape = find_preset(name, node=NODE) if psa_pyramid is None else psa_pyramid
-    if shape.as_written or shape.settings["mode"] == "threshold":
-        do = "set preset to auto, or turn as_written off and take another mode than threshold in PSA Pyramid"
-        allowed = "a preset that meets a sparsity: not threshold, not as written"
-        raise InputError("preset", shape.name, allowed, NODE, do=do)
+    shape = check_shape(name, psa_pyramid)
     candidates = [
         make_settings(
             sparsity=sparsity,
@@ -192,12 +187,8 @@ def calibrate(
     log.info("PSA: calibrated: sparsity %.2f; %s", found.sparsity, found.note)
     if save_as.strip():
         about = f"Calibrated for {goal} {target:g}: sparsity {found.sparsity:.2f}"
-        try:
-            proposed = dataclasses.replace(shape, about=about, sparsity=found.sparsity)
-            write_preset(save_as, proposed, made=f"{NODE}: {found.note}")
-        except PresetError as error:
-            do = "choose another name, or leave it empty"
-            raise InputError("save_as", save_as, str(error), NODE, do=do) from error
+        proposed = dataclasses.replace(shape, about=about, sparsity=found.sparsity)
+        write_preset(save_as, proposed, made=f"{NODE}: {found.note}", node=NODE)
     return found
 
 
@@ -214,6 +205,17 @@ def _refuse_not_finite(points: tuple[Point, ...]) -> None:
     where = "every sparsity or dense already" if len(bad) == len(points) else f"sparsity {', '.join(bad)}"
     do = "load it in bf16, or check model, LoRA and latent in a run without PSA; nothing was proposed or saved"
     raise InputError("model", f"a model whose output is NaN at {where}", "one whose output is finite", NODE, do=do)
+
+
+def check_shape(preset: str, psa_pyramid: Preset | None = None) -> Preset:
+    """The preset or the connected pyramid; raises InputError where there is none, or no sparsity to calibrate."""
+    name = AUTO_PRESETS[0] if preset == AUTO else preset
+    shape = find_preset(name, node=NODE) if psa_pyramid is None else psa_pyramid
+    if shape.as_written or shape.settings["mode"] == "threshold":
+        do = "set preset to auto, or turn as_written off and take another mode than threshold in PSA Pyramid"
+        allowed = "a preset that meets a sparsity: not threshold, not as written"
+        raise InputError("preset", shape.name, allowed, NODE, do=do)
+    return shape
 
 
 def propose(points: tuple[Point, ...], dense_seconds: float, goal: str, target: float) -> Calibration:

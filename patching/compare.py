@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 
@@ -36,17 +37,21 @@ def compare_images(
     if given != allowed:
         do = "give both videos the same size and number of frames"
         raise InputError("images_b", _shape(given), f"{_shape(allowed)}, the shape of images_a", NODE, do=do)
-    try:
-        found = compare(images_a, images_b, lpips)
-    except ImportError as error:
-        do = "turn lpips off, or install its package: pip install lpips"
-        raise InputError("lpips", True, "off, or on where its package is installed", NODE, do=do) from error
+    check_lpips(lpips)
+    found = compare(images_a, images_b, lpips)
     picture = side_by_side(images_a, images_b, (name_a, name_b), difference_gain, found)
     figures = dataclasses.asdict(found) | {
         "psnr": _finite(found.psnr),
         "frames": [{"psnr": _finite(psnr), "ssim": ssim} for psnr, ssim in found.frames],
     }
     return picture, found.psnr, found.ssim, json.dumps(figures)
+
+
+def check_lpips(lpips: bool) -> None:
+    """Raise InputError where LPIPS is asked for and its package is not there."""
+    if lpips and importlib.util.find_spec("lpips") is None:
+        do = "turn lpips off, or install its package: pip install lpips"
+        raise InputError("lpips", True, "off, or on where its package is installed", NODE, do=do)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

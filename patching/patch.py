@@ -7,19 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import InputError, require_model
+from ..errors import require_model
 from . import core
 from .family import Family, find_family
 from .override import PSAOverride
 from .run import log
 from .sampling import CallListener, Listener, PatchHandle, SamplingWrapper
-from .settings import PatchSettings, make_settings
+from .settings import ANY_SPARSITY, AUTO, PatchSettings, check_one_pyramid, make_settings
 
 KEY = "psa"
-AUTO = "auto"
-ONE_PYRAMID = "set preset to auto or unplug PSA Pyramid"
 STOCK = "sparsity is 0: the model is the stock one"
-ANY_SPARSITY = 0.95  # one that every pyramid reaches, to judge the other inputs where the slider is 0
 
 
 def patch_model(
@@ -48,9 +45,7 @@ def patch_model(
         make_settings(sparsity=sparsity or ANY_SPARSITY, preset="wan2.1-14b" if preset == AUTO else preset, **inputs)
         log.warning("PSA: the model stays dense: %s", family)
         return _unpatched(model, family)
-    if inputs.get("psa_pyramid") is not None and preset != AUTO:
-        allowed = f"{AUTO} while PSA Pyramid is connected, which takes the preset's place"
-        raise InputError("preset", preset, allowed, do=ONE_PYRAMID)
+    check_one_pyramid(preset, inputs.get("psa_pyramid") is not None)
     preset = family.preset if preset == AUTO else preset
     if sparsity == 0:
         make_settings(sparsity=ANY_SPARSITY, preset=preset, blocks=family.blocks, **inputs)

@@ -5,11 +5,13 @@ Impossible mixes raise an error that names the node, the input, what was given a
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import InputError
 from ..kernels.config import ConfigError
 from ..kernels.presets import RANKING, Preset
 from .run import log
-from .user_presets import PresetError, write_preset
+from .user_presets import write_preset
 
 NODE = "PSA Pyramid"
 LEVELS = {"full": 1, "half": 2, "quarter": 4, "eighth": 8}
@@ -18,25 +20,39 @@ _SLIDERS = ", ".join(LEVELS)
 CAPS = {"similarity_half": 2, "similarity_quarter": 4, "similarity_eighth": 8}
 
 
-def make_pyramid(
-    *,
+def make_pyramid(*, save_as: str = "", **inputs: Any) -> Preset:
+    """A pyramid from the inputs of the node, those of `check_pyramid`; written as `save_as` if given.
+
+    Raises:
+        InputError: an input is wrong or the combination is impossible.
+    """
+    pyramid = check_pyramid(**inputs)
+    if save_as.strip():
+        path = write_preset(save_as, pyramid, about="A pyramid of the user's", made=f"saved by {NODE}", node=NODE)
+        log.info("PSA: the pyramid is saved as %s", path)
+    return pyramid
+
+
+def check_pyramid(
+    full: float,
+    half: float,
+    quarter: float,
+    eighth: float,
+    similarity_half: float,
+    similarity_quarter: float,
+    similarity_eighth: float,
     mode: str,
     as_written: bool,
     tail: bool,
     order: str,
     importance: str,
-    block_q: int,
-    block_kv: int,
+    block_q: int | str,
+    block_kv: int | str,
     precision: str,
-    save_as: str = "",
-    **sliders: float,
 ) -> Preset:
-    """A pyramid from the inputs of the node: `sliders` are those of `LEVELS` and `CAPS`; written as `save_as` if given.
-
-    Raises:
-        InputError: an input is wrong or the combination is impossible.
-    """
-    shares = {factor: sliders[name] for name, factor in LEVELS.items() if sliders[name] > 0}
+    """The pyramid that the inputs of the node describe; raises InputError where it is impossible."""
+    levels = dict(zip(LEVELS, (full, half, quarter, eighth), strict=True))
+    shares = {factor: levels[name] for name, factor in LEVELS.items() if levels[name] > 0}
     if not shares:
         raise _error(_SLIDERS, 0, "at least one level above 0: the video must be seen somehow", "raise a level")
     total = sum(shares.values())
@@ -45,7 +61,7 @@ def make_pyramid(
     if mode == "budget" and as_written:
         allowed = "off in budget mode, which always meets the sparsity slider"
         raise _error("as_written", True, allowed, "turn as_written off, or set mode to threshold")
-    caps = _caps(shares, sliders)
+    similarities = dict(zip(CAPS, (similarity_half, similarity_quarter, similarity_eighth), strict=True))
     settings = {
         "mode": mode,
         "shares": shares,
@@ -55,7 +71,7 @@ def make_pyramid(
         "reduction": RANKING["reduction"],
         "block_q": int(block_q),
         "block_kv": int(block_kv),
-        "similarity_cap": caps,
+        "similarity_cap": _caps(shares, similarities),
         "precision": precision,
     }
     pyramid = Preset(NODE, "from the node PSA Pyramid", settings, as_written=as_written or mode == "threshold")
@@ -63,12 +79,6 @@ def make_pyramid(
         pyramid.check()  # the shape alone; whether it meets the slider is for PSA Patch to say
     except ConfigError as error:
         raise _error(error.field, error.given, error.allowed, error.do) from error
-    if save_as.strip():
-        try:
-            path = write_preset(save_as, pyramid, about="A pyramid of the user's", made="saved by PSA Pyramid")
-        except PresetError as error:
-            raise _error("save_as", save_as, str(error), "choose another name, or leave it empty") from error
-        log.info("PSA: the pyramid is saved as %s", path)
     return pyramid
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,8 @@ from .patch import KEY
 from .sampling import PatchHandle
 
 NODE = "PSA Report"
+_LONGEST_NAME = 200
+"""Bytes of a file's name; every file system has 255, and a number and an extension come after it."""
 UNPATCHED = "the model did not come from PSA Patch, or PSA Patch is bypassed: it is the stock one"
 
 
@@ -38,6 +43,25 @@ def show_report(
     on_frames = handle.maps is not None and handle.maps.whole
     picture = draw_report(report, frames=video_frames(images, model, samples) if on_frames else None, **maps)
     return json.dumps(report), to_image(picture)
+
+
+def check_prefix(filename_prefix: str = "", node: str = NODE) -> None:
+    """Raise InputError for a name that ComfyUI would refuse to save a picture under, which it says after the run."""
+    import folder_paths
+
+    output, prefix = Path(os.path.normpath(folder_paths.get_output_directory())), filename_prefix.strip()
+    folder = Path(os.path.normpath(output / Path(os.path.normpath(prefix)).parent))
+    parts = re.split(r"[\\/]", prefix)
+    strange = any(len(part.encode()) > _LONGEST_NAME or any(ord(letter) < 32 for letter in part) for part in parts)
+    if prefix and (strange or not folder.is_relative_to(output)):
+        raise wrong_prefix(filename_prefix, node)
+
+
+def wrong_prefix(filename_prefix: str, node: str) -> InputError:
+    """The error of a name under which no picture can be saved."""
+    allowed = "a name that can be saved in ComfyUI's output folder"
+    do = "take a name such as psa/report, or leave it empty"
+    return InputError("filename_prefix", filename_prefix, allowed, node, do=do)
 
 
 def to_image(picture: Any) -> torch.Tensor:

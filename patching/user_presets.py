@@ -20,6 +20,8 @@ MOST_BYTES = 65536
 MOST_FILES = 200
 MOST_DENSE_STEPS = 1000
 _NAME = re.compile(r"[\w(][\w ().,+-]{0,63}")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+"""Names that Windows keeps for itself."""
 _FLAGS = ("tail", "as_written")
 _CHOICES = {
     "mode": MODES,
@@ -161,21 +163,41 @@ def parse_preset(stem: str, entry: object) -> Preset:
     return preset
 
 
-def write_preset(name: str, preset: Preset, *, about: str = "", made: str = "", where: Path | None = None) -> Path:
+def check_name(save_as: str, node: str) -> str:
+    """The name that a preset is to be saved under, without prefix and `.json`; "" for none.
+
+    Raises:
+        InputError: a name that cannot be a file's.
+    """
+    name = save_as.strip().removeprefix(PREFIX).removesuffix(".json")
+    if name and (not _NAME.fullmatch(name) or _DEVICE.fullmatch(name)):
+        allowed = (
+            "letters, digits, spaces and ().,+-_, up to 64; others, and nul, con and the like, cannot name a preset"
+        )
+        raise InputError("save_as", save_as, allowed, node, do="choose another name, or leave it empty")
+    return name
+
+
+def write_preset(
+    name: str,
+    preset: Preset,
+    *,
+    about: str = "",
+    made: str = "",
+    where: Path | None = None,
+    node: str = "PSA Pyramid",
+) -> Path:
     """Write a preset as a file of the user's; one of the same name is replaced.
 
     Args:
-        name: of the file, without `.json`; about: a sentence; made: where the numbers come from.
+        name: of the file, not empty; about: a sentence; made: where the numbers come from; node: for errors.
 
     Raises:
-        PresetError: a name that cannot be a file's, no folder, or the folder cannot be written.
+        InputError: a name that cannot be a file's, no folder, or the folder cannot be written.
     """
-    name = name.strip().removeprefix(PREFIX).removesuffix(".json")
-    if not _NAME.fullmatch(name):
-        raise PresetError(f"{shown(name)} cannot name a preset; allowed: letters, digits, spaces and ().,+-_, up to 64")
-    where = where or folder()
-    if where is None:
-        raise PresetError("there is no ComfyUI whose user folder could take it")
+    given, name, where = name, check_name(name, node), where or folder()
+    if where is None or not name:
+        raise InputError("save_as", given, "a name, inside ComfyUI", node, do="leave save_as empty")
     entry = {"about": about or preset.about, "made": made}
     entry |= {field: preset.settings[field] for field in FIELDS if field in preset.settings}
     entry |= {"sparsity": preset.sparsity, "as_written": preset.as_written or None, "dense_steps": preset.dense_steps}
@@ -194,8 +216,11 @@ def write_preset(name: str, preset: Preset, *, about: str = "", made: str = "", 
         with part.open("x", encoding="utf-8") as file:
             file.write(json.dumps(entry, indent=2, ensure_ascii=False) + "\n")
         part.replace(path)
-    except OSError as error:
-        raise PresetError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "the system cannot write this name"
+        allowed = f"a name under which ComfyUI can write to its folder user/{where.name} ({reason})"
+        do = "choose another name, make the folder writable, or leave save_as empty"
+        raise InputError("save_as", given, allowed, node, do=do) from error
     return path
 
 

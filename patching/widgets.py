@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from .patch import AUTO
+from .settings import AUTO, AUTO_PRESETS
 from .user_presets import usable_presets
 
-# The pyramid that `auto` is drawn with until the node has run with a model and told which preset it was (live.py).
-AUTO_PRESET = "module-default"
+# The first of AUTO_PRESETS is drawn until the node has run with a model and told which preset it was (live.py).
 _DRAWN = ("mode", "shares", "tail", "block_kv", "importance", "similarity_cap")
 
 
@@ -26,4 +25,4 @@ def preset_shapes() -> dict[str, dict]:
         shape["shares"] = {str(factor): share for factor, share in shape["shares"].items()}
         shape["capped"] = bool(shape.pop("similarity_cap", None))
         shape.setdefault("block_kv", 64)
-    return {AUTO: shapes[AUTO_PRESET], **shapes}
+    return {AUTO: shapes[AUTO_PRESETS[0]], **shapes}

@@ -69,7 +69,7 @@ export class Picture {
         this.speed.textContent = "";
         for (const bar of [this.bar, this.work]) bar.parentElement.style.display = "none";
         if (problem || stock || !figures) {
-            this.headline.textContent = problem ? text(problem.key, readable(problem)) : stock ? text("stock") : "";
+            this.headline.textContent = problem ? problem.sentence ?? text(problem.key, readable(problem)) : stock ? text("stock") : "";
             return;
         }
         const { sparsity, coverage, speedup } = figures;

@@ -15,6 +15,8 @@ const WIDTH = 340;
 const SLIDERS = { full: 1, half: 2, quarter: 4, eighth: 8 };
 const CAPS = ["similarity_half", "similarity_quarter", "similarity_eighth"];
 const FROM_PRESET = "preset";
+/** Milliseconds without a change after which the server is asked about the inputs. */
+const PAUSE = 200;
 
 /** Preset name -> shape, from the node's definition. */
 let presets = {};
@@ -95,7 +97,33 @@ function follow(node) {
 function refresh(node) {
     const state = states.get(node);
     if (!state) return;
-    state.picture.show({ language: language(), ...(node.comfyClass === PATCH ? ofPatch(node) : ofPyramid(node)) });
+    const means = node.comfyClass === PATCH ? ofPatch(node) : ofPyramid(node);
+    if (state.refused && !means.problem) Object.assign(means, { problem: { sentence: state.refused }, figures: null });
+    state.picture.show({ language: language(), ...means });
+    ask(node, state);
+}
+
+/** Ask the server for what the node would refuse to run with, and show it; once for the same inputs. */
+function ask(node, state) {
+    const inputs = {};
+    for (const widget of node.widgets ?? []) if (widget.serialize !== false) inputs[widget.name] = widget.value;
+    for (const slot of node.inputs ?? []) if (slot.link != null) inputs[slot.name] = null;
+    const body = JSON.stringify({ node: node.comfyClass, inputs });
+    if (body === state.asked) return;
+    state.asked = body;
+    clearTimeout(state.waiting);
+    state.waiting = setTimeout(async () => {
+        let refused = null;
+        try {
+            const answer = await api.fetchApi("/psa/check", { method: "POST", body });
+            if (answer.ok) ({ refused } = await answer.json());
+        } catch {
+            // without an answer the run says it
+        }
+        if (state.asked !== body || (state.refused ?? null) === refused) return;
+        state.refused = refused;
+        refresh(node);
+    }, PAUSE);
 }
 
 /** The node and those at the other end of its PSA_PYRAMID wire. */

@@ -174,7 +174,7 @@ def test_bad_files_are_errors_in_words_and_the_server_goes_on(client, models, pr
     header = b'{"blocks.0.q.lora_A.weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     (loras / "cut.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     assert "cut.safetensors: it ends too early" in failure("PSALoraLoader", lora_name="cut.safetensors")
-    assert "not in list" in failure("PSALoraLoader", lora_name="../../secrets.safetensors")
+    assert "Set lora_name to one of them." in failure("PSALoraLoader", lora_name="../../secrets.safetensors")
     assert "a file or a folder that the menu lists. Press R" in failure(
         "PSACogVideoXLoader", checkpoint="../CogVideoX-5b"
     )

@@ -1,0 +1,116 @@
+"""What all nodes of the pack share: their inputs are judged before a prompt is queued and again before a node runs, by
+the same functions, and whatever goes wrong in a run becomes a sentence.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from comfy_api.latest import io
+
+from ..errors import InputError, NodeError
+from .values import LINK, check_values
+
+log = logging.getLogger("ComfyUI-PSA")
+
+
+class PSANode(io.ComfyNode):
+    """A node of the pack; it has `run` where other nodes have `execute`.
+
+    Attributes:
+        rules: functions that raise InputError. The parameters of each are inputs of the node (or `NAME_given`: whether
+            the input NAME is there at all); it is called where all of them are known, so before the run unless one of
+            them comes over a link.
+        told: kinds of error whose message is a sentence for the user -> the input that they are about.
+    """
+
+    rules: ClassVar[tuple[Callable[..., object], ...]] = ()
+    told: ClassVar[dict[type[Exception], str]] = {}
+
+    @classmethod
+    def run(cls, **inputs: Any) -> io.NodeOutput:
+        """The node's work, with inputs that have passed."""
+        raise NotImplementedError
+
+    @classmethod
+    def validate_inputs(cls, **inputs: Any) -> bool | str:
+        """What ComfyUI asks before it queues a prompt: True, or the sentence that the node itself would end with.
+
+        An input that comes over a link arrives as None and is not judged.
+        """
+        try:
+            cls.judge({name: LINK if value is None else value for name, value in inputs.items()})
+        except InputError as error:
+            return str(error)
+        except Exception:  # ours; the run will end with it, and the log then has its lines
+            log.debug("PSA: inputs could not be judged", exc_info=True)
+        return True
+
+    @classmethod
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        """`run`, after the inputs were judged; an error that a user could not read becomes one that they can."""
+        optional = {spec.id for spec in cls.define_schema().inputs if spec.optional}
+        inputs = {name: value for name, value in inputs.items() if value is not None or name not in optional}
+        try:
+            cls.judge(inputs)
+            return cls.run(**inputs)
+        except NodeError:
+            raise
+        except Exception as error:
+            if _is_comfyuis(error):
+                raise
+            node = cls.define_schema().display_name
+            for kind, field in cls.told.items():
+                if isinstance(error, kind):
+                    allowed = f"what works here; {error}"
+                    do = f"mend that and run again, or change {field}"
+                    raise InputError(field, inputs.get(field), allowed, node, do=do) from error
+            raise unexpected(node, inputs, error) from error  # the log shows both, the second with its own lines
+
+    @classmethod
+    def judge(cls, inputs: dict[str, Any]) -> None:
+        """Raise InputError for inputs that are wrong, each by itself or together; `LINK` stands for an unknown one."""
+        schema = cls.define_schema()
+        alone = {next(iter(judged)) for rule in cls.rules if len(judged := inspect.signature(rule).parameters) == 1}
+        check_values(schema.display_name, schema.inputs, inputs, alone)
+        for rule in cls.rules:
+            wanted = _arguments(rule, inputs)
+            if wanted is not None:
+                rule(**wanted)
+
+
+def _arguments(rule: Callable[..., object], inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """What a rule is called with, or None where an input that it judges is not known."""
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(rule).parameters.items():
+        if name.endswith("_given"):
+            found[name] = inputs.get(name.removesuffix("_given")) is not None
+        elif inputs.get(name) is LINK or (name not in inputs and parameter.default is parameter.empty):
+            return None
+        elif name in inputs:
+            found[name] = inputs[name]
+    return found
+
+
+def _is_comfyuis(error: Exception) -> bool:
+    """Whether ComfyUI itself knows what to do with an error: an interrupt, or no memory left."""
+    import comfy.model_management
+
+    return isinstance(error, comfy.model_management.InterruptProcessingException | MemoryError) or bool(
+        comfy.model_management.is_oom(error)
+    )
+
+
+def unexpected(node: str, inputs: dict[str, Any], error: Exception) -> NodeError:
+    """The sentence for an error that nobody foresaw: about the input that the error mentions, where it does."""
+    text = f"{error} {getattr(error, 'filename', '')}"
+    about = [name for name, value in inputs.items() if isinstance(value, str) and len(value) > 2 and value in text]
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else "an error stopped the node"
+    do = "try other inputs; where that does not help, report it with the error in ComfyUI's log"
+    about = about or (list(inputs) if len(inputs) == 1 else [])
+    if about:
+        return InputError(about[0], inputs[about[0]], f"a value that the node can use; {reason}", node, do=do)
+    return NodeError(f"{node}: {reason}", do=do)

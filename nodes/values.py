@@ -1,0 +1,97 @@
+"""Whether a value can be an input's, read off the node's own schema: numbers in their range, choices of their menu, and
+of what comes over a link its kind. ComfyUI checks less: NaN is in every range there, and what a link brings in none.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Container, Iterable
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..errors import InputError, is_model
+from ..kernels.presets import Preset
+
+LINK = object()
+"""Stands for the value of an input that comes over a link and is not known before the run."""
+
+
+def _is_conditioning(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, list | tuple) and len(entry) == 2 for entry in value)
+
+
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "MODEL": (is_model, "the MODEL output of a loader"),
+    "CONDITIONING": (_is_conditioning, "the CONDITIONING of an encoded prompt"),
+    "LATENT": (lambda value: isinstance(value, dict) and hasattr(value.get("samples"), "shape"), "a LATENT"),
+    "IMAGE": (lambda value: len(getattr(value, "shape", ())) == 4, "an IMAGE: pictures or the frames of a video"),
+    "VAE": (lambda value: hasattr(value, "encode") and not isinstance(value, str), "a VAE"),
+    "PSA_PYRAMID": (lambda value: isinstance(value, Preset), "the output of PSA Pyramid"),
+}
+"""Type of a link -> whether a value is of that kind, and its name in a message."""
+
+
+def check_values(node: str, specs: Iterable[io.Input], inputs: dict[str, Any], alone: Container[str] = ()) -> None:
+    """Raise InputError for the first of `inputs` that its spec of the schema does not allow.
+
+    Args:
+        inputs: by name, without those that are not there; `LINK` is not judged. alone: names of inputs whose ranges
+            and menus a rule of the node judges, which can say more.
+    """
+    for spec in specs:
+        value = inputs.get(spec.id)
+        if value is LINK or (value is None and (spec.optional or spec.id not in inputs)):
+            continue
+        kind = {io.Int.Input: int, io.Combo.Input: str}.get(type(spec))
+        if spec.id in alone and type(value) is kind:
+            continue
+        if isinstance(spec, io.Int.Input | io.Float.Input):
+            _check_number(node, spec, value)
+        elif isinstance(spec, io.Combo.Input):
+            _check_choice(node, spec, value)
+        elif isinstance(spec, io.String.Input):
+            _check_text(node, spec, value)
+        elif isinstance(spec, io.Boolean.Input):
+            if value not in (True, False):
+                raise InputError(spec.id, value, "true or false", node, do=f"turn {spec.id} on or off")
+        else:
+            fits, allowed = KINDS.get(spec.get_io_type(), (lambda _: True, ""))
+            if not fits(value):
+                raise InputError(spec.id, value, allowed, node, do=f"connect {allowed.partition(':')[0]} to {spec.id}")
+
+
+def _check_number(node: str, spec: Any, value: object) -> None:
+    whole = isinstance(spec, io.Int.Input)
+    least, most = (None if limit is None else _plain(limit) for limit in (spec.min, spec.max))
+    # True is a number to Python, and no size or count to a library.
+    fits = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if fits and math.isfinite(value):
+        if (least is None or value >= least) and (most is None or value <= most):
+            return
+        best = least if least is not None and value < least else most
+    else:
+        best = _plain(spec.default)
+    kind = "a whole number, " if whole and not fits else ""
+    raise InputError(spec.id, value, f"{kind}{least} to {most}", node, do=f"set {spec.id} to {best}")
+
+
+def _check_choice(node: str, spec: Any, value: object) -> None:
+    # A file in a folder is written with another separator where a prompt comes from Windows.
+    if str(value).replace("\\", "/") not in {str(option).replace("\\", "/") for option in spec.options or ()}:
+        raise InputError.of_choice(spec.id, value, spec.options or (), node)
+
+
+def _check_text(node: str, spec: Any, value: object) -> None:
+    try:
+        if isinstance(value, str) and value.encode():
+            return
+    except UnicodeEncodeError:
+        pass
+    if value != "":
+        raise InputError(spec.id, value, "text that can be written to a file", node, do=f"write {spec.id} again")
+
+
+def _plain(number: float | int | None) -> float | int | None:
+    return int(number) if isinstance(number, float) and number.is_integer() else number
