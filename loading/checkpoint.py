@@ -138,7 +138,8 @@ def find_checkpoint(name: str) -> Path:
 
     # Workflows that were saved on Windows have backslashes.
     plain = name.replace("\\", "/") if isinstance(name, str) else None
-    folder = find_folders().get(plain)
+    folders = find_folders()
+    folder = folders.get(name if isinstance(name, str) and name in folders else plain)
     if folder is not None and folder.is_another:
         what, do = f"this folder is a {folder.kind} model's", "take ComfyUI's own file of it with Load Diffusion Model"
         raise InputError("checkpoint", name, f"a CogVideoX checkpoint; {what}", NODE, do=do)

@@ -65,7 +65,7 @@ def _walk(root: Path, whatever: bool) -> Iterator[Path]:
             left -= 1
             if real in above or left < 0:  # a link that leads back
                 continue
-            if _looks_like_a_model(child):
+            if _looks_like_a_model(child, parts=1 if whatever else 2):
                 yield child
                 continue
             inner = list(below(child, (*above, real))) if len(above) < _DEEPEST else []
@@ -91,14 +91,15 @@ def _folders_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _looks_like_a_model(folder: Path) -> bool:
+def _looks_like_a_model(folder: Path, parts: int) -> bool:
+    """Whether a folder has the marks of diffusers' layout: configs, shards, or that many parts of a pipeline."""
     try:
         names = list_names(folder)
     except FileError:
         return False
-    parts = sum(name in _PIPELINE_PARTS for name in names)
+    found = sum(name in _PIPELINE_PARTS for name in names)
     shards = any(is_shard(name) and name.lower().endswith(ENDINGS) for name in names)
-    marks = "model_index.json" in names or "config.json" in names or "transformer" in names or parts > 1
+    marks = "model_index.json" in names or "config.json" in names or "transformer" in names or found >= parts
     return marks or shards or any(name.endswith(".safetensors.index.json") for name in names)
 
 

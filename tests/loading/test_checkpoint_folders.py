@@ -168,7 +168,8 @@ def lacking(folder, *names):
 
 
 @pytest.mark.parametrize(
-    "gone", [("transformer",), ("transformer", "scheduler", "vae"), ("transformer/config.json", "transformer")]
+    "gone",
+    [("transformer",), ("transformer", "scheduler", "vae"), ("transformer", "vae"), ("transformer", "scheduler")],
 )
 def test_a_folder_that_is_nearly_a_model_is_listed_and_says_what_it_lacks(folder, gone):
     lacking(folder, *gone)
@@ -272,6 +273,16 @@ def test_names_of_workflows_that_were_saved_on_windows_are_found(original, model
     load_checkpoint("owner\\model")
     load_checkpoint("owner\\one.safetensors")
     shutil.rmtree(models / "owner")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+@pytest.mark.parametrize("name", ["back\\slash", "line\nbreak", "視频 %s{}", "x" * 200])
+def test_folders_of_any_name_load(original, model_folders, name):
+    place = model_folders / "diffusers" / name
+    shutil.copytree(original, place)
+    assert name in list_checkpoints()
+    load_checkpoint(name)
+    shutil.rmtree(place)
 
 
 def test_files_beside_a_broken_config_stay_in_the_menu(original, model_folders):
