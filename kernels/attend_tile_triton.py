@@ -1,9 +1,11 @@
 """One tile of keys in the attention kernel in Triton: products and streaming softmax, in base 2.
 
-The running maximum of the streaming softmax moves only in the first tile of a level. The other tiles subtract what it
+The running maximum of the streaming softmax moves only in the first tile. The other tiles subtract what it
 was then: any reference gives the same softmax as long as nothing overflows, and bfloat16 weights span as many powers
 of two as float32. A query block in which something did overflow is known by its result, and a second launch computes
-it again with a running maximum in every tile (`CAREFUL`).
+it again with a running maximum in every tile (`CAREFUL`). float16 weights span 40 powers of two alone: there the
+reference also comes from the keys that are likely to have the largest logits, and a row whose weights add up to so
+little that what rounding took from them would count is computed again too.
 
 On compute capability 9.0 a query block is computed in two halves (`HALVES`): while the tensor cores multiply the
 weights of one with the values, the exponentials of the other are taken (as J. Shah et al., FlashAttention-3, arXiv
@@ -20,7 +22,7 @@ _MAGIC_BITS, _MAGIC = tl.constexpr(0x4B400000), tl.constexpr(12582912.0)
 
 
 @triton.jit
-def _logits(q, k, INT8: tl.constexpr):
+def tile_logits(q, k, INT8: tl.constexpr):
     """q [M, D] times the transpose of k [N, D]: float32 [M, N], not yet scaled."""
     if INT8:
         return tl.dot(q, tl.trans(k)).to(tl.float32)
@@ -30,7 +32,7 @@ def _logits(q, k, INT8: tl.constexpr):
 
 @triton.jit
 def _raw_logits(q, k, INT8: tl.constexpr):
-    """`_logits` for a full tile; with INT8 too large by _MAGIC.
+    """`tile_logits` for a full tile; with INT8 too large by _MAGIC.
 
     Sums that begin at the magic number are floats when they are done; converting them would take as long as a quarter
     of the exponentials. What they are too large by goes into the reference.
@@ -39,14 +41,15 @@ def _raw_logits(q, k, INT8: tl.constexpr):
         start = tl.full([q.shape[0], k.shape[0]], _MAGIC_BITS, tl.int32)
         return tl.dot(q, tl.trans(k), start, out_dtype=tl.int32).to(tl.float32, bitcast=True)
     else:
-        return _logits(q, k, False)
+        return tile_logits(q, k, False)
 
 
 @triton.jit
-def careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr, INT8: tl.constexpr):
-    """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row, `top` the reference."""
-    logits = _logits(q, k, INT8) * scale + bias[None, :]
-    new_top = tl.maximum(top, tl.max(logits, 1) + HEADROOM)
+def careful_tile(q, k, v, scale, bias, top, total, acc, PEAK: tl.constexpr, INT8: tl.constexpr):
+    """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row, `top` the reference: what is
+    subtracted from the logits, so that the largest weight is 2^PEAK."""
+    logits = tile_logits(q, k, INT8) * scale + bias[None, :]
+    new_top = tl.maximum(top, tl.max(logits, 1) - PEAK)
     # A row that has seen nothing yet has top = -inf; 0 in its place keeps -inf - -inf out.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(logits - base[:, None])
@@ -59,7 +62,7 @@ def careful_tile(q, k, v, scale, bias, top, total, acc, HEADROOM: tl.constexpr, 
 @triton.jit
 def edge_tile(q, k, v, scale, tokens, top, total, acc, INT8: tl.constexpr):
     """One tile with a fixed reference whose rows stand for `tokens` tokens each, 0 where there is none."""
-    weights = tl.exp2(_logits(q, k, INT8) * scale - top[:, None]) * tokens[None, :].to(tl.float32)
+    weights = tl.exp2(tile_logits(q, k, INT8) * scale - top[:, None]) * tokens[None, :].to(tl.float32)
     total += tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     return total, acc

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attend_tile_triton import careful_tile, edge_tile, fast_tile
+from .attend_tile_triton import careful_tile, edge_tile, fast_tile, tile_logits
 from .autotune import Case, choose_tile
 from .int8_triton import quantise_queries_triton
 from .levels import BlockLists
@@ -24,8 +24,13 @@ from .pyramid import Pyramid
 from .tiles import AttendTile
 
 _LOG2_E = 1.4426950408889634
-# Powers of two that the reference of float16 weights lies above the first maximum: they end at 2^16.
-_HEADROOM_FLOAT16 = 8
+# The power of two that the largest weight gets when the reference is set. float16 weights end at 2^16, lose digits
+# below 2^-14 and are 0 below 2^-25. With a fixed reference 13 powers are left for keys above those that set it; with a
+# running maximum none are needed.
+_PEAK_FLOAT16, _PEAK_FLOAT16_CAREFUL = 3, 15
+# The least that the weights of a row must add up to, per key row: float16 loses at most 2^-25 of each, so that at most
+# 2^-11 of the sum is lost, as much as rounding the output costs. A row of less is computed again.
+_LEAST_FLOAT16 = 2.0**-14
 
 
 @triton.jit
@@ -42,7 +47,7 @@ def _attend_level(
     q_a, q_b, k_desc, v_desc, k_ptr, v_ptr, stride_k, stride_v, b, h, list_ptr, scale_ptr, start, end, length_k, scale,
     top_a, total_a, acc_a, top_b, total_b, acc_b,
     FACTOR: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-    BULK: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
+    BULK: tl.constexpr, INT8: tl.constexpr, CAREFUL: tl.constexpr, PEAK: tl.constexpr, STAGES: tl.constexpr,
     WAIT: tl.constexpr, HALVES: tl.constexpr, SETS_TOP: tl.constexpr,
 ):  # fmt: skip
     """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it.
@@ -76,11 +81,11 @@ def _attend_level(
             if FACTOR > 1:
                 bias += tl.log2(tl.maximum(tokens, 1).to(tl.float32))
             top_a, total_a, acc_a = careful_tile(
-                q_a, k, v, tile_scale, bias, top_a, total_a, acc_a, HEADROOM, INT8
+                q_a, k, v, tile_scale, bias, top_a, total_a, acc_a, PEAK, INT8
             )  # fmt: skip
             if HALVES:
                 top_b, total_b, acc_b = careful_tile(
-                    q_b, k, v, tile_scale, bias, top_b, total_b, acc_b, HEADROOM, INT8
+                    q_b, k, v, tile_scale, bias, top_b, total_b, acc_b, PEAK, INT8
                 )  # fmt: skip
         else:
             total_a, acc_a = edge_tile(q_a, k, v, tile_scale, tokens, top_a, total_a, acc_a, INT8)
@@ -146,10 +151,13 @@ def _store_output(
 
 
 @triton.jit
-def _is_finite(acc, total):
-    """1 where all of acc [ROWS, DIM] and total [ROWS] is finite, else 0: a scalar."""
-    finite = (tl.abs(acc) < float("inf")) & (total < float("inf"))[:, None]
-    return tl.min(tl.min(finite.to(tl.int32), 1), 0)
+def _is_right(acc, total, least, LEAST: tl.constexpr):
+    """1 where all of acc [ROWS, DIM] is finite and total [ROWS] finite and no less than `least`, else 0: a scalar."""
+    summed = total < float("inf")
+    if LEAST > 0:
+        summed &= total >= least
+    right = (tl.abs(acc) < float("inf")) & summed[:, None]
+    return tl.min(tl.min(right.to(tl.int32), 1), 0)
 
 
 @triton.jit
@@ -165,14 +173,14 @@ def _first_total(q, INT8: tl.constexpr):
 @triton.jit(do_not_specialize=["heads", "length_q", "length_k", "length_order", "extra", "n_q", "n_k"])
 def _attend(
     q_ptr, q8_ptr, q_scales_ptr, k_desc, v_desc, k_ptr, v_ptr, coarse_k_ptr, coarse_v_ptr, extra_k_ptr, extra_v_ptr,
-    scales_ptr, blocks_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr, from_ptr, to_ptr,
+    scales_ptr, blocks_ptr, best_ptr, ends_ptr, rows_ptr, overflow_ptr, out_ptr, from_ptr, to_ptr,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
     stride_cb, stride_ch, stride_cl, stride_eb, stride_eh, stride_el, stride_ob, stride_oh, stride_ol,
     heads, length_q, length_k, length_order, extra, n_q, n_k, scale,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, SORTED: tl.constexpr, BULK: tl.constexpr,
-    INT8: tl.constexpr, HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, HEADROOM: tl.constexpr, STAGES: tl.constexpr,
-    WAIT: tl.constexpr, HALVES: tl.constexpr,
+    INT8: tl.constexpr, HAS_EXTRA: tl.constexpr, CAREFUL: tl.constexpr, PEAK: tl.constexpr, LEAST: tl.constexpr,
+    STAGES: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Query block `program_id(0)` of head `program_id(1)`; its rows are a, or the first half of them a and the rest b.
 
@@ -212,6 +220,26 @@ def _attend(
             fine_b = load_rows(base, from_ptr, first_b, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM, False)
         fine_scale = scale * tl.load(q_scales_ptr + row)
 
+    if PEAK > 0 and not CAREFUL and FACTORS[0] == 1:
+        # float16 has no room for a reference far below the maximum, which is likely to lie at the query's own place or
+        # in its most important block.
+        own: tl.constexpr = BLOCK_Q // TILE
+        best = tl.load(best_ptr + row) * BLOCK_KV
+        for tile in tl.range(0, own + tl.cdiv(BLOCK_KV, TILE), num_stages=1):
+            keys = tl.where(tile < own, first_a + tile * TILE, best + (tile - own) * TILE) + lanes
+            there = keys < length_k
+            address = k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
+            address += _offsets(keys, stride_kl, dims, 1, HEAD_DIM)
+            k = tl.load(address, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0)
+            tile_scale = fine_scale
+            if INT8:
+                scale_ptr = scales_ptr + head_index.to(tl.int64) * n_k + keys // BLOCK_KV
+                tile_scale = fine_scale * tl.load(scale_ptr, mask=there, other=0)[None, :]
+            bias = tl.where(there, 0.0, float("-inf"))[None, :]
+            top_a = tl.maximum(top_a, tl.max(tile_logits(fine_a, k, INT8) * tile_scale + bias, 1) - PEAK)
+            if HALVES:
+                top_b = tl.maximum(top_b, tl.max(tile_logits(fine_b, k, INT8) * tile_scale + bias, 1) - PEAK)
+
     if HAS_EXTRA:
         extra_base = b.to(tl.int64) * stride_eb + h.to(tl.int64) * stride_eh
         for first in tl.range(0, extra, TILE, num_stages=1):
@@ -221,13 +249,14 @@ def _attend(
             k = tl.load(extra_k_ptr + address, mask=mask, other=0)
             v = tl.load(extra_v_ptr + address, mask=mask, other=0)
             bias = tl.where(there, 0.0, float("-inf"))
-            top_a, total_a, acc_a = careful_tile(q_a, k, v, scale, bias, top_a, total_a, acc_a, HEADROOM, False)
+            top_a, total_a, acc_a = careful_tile(q_a, k, v, scale, bias, top_a, total_a, acc_a, PEAK, False)
             if HALVES:
-                top_b, total_b, acc_b = careful_tile(q_b, k, v, scale, bias, top_b, total_b, acc_b, HEADROOM, False)
+                top_b, total_b, acc_b = careful_tile(q_b, k, v, scale, bias, top_b, total_b, acc_b, PEAK, False)
 
     # Addresses are made where they are needed: kept through the loops, they would push the loops' own values out of the
     # registers.
     start, coarse_row = 0, 0
+    least = extra * LEAST if LEAST > 0 else 0.0
     for level in tl.static_range(LEVELS):
         end = tl.load(ends_ptr + row * LEVELS + level)
         list_ptr = blocks_ptr + row * n_k
@@ -238,8 +267,8 @@ def _attend(
                 v_ptr + b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh, stride_kl, stride_vl,
                 b, h, list_ptr, scale_ptr, start, end, length_k, fine_scale,
                 top_a, total_a, acc_a, top_b, total_b, acc_b,
-                1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, HEADROOM, STAGES, WAIT, HALVES,
-                CAREFUL or HEADROOM > 0 or level == 0,
+                1, BLOCK_KV, TILE, HEAD_DIM, DIM, BULK, INT8, CAREFUL, PEAK, STAGES, WAIT, HALVES,
+                CAREFUL or level == 0,
             )  # fmt: skip
         else:
             first = b.to(tl.int64) * stride_cb + h.to(tl.int64) * stride_ch
@@ -248,18 +277,20 @@ def _attend(
                 q_a, q_b, None, None, coarse_k_ptr + first, coarse_v_ptr + first, stride_cl, stride_cl,
                 b, h, list_ptr, scale_ptr, start, end, length_k, scale,
                 top_a, total_a, acc_a, top_b, total_b, acc_b,
-                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, False, CAREFUL, HEADROOM, STAGES, WAIT, HALVES,
-                CAREFUL or HEADROOM > 0 or level == 0,
+                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, False, False, CAREFUL, PEAK, STAGES, WAIT, HALVES,
+                CAREFUL or level == 0,
             )  # fmt: skip
             coarse_row += BLOCK_KV // FACTORS[level]
+        if LEAST > 0:
+            least += (end - start) * (BLOCK_KV // FACTORS[level]) * LEAST
         start = end
 
     write = 1
     if not CAREFUL:
         # A block that must be computed again is not written: its output may take the place of its queries.
-        write = _is_finite(acc_a, total_a)
+        write = _is_right(acc_a, total_a, least, LEAST)
         if HALVES:
-            write = tl.minimum(write, _is_finite(acc_b, total_b))
+            write = tl.minimum(write, _is_right(acc_b, total_b, least, LEAST))
         tl.store(overflow_ptr + row, 1 - write)
     out_base = out_ptr + b.to(tl.int64) * stride_ob + h.to(tl.int64) * stride_oh
     to_ptr += head_index * length_order
@@ -309,13 +340,17 @@ def attend_triton(
     scales = pyramid.scales if int8 else q
     index = q if order.index is None else order.index.contiguous()
     length_order = length_q if index is not q and index.ndim > 1 else 0
+    half = q.dtype == torch.float16
+    best = lists.blocks[..., 0].contiguous() if lists.best is None and half else lists.best
+    best = lists.ends if best is None else best
+    peaks, least = (_PEAK_FLOAT16, _PEAK_FLOAT16_CAREFUL) if half else (0, 0), _LEAST_FLOAT16 if half else 0.0
     for careful in (False, True):
         bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows and 1 in pyramid.keys
         descriptors = [_descriptor(x, tile.rows, padded) if bulk else None for x in (keys, values)]
         bulk = bulk and None not in descriptors
         _attend[(n_q, batch * heads)](
             q, q8, q_scales, *(descriptors if bulk else (None, None)),
-            keys, values, coarse_keys, coarse_values, extra_k, extra_v, scales, lists.blocks, lists.ends,
+            keys, values, coarse_keys, coarse_values, extra_k, extra_v, scales, lists.blocks, best, lists.ends,
             lists.ends if rows is None else rows, overflow, out, index, index,
             *q.stride()[:3], *keys.stride()[:3], *values.stride()[:3], *coarse_keys.stride()[:3],
             *extra_k.stride()[:3], *out.stride()[:3],
@@ -323,7 +358,7 @@ def attend_triton(
             FACTORS=lists.levels, LEVELS=len(lists.levels), BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv,
             TILE=tile.rows, HEAD_DIM=dim, DIM=padded, ORDERED=index is not q, SORTED=uneven, BULK=bulk,
             INT8=int8, HAS_EXTRA=has_extra, CAREFUL=careful,
-            HEADROOM=_HEADROOM_FLOAT16 if q.dtype == torch.float16 and not careful else 0, STAGES=tile.stages,
+            PEAK=peaks[careful], LEAST=least, STAGES=tile.stages,
             WAIT=tile.wait, HALVES=tile.halves and block_q >= 128,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

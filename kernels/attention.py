@@ -43,6 +43,11 @@ class AttentionResult:
         """Pooling factor of every pair, int16 [B, H, n_q, n_k], 0 = dropped, in block order."""
         return self.lists.factors()
 
+    @property
+    def unranked(self) -> torch.Tensor | None:
+        """How many pairs had a score that is not finite: a scalar on the device; None where levels were given."""
+        return None if self.lists.unranked is None else self.lists.unranked.sum()
+
 
 def pyramid_sparse_attention(
     q: torch.Tensor,

@@ -24,6 +24,9 @@ POOLED = 8
 # Tokens of one mean in the sum that a row of `pooled` weights is divided by. It only weighs the query rows of a block
 # against each other, which a quarter of the rows does nearly as well.
 _SUMMED = 32
+# Largest power of two of a weight. Where the rows that are summed are coarser than those that are ranked, a weight can
+# pass 1, by any factor; so far above it no other block counts, and sums of weights stay finite in bfloat16.
+CEILING = 64.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +149,7 @@ def reduced_softmax(
         queries = q.rows[:, :, start * m : (start + len(there)) * m].float()
         logits = queries @ keys * scale + bias
         total = torch.logsumexp(logits if norm is None else queries @ summed * scale + summed_bias, -1, keepdim=True)
-        weights = torch.exp(logits - total)
+        weights = torch.exp((logits - total).clamp_max(CEILING * math.log(2)))
         weights = weights.view(*weights.shape[:2], len(there), m, n_k, s)
         pair = (there[:, :, None, None] & (k_tokens > 0)).to(weights)
         if reduction == "max":

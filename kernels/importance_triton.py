@@ -10,12 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .importance import Representatives
+from .importance import CEILING, Representatives
 from .tiles import gpu_of, importance_stages
 
 _LOG2_E = 1.4426950408889634
-# Powers of two that weights are lifted by while they are added, so that the small ones are not lost in float16.
-LIFT = tl.constexpr(8.0)
+_CEILING = tl.constexpr(CEILING)
 
 
 @triton.jit
@@ -51,19 +50,21 @@ def _reduce_tile(
     logits, scores_ptr, out_q, first, length_q, length_k, n_q, n_k,
     GROUP_Q: tl.constexpr, BLOCK_Q: tl.constexpr, COUNT_Q: tl.constexpr, PADDED_Q: tl.constexpr,
     GROUP_K: tl.constexpr, BLOCK_K: tl.constexpr, COUNT_K: tl.constexpr, PADDED_K: tl.constexpr,
-    TILE: tl.constexpr, MEAN: tl.constexpr, dtype: tl.constexpr,
+    TILE: tl.constexpr, MEAN: tl.constexpr, WEIGHTS: tl.constexpr,
 ):  # fmt: skip
-    """Reduce normalised logits [ROWS, TILE], with MEAN too large by LIFT, over each block pair and write the scores."""
+    """Reduce normalised logits [ROWS, TILE] over each block pair and write the scores."""
     BLOCKS_Q: tl.constexpr = logits.shape[0] // PADDED_Q
     BLOCKS_K: tl.constexpr = TILE // PADDED_K
     COLUMNS: tl.constexpr = max(BLOCKS_K, 16) if MEAN else BLOCKS_K
     column = tl.arange(0, COLUMNS)
     out_k = first // PADDED_K + column
+    # Not a number stays what it is.
+    logits = tl.minimum(logits, _CEILING, propagate_nan=tl.PropagateNan.ALL)
     if MEAN:
         # Tensor cores add the keys of a block.
-        member = (tl.arange(0, TILE)[:, None] // PADDED_K == column[None, :]).to(dtype)
-        sums = tl.dot(tl.exp2(logits).to(dtype), member, input_precision="ieee")
-        result = tl.sum(tl.reshape(sums, [BLOCKS_Q, PADDED_Q, COLUMNS]), 1) * tl.exp2(-LIFT)
+        member = (tl.arange(0, TILE)[:, None] // PADDED_K == column[None, :]).to(WEIGHTS)
+        sums = tl.dot(tl.exp2(logits).to(WEIGHTS), member, input_precision="ieee")
+        result = tl.sum(tl.reshape(sums, [BLOCKS_Q, PADDED_Q, COLUMNS]), 1)
         held_q = tl.minimum(tl.maximum(length_q - out_q * BLOCK_Q, 0), BLOCK_Q)
         held_k = tl.minimum(tl.maximum(length_k - out_k * BLOCK_K, 0), BLOCK_K)
         pairs_q = tl.minimum((held_q + GROUP_Q - 1) // GROUP_Q, COUNT_Q)
@@ -84,6 +85,7 @@ def _reduce(
     GROUP_K: tl.constexpr, BLOCK_K: tl.constexpr, COUNT_K: tl.constexpr, PADDED_K: tl.constexpr,
     GROUP_N: tl.constexpr, COUNT_N: tl.constexpr, PADDED_N: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, MEAN: tl.constexpr,
+    WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     first_row = tl.program_id(0) * ROWS
@@ -112,8 +114,6 @@ def _reduce(
         # Held at 2^100 so that no sum overflows; so far above the reference nothing else counts.
         total += tl.sum(tl.exp2(tl.minimum(logits - top[:, None], 100.0)), 1)
     norm = tl.where(there, top + tl.log2(total), float("inf"))
-    if MEAN:
-        norm -= LIFT
 
     out_q = first_row // PADDED_Q + tl.arange(0, ROWS // PADDED_Q)
     scores_ptr += head * n_q * n_k
@@ -123,11 +123,11 @@ def _reduce(
         logits = _logits(q, k_ptr, first, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
                          TILE, HEAD_DIM, DIM, full) - norm[:, None]  # fmt: skip
         _reduce_tile(logits, scores_ptr, out_q, first, length_q, length_k, n_q, n_k, GROUP_Q, BLOCK_Q, COUNT_Q,
-                     PADDED_Q, GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN, q.dtype)  # fmt: skip
+                     PADDED_Q, GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN, WEIGHTS)  # fmt: skip
     logits = _logits(q, k_ptr, last, stride_k, length_k, rows_k, scale, GROUP_K, BLOCK_K, COUNT_K, PADDED_K,
                      TILE, HEAD_DIM, DIM, False) - norm[:, None]  # fmt: skip
     _reduce_tile(logits, scores_ptr, out_q, last, length_q, length_k, n_q, n_k, GROUP_Q, BLOCK_Q, COUNT_Q, PADDED_Q,
-                 GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN, q.dtype)  # fmt: skip
+                 GROUP_K, BLOCK_K, COUNT_K, PADDED_K, TILE, MEAN, WEIGHTS)  # fmt: skip
 
 
 def reduced_softmax_triton(
@@ -147,6 +147,13 @@ def reduced_softmax_triton(
         GROUP_K=k.group, BLOCK_K=k.block, COUNT_K=k.count, PADDED_K=k.padded,
         GROUP_N=norm.group, COUNT_N=norm.count, PADDED_N=norm.padded,
         ROWS=rows, TILE=tile, HEAD_DIM=dim, DIM=padded, MEAN=reduction == "mean",
+        WEIGHTS=_weight_type(q.rows),
         num_warps=8, num_stages=importance_stages(gpu_of(q.rows.device), padded),
     )  # fmt: skip
     return scores
+
+
+def _weight_type(rows: torch.Tensor) -> tl.dtype:
+    """What weights are added in: they end at 2^CEILING, which float16 cannot hold."""
+    exact = rows.dtype == torch.float32 or gpu_of(rows.device) == "interpreter"  # which mishandles bfloat16
+    return tl.float32 if exact else tl.bfloat16

@@ -35,20 +35,25 @@ class BlockLists:
         ends: int32 [B, H, n_q, n_levels], exclusive end of each level's group.
         levels: pooling factor of each group, finest first.
         density: float32 [B, H, n_q], see `density.py`.
+        unranked: int32 [B, H, n_q], blocks of every row whose score was not finite; None where no scores were given.
+        best: int32 [B, H, n_q], the most important block of every row, likewise.
     """
 
     blocks: torch.Tensor
     ends: torch.Tensor
     levels: tuple[int, ...]
     density: torch.Tensor
+    unranked: torch.Tensor | None = None
+    best: torch.Tensor | None = None
 
     def __getitem__(self, part: tuple) -> BlockLists:
         """The lists of a part of the batch and the heads."""
-        return BlockLists(self.blocks[part], self.ends[part], self.levels, self.density[part])
+        ranked = (None if rows is None else rows[part] for rows in (self.unranked, self.best))
+        return BlockLists(self.blocks[part], self.ends[part], self.levels, self.density[part], *ranked)
 
     def of_head(self, batch: int, head: int) -> BlockLists:
         """The lists of one head: the tensors above without their first two dimensions."""
-        return BlockLists(self.blocks[batch, head], self.ends[batch, head], self.levels, self.density[batch, head])
+        return self[batch, head]
 
     def factors(self) -> torch.Tensor:
         """The map that the lists were made from: int16 [B, H, n_q, n_k], 0 = dropped."""
@@ -65,6 +70,8 @@ class BlockLists:
 def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None = None) -> torch.Tensor:
     """Pooling factors int16 [B, H, n_q, n_k] for importance `scores` [B, H, n_q, n_k]; 0 = dropped.
 
+    A score that is not finite weighs nothing and comes after all others.
+
     Args:
         cap: coarsest factor per key block int16 [B, H, n_k] (`similarity_cap`). A chosen level is refined to it;
             blocks that no level takes stay dropped, or at the tail. In budget mode its cost is inside the budget.
@@ -73,6 +80,7 @@ def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor
         ConfigError: in topk mode, `sparsity` cannot be met with this number of key blocks. Budget mode comes as close
             as the one block that every row keeps in full allows.
     """
+    scores = torch.where(scores.isfinite(), scores, -1.0)
     if config.mode == "topk":
         ranked = scores.argsort(dim=-1, descending=True, stable=True)
         by_rank = torch.zeros(scores.shape[-1], dtype=torch.int16, device=scores.device)
@@ -104,7 +112,8 @@ def remaining_mass(scores: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tens
     It is 1 - E of the paper (E: cumulative importance up to and with the block), summed from the small end so that it
     keeps its precision near zero. The first block counts as if nothing lay before it: it is always taken.
     """
-    ranked_scores, ranked = scores.sort(dim=-1, descending=True, stable=True)
+    ranked_scores, ranked = torch.where(scores.isfinite(), scores, -1.0).sort(dim=-1, descending=True, stable=True)
+    ranked_scores = ranked_scores.clamp_min(0)
     share = ranked_scores / ranked_scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     if floor:
         share = (share + floor / scores.shape[-1]) / (1 + floor)

@@ -54,7 +54,8 @@ def _by_mass(keys, weights, least, FLOORED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "n_q", "n_k", "length_k"])
 def _choose(
-    scores_ptr, cap_ptr, scale_ptr, blocks_ptr, ends_ptr, density_ptr, heads, n_q, n_k, length_k, cuts,
+    scores_ptr, cap_ptr, scale_ptr, blocks_ptr, ends_ptr, density_ptr, unranked_ptr, best_ptr,
+    heads, n_q, n_k, length_k, cuts,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, STORED: tl.constexpr, STORED_LEVELS: tl.constexpr,
     DROPPED: tl.constexpr, RULE: tl.constexpr, SCALED: tl.constexpr, FLOOR: tl.constexpr, CAPPED: tl.constexpr,
     BLOCK_KV: tl.constexpr, WIDTH: tl.constexpr,
@@ -64,9 +65,14 @@ def _choose(
     lanes = tl.arange(0, WIDTH)
     exists = lanes < n_k
     scores = tl.load(scores_ptr + row * n_k + lanes, mask=exists, other=0.0)
-    keys = tl.where(exists, scores.to(tl.int32, bitcast=True), -1)
+    finite = tl.abs(scores) < float("inf")
+    scores = tl.where(finite, scores, 0.0)
+    # One is added to the bits of every score, so that what is not finite, 0, comes after all of them.
+    keys = tl.where(exists, tl.where(finite, scores.to(tl.int32, bitcast=True) + 1, 0), -1)
+    tl.store(unranked_ptr + row, tl.sum((exists & ~finite).to(tl.int32), 0))
     largest = tl.max(keys, 0)
     first = tl.min(tl.where(keys == largest, lanes, WIDTH), 0)
+    tl.store(best_ptr + row, first)
     if RULE == 1:
         total = tl.maximum(tl.sum(scores, 0), 1.1754944e-38)
         weights = tl.where(exists, (scores / total + FLOOR / n_k) / (1.0 + FLOOR), 0.0)
@@ -128,13 +134,14 @@ def choose_lists_triton(
     blocks = torch.empty(batch, heads, n_q, n_k, dtype=torch.int32, device=scores.device)
     ends = torch.empty(batch, heads, n_q, len(stored), dtype=torch.int32, device=scores.device)
     density = torch.empty(batch, heads, n_q, dtype=torch.float32, device=scores.device)
+    unranked, best = (torch.empty_like(density, dtype=torch.int32) for _ in range(2))
     width = max(32, triton.next_power_of_2(n_k))
     _choose[(batch * heads * n_q,)](
         scores, scores if cap is None else cap.contiguous(), scores if scale is None else scale, blocks, ends, density,
-        heads, n_q, n_k, length_k, cuts,
+        unranked, best, heads, n_q, n_k, length_k, cuts,
         FACTORS=config.factors, LEVELS=len(cuts), STORED=stored, STORED_LEVELS=len(stored),
         DROPPED=config.dropped_factor, RULE=rule, SCALED=scale is not None,
         FLOOR=FLOOR if config.mode == "budget" else 0.0, CAPPED=cap is not None, BLOCK_KV=config.block_kv, WIDTH=width,
         num_warps=max(1, min(8, width // 1024)),
     )  # fmt: skip
-    return BlockLists(blocks, ends, stored, density)
+    return BlockLists(blocks, ends, stored, density, unranked, best)

@@ -5,6 +5,8 @@ The same stages as `triton_backend.py`, one line each.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from .attend import attend_streaming
@@ -41,6 +43,9 @@ def attend_video(
         cap = similarity_cap(k, config.similarity_cap, config.block_kv) if config.similarity_cap else None
         key_tokens = block_tokens(k.shape[2], config.block_kv, k.device)
         lists = group_by_level(choose_levels(scores, config, cap), config.stored_factors, key_tokens)
+        finite = scores.isfinite()
+        best = torch.where(finite, scores, -1.0).argmax(-1).to(torch.int32)
+        lists = dataclasses.replace(lists, unranked=(~finite).sum(-1, dtype=torch.int32), best=best)
     pyramid = build_pyramid(k, v, config.stored_factors, config.block_kv)
     out.copy_(query_order.undo(attend_streaming(q, pyramid, lists.factors(), config.block_q, scale, extra_k, extra_v)))
     return lists

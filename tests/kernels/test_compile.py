@@ -65,11 +65,11 @@ def test_attend(gpu, dim, int8, tmp_path):
     pointers = {p.name: "*bf16" for p in _attend.params if p.name.endswith("_ptr")}
     pointers |= {"q8_ptr": f"*{key}", "k_ptr": f"*{key}", "from_ptr": "*i64", "to_ptr": "*i64"}
     pointers |= {"scales_ptr": "*fp32", "q_scales_ptr": "*fp32"}
-    pointers |= {name: "*i32" for name in ("blocks_ptr", "ends_ptr", "rows_ptr", "overflow_ptr")}
+    pointers |= {name: "*i32" for name in ("blocks_ptr", "best_ptr", "ends_ptr", "rows_ptr", "overflow_ptr")}
     constants = {
         "FACTORS": factors, "LEVELS": len(factors), "BLOCK_Q": 128, "BLOCK_KV": 64, "TILE": tile.rows, "HEAD_DIM": dim,
         "DIM": dim, "ORDERED": dim == 64, "SORTED": False, "BULK": tile.bulk, "INT8": int8, "HAS_EXTRA": False,
-        "CAREFUL": False, "HEADROOM": 0, "STAGES": tile.stages, "WAIT": tile.wait,
+        "CAREFUL": False, "PEAK": 0, "LEAST": 0.0, "STAGES": tile.stages, "WAIT": tile.wait,
         "HALVES": tile.halves,
     }  # fmt: skip
     if tile.bulk:
@@ -137,7 +137,7 @@ def test_importance(gpu, dim, mean):
     constants = {
         "GROUP_Q": 8, "BLOCK_Q": 128, "COUNT_Q": 16, "PADDED_Q": 16, "GROUP_K": 8, "BLOCK_K": 64, "COUNT_K": 8,
         "PADDED_K": 8, "GROUP_N": 32, "COUNT_N": 2, "PADDED_N": 2, "ROWS": 128, "TILE": 64, "HEAD_DIM": dim, "DIM": dim,
-        "MEAN": mean,
+        "MEAN": mean, "WEIGHTS": triton.language.bfloat16,
     }  # fmt: skip
     stages = importance_stages("hip" if gpu.startswith("gfx") else gpu, dim)
     if dim == 256 and gpu.startswith("gfx"):
@@ -151,7 +151,13 @@ def test_levels(gpu, rule):
     from comfyui_psa.kernels.levels_triton import _choose
 
     pointers = {"scores_ptr": "*fp32", "cap_ptr": "*i16", "scale_ptr": "*fp32", "blocks_ptr": "*i32"}
-    pointers |= {"ends_ptr": "*i32", "density_ptr": "*fp32", "cuts": ("fp32", "fp32", "fp32")}
+    pointers |= {
+        "ends_ptr": "*i32",
+        "density_ptr": "*fp32",
+        "unranked_ptr": "*i32",
+        "best_ptr": "*i32",
+        "cuts": ("fp32", "fp32", "fp32"),
+    }
     constants = {
         "FACTORS": (1, 2, 8), "LEVELS": 3, "STORED": (1, 2, 8, 64), "STORED_LEVELS": 4, "DROPPED": 64, "RULE": rule,
         "SCALED": rule == 1, "FLOOR": 1e-6 * rule, "CAPPED": rule == 1, "BLOCK_KV": 64, "WIDTH": 1024,
