@@ -10,7 +10,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from .backends import choose_backend, video_attention
+from .backends import BackendError, choose_backend, gradient_reason, video_attention
 from .config import PyramidConfig
 from .levels import BlockLists
 from .order import TokenLayout, TokenOrder, make_order
@@ -85,9 +85,12 @@ def pyramid_sparse_attention(
     Raises:
         ValueError: shapes that do not fit.
         ConfigError: a setting that this length cannot meet.
-        BackendError: the backend cannot serve the call; the message says why.
+        BackendError: the backend cannot serve the call, or gradients are asked for; the message says why.
     """
     _check_shapes(q, k, v, layout)
+    reason = gradient_reason(q, k, v)
+    if reason is not None:
+        raise BackendError(reason)
     if k.shape[1] != q.shape[1]:
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)

@@ -264,3 +264,14 @@ def test_levels_of_other_shapes_are_refused(random_tensor):
         pyramid_sparse_attention(*qkv(random_tensor, 300), BUDGET, lists=lists)
     with pytest.raises(ValueError, match=r"at \(1, 2, 4, 8, 32\), not"):
         pyramid_sparse_attention(*qkv(random_tensor, 200), dataclasses.replace(BUDGET, tail=False), lists=lists)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton"])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_gradients_are_declined_not_lost(random_tensor, backend, which):
+    tensors = qkv(random_tensor, 200)
+    tensors[which].requires_grad_()
+    with pytest.raises(BackendError, match="gradients are asked for, and PSA computes none"):
+        pyramid_sparse_attention(*tensors, BUDGET, backend=backend)
+    with torch.no_grad():
+        pyramid_sparse_attention(*tensors, BUDGET)
