@@ -6,8 +6,9 @@ that fails says what. What a model's forward receives is the one other assumptio
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,11 +82,27 @@ class ModelCallWrapper:
         x, _, _, context, _, options = (*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :]))
         self.before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
         if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
-            # Compiled code drops every guard on transformer_options, so a graph that was made without PSA would be run
-            # with it as well. One more argument, which it does look at, keeps the two apart; models ignore what they
-            # do not know.
+            # One more argument keeps graphs apart in models that look at all of theirs; none minds what it does not
+            # know. `_apart_from_stock` does so in all models, on a torch that is new enough.
             kwargs["psa_compiled"] = True
-        return executor(*args, **kwargs)
+        with _apart_from_stock():
+            return executor(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _apart_from_stock() -> Iterator[None]:
+    """Within it no compiled graph is run that was made without PSA, and none that is made will run without it.
+
+    ComfyUI's compile nodes drop every guard on transformer_options, so that nothing in a graph tells whether PSA was
+    there. What all graphs look at is the state of autocast, of this thread. Its cache has no effect while autocast is
+    off, as it is in ComfyUI.
+    """
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(not enabled)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def wrap_network(model: Any, key: str, wrapper: Callable) -> None:

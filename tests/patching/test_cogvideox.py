@@ -121,3 +121,43 @@ def test_a_model_without_the_corrections_is_told_so_once(comfyui, tiny, caplog):
     with caplog.at_level(logging.WARNING):
         patch_model(native, sparsity=0.7, **PATCH)
     assert sum("put PSA CogVideoX Fix behind" in record.message for record in caplog.records) == 1
+
+
+def test_compiled_after_the_loader(models, sample):
+    """Core's TorchCompileModel behind PSA CogVideoX Loader, without the minutes that generating code takes."""
+    import torch._dynamo
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    def compiled(model):
+        clone = model.clone()
+        options = {"guard_filter_fn": skip_torch_compile_dict}
+        set_torch_compile_wrapper(model=clone, backend="eager", options=options)
+        return clone
+
+    torch._dynamo.reset()
+    try:
+        for kind, model in models.items():
+            psa, stock = patch_model(model, sparsity=0.7, **PATCH), compiled(model)
+            for which, expected in ((stock, sample(model)), (compiled(psa), sample(psa)), (stock, sample(model))):
+                out = sample(which)
+                assert (out - expected).norm() / expected.norm() < 1e-4, kind
+            assert [step["kind"] for step in report(psa)["steps"]] == ["dense", *["sparse"] * 3]
+            assert report(psa)["notes"] == report(psa)["fallbacks"] == []
+    finally:
+        torch._dynamo.reset()
+
+
+def test_blocks_that_do_not_say_which_are_counted(models, sample):
+    psa = patch_model(models["5b"], sparsity=0.7, **PATCH)
+    block = psa.get_model_object("diffusion_model").blocks[1]
+
+    def forward(*args, transformer_options=None, **kwargs):
+        return type(block).forward(block, *args, transformer_options={}, **kwargs)
+
+    psa.add_object_patch("diffusion_model.blocks.1.forward", forward)
+    sample(psa)
+    (note,) = report(psa)["notes"]
+    blocks = len(psa.get_model_object("diffusion_model").blocks)
+    assert note.startswith(f"1 of {blocks} blocks was never seen by PSA: ")
+    assert "blocks.1.forward" in note

@@ -37,6 +37,7 @@ STACKING = {
     ("context windows", "sparse in every window"): ("test_context_windows",),
     ("TorchCompileModel", "compiled around PSA; on, bypassed, on again are right"): (
         "test_compile_on_bypassed_on",
+        "test_single_blocks_compiled",
         "test_compile_settles",
     ),
     ("LoRA stacks", "before or behind, the same"): ("test_loras",),
@@ -327,6 +328,25 @@ def test_compile_on_bypassed_on(model, sample, compiler, first, before):
             assert sparse_calls(psa) == [0, 2, 2, 2], "the gate is not frozen into the graph"
         else:
             assert_close(out, stock, 1e-5)
+
+
+@pytest.mark.parametrize("first", ["psa", "bypassed"])
+def test_single_blocks_compiled(model, sample, compiler, first):
+    """As packs do it that compile block by block, with guards on transformer_options dropped."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    stock, expected = sample(model, steps=4), sample(patch_model(model, **PATCH), steps=4)
+    bypassed = model.clone()
+    keys = [f"diffusion_model.blocks.{block}" for block in range(2)]
+    options = {"guard_filter_fn": skip_torch_compile_dict}
+    set_torch_compile_wrapper(model=bypassed, backend="eager", options=options, keys=keys)
+    psa = patch_model(bypassed, **PATCH)
+    order = [psa, bypassed, psa] if first == "psa" else [bypassed, psa, bypassed]
+    for which in order:
+        assert_close(sample(which, steps=4), expected if which is psa else stock, 1e-5)
+    assert sparse_calls(psa) == [0, 2, 2, 2]
+    assert report(psa)["notes"] == []
 
 
 def test_compile_settles(tiny_wan, sample, compiler):
