@@ -113,6 +113,58 @@ def test_two_experts_that_share_a_schedule(model, tiny_wan, sample):
     assert report(low)["steps"][0]["index"] == 0
 
 
+def lora(scale):
+    """Weights of a LoRA on the attention of both blocks."""
+    generator = torch.Generator().manual_seed(9)
+    weights = {}
+    for block, name in itertools.product((0, 1), ("q", "k", "v", "o")):
+        prefix = f"diffusion_model.blocks.{block}.self_attn.{name}."
+        weights[prefix + "lora_A.weight"] = torch.randn(4, 256, generator=generator) * scale
+        weights[prefix + "lora_B.weight"] = torch.randn(256, 4, generator=generator) * scale
+    return weights
+
+
+def test_two_experts_with_one_lora_at_two_strengths(tiny_wan, sample):
+    """Wan 2.2: each half has its own strength, and neither knows of the other's."""
+    from comfyui_psa.loading.lora import patch_with_lora
+
+    base = tiny_wan.load("t2v")
+    both = [patch_with_lora(base, lora(0.05), "one", strength)[0] for strength in (3.0, 1.5)]
+    patches = [patch_model(model, **PATCH) for model in both]
+    alone = [sample(psa, steps=4) for psa in patches]
+    assert not torch.equal(*alone)
+    for model, psa, expected in zip(reversed(both), reversed(patches), reversed(alone), strict=True):
+        assert torch.equal(sample(psa, steps=4), expected)
+        full = patch_model(model, **PATCH | {"sparsity": 0.01, "pyramid": "1: 1.0", "start_percent": 0.0})
+        dense = sample(model)
+        assert (sample(full) - dense).norm() / dense.norm() < 1e-4
+        assert kinds(psa) == ["dense", *["sparse"] * 3]
+
+
+@pytest.mark.parametrize("loader_first", [True, False])
+def test_weight_hooks_after_psa_and_the_lora_loader(model, sample, tiny_wan, loader_first):
+    import comfy.hooks
+
+    from comfyui_psa.loading.lora import patch_with_lora
+
+    hooks = comfy.hooks.create_hook_lora(lora(0.08), 1.0, 0.0)
+    hooked = comfy.hooks.set_conds_props([tiny_wan.conditioning()], 1.0, "default", hooks=hooks)[0]
+    with_lora = patch_with_lora(model, lora(0.05), "one", 1.0)[0]
+    if loader_first:
+        psa = patch_model(with_lora, **PATCH)
+    else:
+        psa = patch_with_lora(patch_model(model, **PATCH), lora(0.05), "one", 1.0)[0]
+    plain = sample(psa, steps=4)
+    out = sample(psa, steps=4, positive=hooked)
+    assert not torch.equal(out, plain)
+    assert kinds(psa) == ["dense", *["sparse"] * 3]
+    assert report(psa)["notes"] == report(psa)["fallbacks"] == []
+    assert torch.equal(sample(psa, steps=4), plain), "the hook leaves nothing on the weights"
+    full = patch_model(with_lora, **PATCH | {"sparsity": 0.01, "pyramid": "1: 1.0", "start_percent": 0.0})
+    dense = sample(with_lora, positive=hooked)
+    assert (sample(full, positive=hooked) - dense).norm() / dense.norm() < 1e-4
+
+
 def test_a_latent_preview_changes_nothing(model, sample):
     import latent_preview
     from comfy.cli_args import args

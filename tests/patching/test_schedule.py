@@ -6,6 +6,7 @@ import torch
 from comfyui_psa.patching import core
 from comfyui_psa.patching.override import RUN_KEY
 from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.schedule import Schedule
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 
@@ -124,3 +125,37 @@ def test_the_4_step_preset_counts_the_steps_of_a_pair_once(model, calls, caplog)
 def test_no_dense_steps_where_a_video_is_only_reworked(model, calls):
     psa = patch_model(model, **PATCH | {"preset": "wan-4step-lora"})
     assert active(calls(psa, steps=4, denoise=0.5)) == [True] * 4
+
+
+def walk(levels, sigmas, sparse=lambda sigma: True):
+    schedule = Schedule(levels, sparse)
+    places = [schedule.move(sigma) for sigma in sigmas]
+    return [place.step for place in places], [place.share for place in places]
+
+
+LEVELS = [1.0, 0.8, 0.6, 0.4, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("levels", "sigmas", "steps", "shares"),
+    [
+        (LEVELS, LEVELS, [0, 1, 2, 3, 4], [0, 0.25, 0.5, 0.75, 1]),
+        # Two prompts or windows at one level are one evaluation.
+        (LEVELS, [1.0, 1.0, 0.8, 0.8, 0.6], [0, 0, 1, 1, 2], [0, 0, 0.25, 0.25, 0.5]),
+        # What a solver asks between two levels belongs to the upper one, and counts as the mean.
+        (LEVELS, [1.0, 0.9, 0.8, 0.7, 0.6, 0.3], [0, 0, 1, 1, 2, 3], [0, 0.5, 0.25, 0.5, 0.5, 0.5]),
+        # Back to levels that were left, as the schedule says, and as it does not.
+        ([1.0, 0.8, 0.6, 0.8, 0.6], [1.0, 0.8, 0.6, 0.8, 0.6], [0, 1, 2, 3, 4], [0, 0.25, 0.5, 0.75, 1]),
+        (LEVELS, [1.0, 0.8, 0.6, 0.8, 0.6, 0.4], [0, 1, 2, 1, 2, 3], [0, 0.25, 0.5, 0.5, 0.5, 0.75]),
+        # float32 and float64 differ; a cache leaves levels out; nobody knows the levels.
+        (LEVELS, [1.0, 0.8 * (1 + 1e-7), 0.2], [0, 1, 4], [0, 0.25, 1]),
+        (None, [1.0, 1.0, 0.7, 0.9], [0, 0, 1, 2], [0.5] * 4),
+        ([1.0], [1.0], [0], [0.5]),
+    ],
+)
+def test_a_schedule_is_walked_along(levels, sigmas, steps, shares):
+    assert walk(levels, sigmas) == (steps, pytest.approx(shares))
+
+
+def test_the_share_is_that_of_the_sparse_steps():
+    assert walk(LEVELS, LEVELS, lambda sigma: sigma < 0.9)[1] == pytest.approx([0.5, 0, 1 / 3, 2 / 3, 1])

@@ -60,3 +60,18 @@ def test_what_cannot_be_compared_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(InputError, match=r"input lpips: .*pip install lpips"):
         compare_images(video(0), video(0), "a", "b", 1.0, True)
+
+
+@pytest.mark.parametrize("name", ["images_a", "images_b"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_pictures_that_are_not_finite_have_no_figures(name, bad):
+    broken = video(0)
+    broken[1:, 3, 4] = bad
+    images = {"images_a": video(0), "images_b": video(1)} | {name: broken}
+    with pytest.raises(InputError, match=f"PSA Compare, input {name}: .*in frames 1-2"):
+        compare_images(**images, name_a="a", name_b="b", difference_gain=4.0, lpips=False)
+
+
+def test_a_gain_that_is_no_number_is_refused():
+    with pytest.raises(InputError, match="PSA Compare, input difference_gain: nan"):
+        compare_images(video(0), video(1), "a", "b", float("nan"), False)
