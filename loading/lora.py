@@ -140,7 +140,8 @@ def _refuse(
         do = f"choose a LoRA that was made for this size of {kind}"
         raise InputError("lora_name", given, place + parts + like, NODE, do=do)
     if strangers or not fit.layers:
-        fits = f"only {len(known)} of {len(in_file)} keys fit, not those" if fit.layers else "no key of it fits,"
+        fits = "no key of it can be used here," if known else "no key of it fits,"
+        fits = f"only {len(known)} of {len(in_file)} keys fit, not those" if fit.layers else fits
         file = recognise(Header({key: ("", tuple(tensor.shape)) for key, tensor in tensors.items()}, {}))
         if file is not None and file.loader != NODE:
             like, do = f"; it is {file.name}", f"load it with {file.loader}" if file.loader else do
@@ -159,6 +160,9 @@ def _summary(reading: Reading, fit: _Fit, in_file: set[str], name: str, strength
     if strength == 0:
         done = f"{count} weights fit, strength 0 leaves the model as it is"
     lines = [f"LoRA {name}: {done}"]
+    whole = sum(isinstance(patch, tuple) and patch[0] == "set" for layer in fit.layers for patch in layer.values())
+    if whole and strength not in (0, 1):
+        lines[0] += f" ({whole} of them replaced whole, which has no strength)"
 
     def tell(keys: list[str], what: str) -> None:
         keys = [key for key in keys if key in in_file]

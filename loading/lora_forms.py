@@ -49,16 +49,29 @@ class Patches:
 
 
 def weight_sizes(model: Any) -> dict[str, Size | None]:
-    """The sizes of a ComfyUI MODEL's weights as its layers have them; None where that cannot be known."""
+    """The sizes of those weights of a ComfyUI MODEL that can be patched, as its layers have them; None where that
+    cannot be known.
+
+    ComfyUI patches the weights of modules without modules inside: `modulation` of Wan's blocks never.
+    """
     modules = dict(model.model.named_modules())
+    inner = {name for name, module in modules.items() if _has_inner(module)}
     sizes: dict[str, Size | None] = {}
     for key, weight in model.model.state_dict().items():
+        name = key.rpartition(".")[0]
+        if name in inner:
+            continue
         sizes[key] = tuple(weight.shape)
         if weight.dtype in _PACKED:
-            layer = modules.get(key.removesuffix(".weight"))
+            layer = modules.get(name)
             features = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
-            sizes[key] = features if None not in features else None
+            sizes[key] = features if None not in features and key.endswith(".weight") else None
     return sizes
+
+
+def _has_inner(module: torch.nn.Module) -> bool:
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    return any(name not in own for name, _ in module.named_parameters())
 
 
 def make_patches(target: Target, parts: Mapping[str, torch.Tensor], sizes: Mapping[str, Size | None]) -> Patches:
@@ -115,7 +128,8 @@ def _load(target: Target, parts: Mapping[str, torch.Tensor]) -> dict[Target, tup
     made = comfy.lora.load_lora(tensors, {_NAME: target}, log_missing=False)
     found = {}
     for place, patch in made.items():
-        if MAGNITUDE in parts and getattr(patch, "name", None) == "lora" and not any(_tensors(patch.weights[3:])):
+        plain = getattr(patch, "name", None) == "lora" and all(value is None for value in patch.weights[3:])
+        if MAGNITUDE in parts and plain:
             from .peft_dora import PeftDora
 
             patch = PeftDora(patch.loaded_keys, (*patch.weights[:3], parts[MAGNITUDE]))
@@ -205,12 +219,14 @@ def _quiet() -> Iterator[None]:
     def other_thread(record: logging.LogRecord) -> bool:
         return record.thread != here
 
-    root = logging.getLogger()
-    root.addFilter(other_thread)
+    handlers = list(logging.getLogger().handlers)
+    for handler in handlers:
+        handler.addFilter(other_thread)
     try:
         yield
     finally:
-        root.removeFilter(other_thread)
+        for handler in handlers:
+            handler.removeFilter(other_thread)
 
 
 def _misfit(

@@ -44,7 +44,7 @@ def lora_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         found = read_object(beside)
     else:
         return {}
-    found = {key.removeprefix("transformer."): value for key, value in found.items()}
+    found = _of_the_network(found)
     patterns = found.get("alpha_pattern") or {}
     named = {"lora_alpha": found.get("lora_alpha"), "alpha": found.get("alpha")}
     if not isinstance(patterns, dict):
@@ -53,6 +53,16 @@ def lora_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         if value is not None and not _is_number(value):
             reason = f"its LoRA metadata cannot be used: {printable(name[:60])} is {shown(value)}, not a number"
             raise FileError(path, reason, _DO)
+    return found
+
+
+def _of_the_network(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without the part of the pipeline before their names ('transformer.r'), a text encoder's left out."""
+    found: dict[str, Any] = {}
+    for key in sorted(settings, key=lambda key: (key.count("."), key)):
+        part, _, name = key.rpartition(".")
+        if "encoder" not in part:
+            found.setdefault(name, settings[key])
     return found
 
 

@@ -186,7 +186,7 @@ def test_blocks_of_another_variant_are_not_taken_for_the_models_own(wan, vace, w
 
 
 def test_a_whole_model_is_called_one(wan, tiny_wan):
-    expected = r"no key of it fits, .*; it is a Wan model\. Load it with Load Diffusion Model\.$"
+    expected = r"no key of it can be used here, .*; it is a Wan model\. Load it with Load Diffusion Model\.$"
     with pytest.raises(InputError, match=expected):
         patch_with_lora(wan, tiny_wan.state_dict("t2v"), "x")
 
@@ -319,6 +319,7 @@ def test_any_strength_multiplies(wan, model_folders, strength):
         assert summary == "LoRA plain.safetensors: 2 weights fit, strength 0 leaves the model as it is"
         assert not found
     else:
+        assert summary.endswith(f"strength {strength:g} (1 of them replaced whole, which has no strength)")
         torch.testing.assert_close(found[f"{Q}.weight"], strength * product(pair(Q)), rtol=1e-4, atol=1e-3)
 
 
@@ -329,6 +330,37 @@ def test_the_summary_counts_the_keys_of_the_file_without_alphas_from_its_setting
     _, summary = apply_lora(wan, "settings.safetensors", 1.0)
     assert summary.endswith("; 2 of 4 keys fit nothing, such as text_encoder.layers.0.q.lora_A.weight, "
                             "text_encoder.layers.0.q.lora_B.weight")  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["transformer", "transformer_2", "unet"])
+def test_the_scale_in_the_settings_counts_for_every_part_of_a_pipeline(wan, model_folders, part):
+    tensors = pair(f"{part}.{Q}")
+    settings = f'{{"{part}.lora_alpha": 8.0, "text_encoder.lora_alpha": 99.0}}'
+    save_file(tensors, model_folders / "loras" / "parts.safetensors", {"lora_adapter_metadata": settings})
+    patched, _ = apply_lora(wan, "parts.safetensors", 1.0)
+    torch.testing.assert_close(changed(wan, patched)[f"{Q}.weight"], 2 * product(tensors), rtol=1e-4, atol=1e-4)
+
+
+def test_a_magnitude_beside_a_dora_scale_is_named(wan):
+    both = pair(Q) | {f"{Q}.dora_scale": random(DIM, 1), f"{Q}.lora_magnitude_vector": random(DIM)}
+    patched, summary = patch_with_lora(wan, both, "x")
+    assert "; 1 of 4 keys belong to weights of the model but were left out" in summary
+    assert summary.endswith(f"{Q}.lora_magnitude_vector")
+    assert list(changed(wan, patched)) == [f"{Q}.weight"]
+
+
+def test_a_parameter_that_comfyui_never_patches_is_named(wan):
+    modulation = {"diffusion_model.blocks.0.modulation.diff": random(1, 6, DIM)}
+    patched, summary = patch_with_lora(wan, modulation | pair(f"diffusion_model.{Q}"), "x")
+    assert (
+        "LoRA x: 1 weights of the model patched, strength 1; 1 of 3 keys belong to weights of the model but" in summary
+    )
+    assert summary.endswith("such as diffusion_model.blocks.0.modulation.diff")
+    assert list(changed(wan, patched)) == [f"{Q}.weight"]
+    with pytest.raises(
+        InputError, match=r"no key of it can be used here, such as diffusion_model\.blocks\.0\.modulation"
+    ):
+        patch_with_lora(wan, modulation, "x")
 
 
 def test_weights_that_are_packed_are_measured_by_their_layer(wan):

@@ -79,6 +79,7 @@ CONFIGS = {
     "alpha by anchored part": lambda: lora(lora_alpha=6, alpha_pattern={"^ffn.2": 9, "^patch_embedding": 1, "q$": 3}),
     "loha": lambda: peft.LoHaConfig(r=RANK, alpha=6, target_modules=MODULES[:3]),
     "lokr": lambda: peft.LoKrConfig(r=2, alpha=6, target_modules=MODULES[:3], decompose_both=True),
+    "lokr, one matrix whole": lambda: peft.LoKrConfig(r=2, alpha=6, target_modules=MODULES[:3]),
 }
 
 

@@ -110,7 +110,7 @@ entries = st.dictionaries(
         st.sampled_from(sorted(MULTIPLIED | PLAIN)),
         # Other sizes are rare, or nearly every file would be refused; the last one has as many elements as the right.
         st.sampled_from(["right"] * 12 + ["rows", "as many"]),
-        st.sampled_from(["", "", "bias", "other bias", "unknown part", "half"]),
+        st.sampled_from(["", "", "bias", "other bias", "unknown part", "half", "never patched"]),
     ),
     min_size=1,
 )
@@ -121,7 +121,10 @@ files = st.fixed_dictionaries(
         "wrapper": st.integers(0, 99),
         "native": st.booleans(),
         "pair": st.integers(0, len(PAIRS) - 1),
-        "strays": st.lists(st.sampled_from(["text_encoder.layers.0.lora_A.weight", "lost.diff", "junk"]), unique=True),
+        "strays": st.lists(
+            st.sampled_from(["text_encoder.layers.0.lora_A.weight", "lost.diff", "junk"]),
+            unique=True,
+        ),
         "strength": st.sampled_from(STRENGTHS),
     }
 )
@@ -165,6 +168,10 @@ def write(model, file, path):
         elif extra == "unknown part":
             tensors[f"{name}.somebody_s_invention"] = random(3)
             left += 1
+        elif extra == "never patched":
+            key = wrapper + "blocks.0.modulation".replace(".", file["separator"]) + ".diff"
+            left += key not in tensors
+            tensors[key] = random(*before["blocks.0.modulation"].shape)
         elif extra == "half" and form not in ("lora", "dora", "peft dora"):
             tensors[f"{name}.lora_up.weight"] = random(rows, RANK)
             refused = True
@@ -173,7 +180,7 @@ def write(model, file, path):
     return changes, left + len(file["strays"]), refused or not changes
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(file=files)
 def test_what_is_reported_is_what_happens(wan, model_folders, file):
     import comfy.model_management
