@@ -195,7 +195,7 @@ def cache_folder() -> Path:
     for variable, inside in (("TRITON_CACHE_DIR", ""), ("XDG_CACHE_HOME", "comfyui-psa")):
         if os.environ.get(variable):
             return Path(os.environ[variable]) / inside
-    return Path("~/.cache/comfyui-psa").expanduser()
+    return Path(os.path.expanduser("~/.cache/comfyui-psa"))  # noqa: PTH111 (pathlib's raises where there is no home)
 
 
 def cache_key(gpu_name: str, case: Case) -> str:
@@ -216,6 +216,8 @@ def read_tile(path: Path, key: str) -> AttendTile | None:
         return None
     if not all(type(entry[field]) is int and entry[field] > 0 for field in ("rows", "warps", "stages")):
         return None
+    if not all(type(entry[field]) is bool for field in ("bulk", "wait", "halves")):
+        return None
     return AttendTile(**entry)
 
 
@@ -229,7 +231,7 @@ def write_tile(path: Path, key: str, tile: AttendTile) -> None:
             temporary = Path(file.name)
             json.dump(entries, file, indent=1, sort_keys=True)
         temporary.replace(path)
-    except OSError as failure:
+    except (OSError, ValueError) as failure:  # a name that the file system cannot write is a ValueError
         log.debug("PSA could not keep its tile in %s: %s", path, failure)
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -239,6 +241,6 @@ def write_tile(path: Path, key: str, tile: AttendTile) -> None:
 def _read(path: Path) -> dict[str, object]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return entries if isinstance(entries, dict) else {}

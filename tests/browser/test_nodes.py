@@ -250,7 +250,7 @@ def test_a_bypassed_patch_is_left_out_of_the_prompt(pages, demo):
 
 
 @pytest.mark.slow
-def test_an_error_shows_on_the_node_that_made_it(frontend, demo):
+def test_an_error_shows_on_the_node_that_made_it(frontend, demo, client):
     frontend.load(demo)
     patch = find(demo, "PSAPatch")["id"]
     pyramid = frontend.add("PSAPyramid", -400, 200)
@@ -258,10 +258,25 @@ def test_an_error_shows_on_the_node_that_made_it(frontend, demo):
     frontend.choose(pyramid, "half", 0.3)
     frontend.connect(pyramid, 0, patch, "psa_pyramid")
     assert frontend.picture(pyramid)["problem"]
-    kind, detail = frontend.run()
-    assert kind == "execution_error"
-    assert str(detail["node_id"]) == str(pyramid)
-    assert "PSA Pyramid, input full, half, quarter, eighth: '1.40 in sum' was given" in detail["exception_message"]
-    marked = frontend.page.evaluate("() => app.lastExecutionError?.node_id")
-    assert str(marked) == str(pyramid)
+    frontend.page.keyboard.press("Control+Enter")
+    frontend.page.wait_for_function("() => Object.keys(app.lastNodeErrors ?? {}).length > 0")
+    errors = frontend.page.evaluate("() => app.lastNodeErrors")
+    client.interrupt()  # the branch without PSA is queued all the same
+    assert list(errors) == [str(pyramid)]
+    sentence = "PSA Pyramid, input full, half, quarter, eighth: '1.40 in sum' was given; allowed: levels that add up"
+    assert all(sentence in error["details"] for error in errors[str(pyramid)]["errors"])
     frontend.page.keyboard.press("Escape")
+
+
+def test_a_mistake_is_told_in_the_node_before_a_run_in_the_words_of_the_run(frontend):
+    patch = frontend.add("PSAPatch")
+    frontend.choose(patch, "end_percent", 0.2)
+    sentence = (
+        "PSA Patch, input start_percent: 0.25 was given; allowed: less than end_percent, which is 0.2. "
+        "Lower start_percent or raise end_percent."
+    )
+    headline = "() => [...document.querySelectorAll('.psa-headline.psa-problem')].map((found) => found.textContent)"
+    frontend.page.wait_for_function(f"(words) => ({headline})().includes(words)", arg=sentence)
+    frontend.choose(patch, "end_percent", 1.0)
+    frontend.page.wait_for_function(f"() => ({headline})().length === 0")
+    assert frontend.errors == []

@@ -178,8 +178,8 @@ def test_bad_files_are_errors_in_words_and_the_server_goes_on(client, models, pr
     assert "a file or a folder that the menu lists. Press R" in failure(
         "PSACogVideoXLoader", checkpoint="../CogVideoX-5b"
     )
-    assert "allowed is a .safetensors file" in download_failure(client, file="../../outside.safetensors")
-    assert "allowed is a .safetensors file" in download_failure(client, file="model.bin")
+    assert "allowed: a .safetensors file" in download_failure(client, file="../../outside.safetensors")
+    assert "allowed: a .safetensors file" in download_failure(client, file="model.bin")
     assert torch.equal(latent_of(client, prompt), good)
 
 

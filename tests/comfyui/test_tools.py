@@ -105,8 +105,13 @@ def test_a_broken_preset_file_is_said_by_the_node_that_chose_it(client, server, 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "broken.json").write_text('{"shares": {"1": 2}}', encoding="utf-8")
     prompt = graph_to_prompt(workflow, definitions)
-    prompt[find_node(prompt, "PSAPatch")]["inputs"]["preset"] = "user/broken"
+    patch = prompt[find_node(prompt, "PSAPatch")]
+    patch["inputs"]["preset"] = "user/broken"
+    loaders = {
+        name: prompt[name] for name in prompt if prompt[name]["class_type"] in ("UNETLoader", "ModelSamplingSD3")
+    }
+    patched = {"patch": patch, "end": {"class_type": "PreviewAny", "inputs": {"source": ["patch", 0]}}}
     with pytest.raises(
-        PromptFailed, match=r"PSAPatch.*input preset: 'user/broken'.*broken\.json: shares: .* was given"
+        PromptFailed, match=r"refused.*PSAPatch.*input preset: 'user/broken'.*broken\.json: shares: .* was given"
     ):
-        client.run(prompt)
+        client.run(loaders | patched)

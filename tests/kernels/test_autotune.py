@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,9 @@ def test_the_key_holds_all_that_a_tile_depends_on(monkeypatch):
         '{"KEY": {"rows": "64", "warps": 4, "stages": 2, "bulk": false, "wait": false}}',
         '{"KEY": {"rows": -1, "warps": 4, "stages": 2, "bulk": false, "wait": false}}',
         '{"KEY": {"rows": 64, "warps": 4, "stages": 2, "bulk": false, "wait": false, "colour": 1}}',
+        '{"KEY": {"rows": 64, "warps": 4, "stages": 2, "bulk": "no", "wait": false, "halves": false}}',
+        '{"KEY": {"rows": 64, "warps": 4, "stages": 0, "bulk": false, "wait": false, "halves": false}}',
+        '{"KEY": {"rows": 64, "warps": 4, "sta', "[" * 50_000, "\x00" * 64,
     ],
 )  # fmt: skip
 def test_a_file_that_makes_no_sense_is_written_anew(other_gpu, content):
@@ -163,6 +167,15 @@ def test_a_folder_that_cannot_be_written_costs_only_the_next_search(other_gpu, m
     monkeypatch.setenv("TRITON_CACHE_DIR", str(blocked / "folder"))
     assert [autotune.choose_tile(CUDA, CASE) for _ in range(2)] == [TILES[3]] * 2
     assert other_gpu.searched == [CASE]
+
+
+def test_a_user_without_a_home_and_a_name_that_cannot_be_written_cost_only_the_next_search(other_gpu, monkeypatch):
+    for variable in ("HOME", "USERPROFILE", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where no home is known
+    assert autotune.cache_folder().name == "comfyui-psa"
+    monkeypatch.setattr(autotune, "cache_folder", lambda: Path("no\ud800name"))
+    assert autotune.choose_tile(CUDA, CASE) == TILES[3]
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="nothing is read-only to this user")
