@@ -225,7 +225,7 @@ def _attend(
         # in its most important block.
         own: tl.constexpr = BLOCK_Q // TILE
         best = tl.load(best_ptr + row) * BLOCK_KV
-        for tile in tl.range(0, own + tl.cdiv(BLOCK_KV, TILE), num_stages=1):
+        for tile in tl.range(0, own + tl.cdiv(BLOCK_KV, TILE), num_stages=STAGES):
             keys = tl.where(tile < own, first_a + tile * TILE, best + (tile - own) * TILE) + lanes
             there = keys < length_k
             address = k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh

@@ -69,7 +69,8 @@ def test_peaky_rows_are_ranked_and_attended(triton_device, mode, logit, dim):
     assert got.output.isfinite().all()
     assert not got.unranked
     assert error(got.output, expected) <= 1.1 * error(exact.output, expected) + 2 * rounding + 1e-3
-    assert abs(got.density - exact.density) < 0.05
+    # Budget mode learns from few rows here; ranking by what is not a number gave it a density of 1.
+    assert abs(got.density - exact.density) < (0.1 if small else 0.02)
 
 
 @pytest.mark.parametrize("at", [0, 700, -1])
