@@ -53,8 +53,15 @@ class AppliedPSA:
 
     def mean_sparsity(self) -> float | None:
         """Mean sparsity of the calls that PSA computed; reads from the device."""
-        sums = [float(state.density) for state in self.states if state.density is not None]
+        sums = [float(state.figures[0]) for state in self.states if state.figures is not None]
         return 1 - sum(sums) / self.sparse_calls if sums else None
+
+    def unranked_pairs(self) -> int:
+        """Pairs of blocks whose importance was not a finite number, and which ranked last; reads from the device.
+
+        More than none means that the model's own queries or keys are infinite or not a number.
+        """
+        return sum(int(state.figures[1]) for state in self.states if state.figures is not None)
 
     def remove(self) -> None:
         """Take PSA away, where nothing has replaced it; the transformers are as they were."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.attention import pyramid_sparse_attention
+from ..kernels.attention import AttentionResult, pyramid_sparse_attention
 from ..kernels.backends import NO_GRADIENTS, BackendError, gradient_reason
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.falling import config_at, place_among
@@ -79,7 +79,8 @@ class TransformerState:
         self.sparse_calls = 0
         self.dense_calls = 0
         self.fallbacks: Counter[str] = Counter()
-        self.density: torch.Tensor | None = None  # summed over the sparse calls, on the device
+        # Density and pairs without a finite score, summed over the sparse calls, on the device.
+        self.figures: torch.Tensor | None = None
         self._told: set[str] = set()
         self._failures: dict[tuple, str] = {}  # by the sizes and the type of the call
         self._calls: dict[int, Call] = {}  # by thread: two pipelines may run one transformer at the same time
@@ -167,7 +168,7 @@ class TransformerState:
                 # Not tried again: there is a call in every block and step, and a compiler may need seconds to fail.
                 reason = self._failures[case] = f"{_failure(error)} (until apply_psa is called again)"
             else:
-                self._count_sparse(result.density)
+                self._count_sparse(result)
                 return result.output
         self._stays_dense(call, reason)
         return None
@@ -209,10 +210,11 @@ class TransformerState:
             call.orders[device] = make_order(call.config.order, call.layout.grid, call.config.tile, device)
         return call.orders[device]
 
-    def _count_sparse(self, density: torch.Tensor) -> None:
+    def _count_sparse(self, result: AttentionResult) -> None:
+        figures = torch.stack([result.density, result.unranked.to(result.density)])
         with self._lock:
             self.sparse_calls += 1
-            self.density = density if self.density is None else self.density + density.to(self.density.device)
+            self.figures = figures if self.figures is None else self.figures + figures.to(self.figures.device)
 
     def _stays_dense(self, call: Call, reason: str | None, calls: int = 1) -> None:
         """Count; and say why, once. In the warm-up there is only something to say where no step would be sparse."""

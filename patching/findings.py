@@ -15,7 +15,7 @@ def find(run: Run) -> list[str]:
         ]
     watched = [step for step in run.steps if step.active] or run.steps
     if any(step.reached for step in watched):
-        return _unseen_blocks(run, watched)
+        return _unseen_blocks(run, watched) + unranked_note(sum(int(n) for step in run.steps for n in step.unranked))
     if all(step.kind == SKIPPED for step in watched):
         return [
             f"a cache answered all {len(watched)} steps in which PSA is active, so no attention was left to make "
@@ -31,6 +31,16 @@ def find(run: Run) -> list[str]:
         f"by one that attends without asking for PSA; the order of the nodes does not change that. Bypass that node "
         f"(TeaCache and MagCache packs, a Sage Attention patch that saves memory, a compiled model) to have PSA act; "
         f"core's EasyCache works with PSA"
+    ]
+
+
+def unranked_note(pairs: int) -> list[str]:
+    """What to say where the importance of so many pairs of blocks was not a finite number; nothing for none."""
+    if not pairs:
+        return []
+    return [
+        f"the importance of {pairs} pairs of blocks was not a finite number, and they ranked last: the model's own "
+        f"queries or keys are infinite or not a number; run the model in bfloat16, or try another file of its weights"
     ]
 
 

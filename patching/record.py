@@ -25,6 +25,7 @@ class Step:
             self-attention came, which shows that the model ran. blocks: those whose self-attention came.
         densities: (block index, scalar tensor) of every sparse call; grids: beside them, the grid of the call;
             level_ends: beside them, the share of the key blocks up to the end of each level, finest first, [n_levels].
+        unranked: of the sparse calls that chose levels, how many pairs of blocks had a score that is not finite.
         attention: seconds of its sparse attention calls, None where the device has no clock for them.
         kind: one of `KINDS` when it has ended.
     """
@@ -42,6 +43,7 @@ class Step:
     densities: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
     grids: list[Grid] = dataclasses.field(default_factory=list)
     level_ends: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    unranked: list[torch.Tensor] = dataclasses.field(default_factory=list)
     kind: str = ""
 
     @property
@@ -59,12 +61,14 @@ class Step:
         self.densities += other.densities
         self.grids += other.grids
         self.level_ends += other.level_ends
+        self.unranked += other.unranked
         self.kind = min(self.kind, other.kind, key=KINDS.index)
 
     def to_host(self) -> None:
         """Move its figures to the host."""
         self.densities = [(block, density.cpu()) for block, density in self.densities]
         self.level_ends = [ends.cpu() for ends in self.level_ends]
+        self.unranked = [count.cpu() for count in self.unranked]
 
 
 @dataclasses.dataclass

@@ -247,6 +247,8 @@ class Run:
         step = self.steps[-1]
         step.densities.append((block, result.density))
         step.grids.append(self.layout.grid)
+        if result.unranked is not None:
+            step.unranked.append(result.unranked)
         self.levels = result.lists.levels
         step.level_ends.append(result.lists.ends.float().mean((0, 1, 2)) / result.lists.blocks.shape[-1])
         if block == self.pictured_block and self._is_largest(self.level_map and self.level_map.layout):

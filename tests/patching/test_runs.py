@@ -434,6 +434,18 @@ def test_blocks_that_psa_never_saw_are_named(tiny_wan, sample, caplog):
 # Interrupts, messages, travelling
 
 
+def test_importance_that_is_not_finite_is_told(tiny_wan, sample, caplog):
+    model = tiny_wan.load("t2v")
+    with torch.no_grad():
+        model.get_model_object("diffusion_model").blocks[1].self_attn.q.weight[0, 0] = torch.inf
+    patched = patch_model(model, **PATCH)
+    sample(patched, steps=4)
+    (note,) = report(patched)["notes"]
+    assert "was not a finite number" in note
+    assert "bfloat16" in note
+    assert note in caplog.text
+
+
 def test_the_step_that_was_broken_off_is_not_shown_as_done(model, sample, monkeypatch, caplog):
     class Stopped(BaseException):
         pass
