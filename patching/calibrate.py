@@ -193,7 +193,8 @@ def calibrate(
 
 
 def _stays_dense(fallbacks: Counter[str]) -> InputError:
-    do = f"this is why: {'; '.join(fallbacks)}"
+    why = "; ".join(fallbacks).rstrip(". ")
+    do = f"this is why: {why}. Change that, or connect a longer or larger latent, and run again"
     return InputError("latent_image", "a video that PSA leaves dense", "one that PSA makes sparse", NODE, do=do)
 
 

@@ -170,12 +170,27 @@ def test_a_short_video_is_said_once_and_at_once(model, monkeypatch, caplog):
     monkeypatch.setattr(network, "_forward", lambda *a, **k: calls.append(1) or genuine(*a, **k))
     with pytest.raises(InputError) as caught:
         calibrate(model, sampler([]), **INPUTS | {"min_tokens": 12288})
-    refused, reason = str(caught.value).split(". This is why: ")
+    refused, told = str(caught.value).split(". This is why: ")
+    reason, _, do = told.partition(". ")
     assert "fewer" not in refused
     assert reason.startswith("768 tokens (9 frames of 256x256) are fewer than min_tokens 12288")
-    assert reason.endswith("set min_tokens to 768 or less to have them sparse.")
+    assert reason.endswith("set min_tokens to 768 or less to have them sparse")
+    assert do == "Change that, or connect a longer or larger latent, and run again."
     assert caplog.text.count("fewer than min_tokens") == 1
     assert len(calls) <= 5, "nothing more is computed once it is known"
+
+
+@pytest.mark.parametrize("reason", ["block 0 is listed in dense_blocks", "something; it ends with a stop."])
+def test_whatever_keeps_a_video_dense_what_to_do_comes_last(model, monkeypatch, reason):
+    from comfyui_psa.patching import override
+    from comfyui_psa.patching.calibrate import calibrate
+
+    monkeypatch.setattr(override, "decline_reason", lambda *_, **__: reason)
+    with pytest.raises(InputError) as caught:
+        calibrate(model, sampler([]), **INPUTS)
+    why, do = str(caught.value).split(". This is why: ")[1].split(". ")
+    assert why == reason.rstrip(".")
+    assert do == "Change that, or connect a longer or larger latent, and run again."
 
 
 def test_the_seed_stays_as_it_is(comfyui):
