@@ -12,13 +12,16 @@ from typing import Any, ClassVar
 from comfy_api.latest import io
 
 from ..errors import InputError, NodeError
-from .values import LINK, check_values
+from .values import LINK, check_values, name_unknown
 
 log = logging.getLogger("ComfyUI-PSA")
 
 
 class PSANode(io.ComfyNode):
     """A node of the pack; it has `run` where other nodes have `execute`.
+
+    Its schema accepts all inputs: ComfyUI drops without a word what a prompt calls by a name that the node lacks, and
+    so an input that was misspelt, or has gone since, can be named.
 
     Attributes:
         rules: functions that raise InputError. The parameters of each are inputs of the node (or `NAME_given`: whether
@@ -36,7 +39,7 @@ class PSANode(io.ComfyNode):
         raise NotImplementedError
 
     @classmethod
-    def validate_inputs(cls, **inputs: Any) -> bool | str:
+    def validate_inputs(cls, /, **inputs: Any) -> bool | str:
         """What ComfyUI asks before it queues a prompt: True, or the sentence that the node itself would end with.
 
         An input that comes over a link arrives as None and is not judged.
@@ -50,10 +53,17 @@ class PSANode(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, **inputs: Any) -> io.NodeOutput:
-        """`run`, after the inputs were judged; an error that a user could not read becomes one that they can."""
-        optional = {spec.id for spec in cls.define_schema().inputs if spec.optional}
-        inputs = {name: value for name, value in inputs.items() if value is not None or name not in optional}
+    def execute(cls, /, **inputs: Any) -> io.NodeOutput:
+        """`run`, after the inputs were judged; an error that a user could not read becomes one that they can.
+
+        Inputs that the node does not have are named in the log and left out: they never stop a run.
+        """
+        schema = cls.define_schema()
+        optional = {spec.id: spec.optional for spec in schema.inputs}
+        for line in name_unknown(schema.display_name, inputs, optional):
+            log.warning("PSA: %s", line)
+        inputs = {name: inputs[name] for name in inputs if name in optional}
+        inputs = {name: value for name, value in inputs.items() if value is not None or not optional[name]}
         try:
             cls.judge(inputs)
             return cls.run(**inputs)
@@ -62,7 +72,7 @@ class PSANode(io.ComfyNode):
         except Exception as error:
             if _is_comfyuis(error):
                 raise
-            node = cls.define_schema().display_name
+            node = schema.display_name
             for kind, field in cls.told.items():
                 if isinstance(error, kind):
                     allowed = f"what works here; {error}"

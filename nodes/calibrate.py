@@ -32,6 +32,7 @@ class PSACalibrate(PSANode):
         return io.Schema(
             node_id="PSACalibrate",
             display_name="PSA Calibrate",
+            accept_all_inputs=True,
             category="model/patch",
             description=(
                 "Runs a short dense sampling, asks the model again with PSA at seven sparsities from 0.50 to 0.95 in "

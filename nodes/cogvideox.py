@@ -23,6 +23,7 @@ class PSACogVideoXLoader(PSANode):
         return io.Schema(
             node_id="PSACogVideoXLoader",
             display_name="PSA CogVideoX Loader",
+            accept_all_inputs=True,
             category="model/loaders",
             description=(
                 "Loads CogVideoX 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V from a diffusers folder (also in shards) or a "
@@ -70,6 +71,7 @@ class PSACogVideoXFix(PSANode):
         return io.Schema(
             node_id="PSACogVideoXFix",
             display_name="PSA CogVideoX Fix",
+            accept_all_inputs=True,
             category="model/patch",
             description=(
                 "Corrects positions and noise schedule of a CogVideoX model from another loader to those of diffusers. "
@@ -93,6 +95,7 @@ class PSACogVideoXSigmas(PSANode):
         return io.Schema(
             node_id="PSACogVideoXSigmas",
             display_name="PSA CogVideoX Sigmas",
+            accept_all_inputs=True,
             category="model/sampling/schedulers",
             description=(
                 "Noise levels of diffusers' trailing timesteps (999, 749, 499, 249 for 4 steps), for any number of "
@@ -136,6 +139,7 @@ class PSACogVideoXSampler(PSANode):
         return io.Schema(
             node_id="PSACogVideoXSampler",
             display_name="PSA CogVideoX Sampler",
+            accept_all_inputs=True,
             category="model/sampling/samplers",
             description=(
                 "CogVideoXDPMScheduler or CogVideoXDDIMScheduler of diffusers, for Custom Sampler. The 4-step LoRA "
@@ -171,6 +175,7 @@ class PSACogVideoXImageToVideo(PSANode):
         return io.Schema(
             node_id="PSACogVideoXImageToVideo",
             display_name="PSA CogVideoX Image To Video",
+            accept_all_inputs=True,
             category="model/conditioning/cogvideox",
             description="Conditioning and empty latent of the CogVideoX image-to-video models (5B-I2V, 1.5-5B-I2V).",
             search_aliases=["cogvideo", "i2v", "start image"],

@@ -18,6 +18,7 @@ class PSACompare(PSANode):
         return io.Schema(
             node_id="PSACompare",
             display_name="PSA Compare",
+            accept_all_inputs=True,
             category="model/patch",
             description=(
                 "Two videos (or batches of images) of one size, side by side with their difference, and how alike they "

@@ -18,6 +18,7 @@ class PSADemoScene(PSANode):
         return io.Schema(
             node_id="PSADemoScene",
             display_name="PSA Demo Prompt",
+            accept_all_inputs=True,
             category="PSA/demo",
             description="What the demo model is to show, instead of a text prompt; other models cannot read it.",
             # Nobody who looks for a node wants this one: the template brings it. Search and menus leave it out, since

@@ -21,6 +21,7 @@ class PSALoraLoader(PSANode):
         return io.Schema(
             node_id="PSALoraLoader",
             display_name="PSA LoRA Loader",
+            accept_all_inputs=True,
             category="model/loaders",
             description=(
                 "Loads a LoRA onto a CogVideoX or Wan model: names of diffusers/PEFT, kohya, lightx2v and ComfyUI, "
@@ -70,6 +71,7 @@ class PSALoraDownload(PSANode):
         return io.Schema(
             node_id="PSALoraDownload",
             display_name="PSA LoRA Download",
+            accept_all_inputs=True,
             category="model/loaders",
             description=(
                 "Downloads a LoRA from the Hugging Face hub into models/loras when this node runs, by default the "

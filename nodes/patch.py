@@ -39,6 +39,7 @@ class PSAPatch(PSANode):
         return io.Schema(
             node_id="PSAPatch",
             display_name="PSA Patch",
+            accept_all_inputs=True,
             category="model/patch",
             description=(
                 "Pyramid Sparse Attention: important parts of the video are attended in full, others at a half, a "

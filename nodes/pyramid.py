@@ -43,6 +43,7 @@ class PSAPyramid(PSANode):
         return io.Schema(
             node_id="PSAPyramid",
             display_name="PSA Pyramid",
+            accept_all_inputs=True,
             category="model/patch",
             description=(
                 "How much of the video is seen at which resolution: a slider per level, the most important blocks at "

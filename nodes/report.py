@@ -18,6 +18,7 @@ class PSAReport(PSANode):
         return io.Schema(
             node_id="PSAReport",
             display_name="PSA Report",
+            accept_all_inputs=True,
             category="model/patch",
             description=(
                 "A picture and the figures of the last sampling run of a model from PSA Patch: sparsity of every step "

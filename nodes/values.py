@@ -4,6 +4,7 @@ of what comes over a link its kind. ComfyUI checks less: NaN is in every range t
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections.abc import Callable, Container, Iterable
@@ -11,7 +12,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..errors import InputError, is_model
+from ..errors import InputError, is_model, shown
 from ..kernels.presets import Preset
 
 LINK = object()
@@ -60,6 +61,20 @@ def check_values(node: str, specs: Iterable[io.Input], inputs: dict[str, Any], a
             fits, allowed = KINDS.get(spec.get_io_type(), (lambda _: True, ""))
             if not fits(value):
                 raise InputError(spec.id, value, allowed, node, do=f"connect {allowed.partition(':')[0]} to {spec.id}")
+
+
+def name_unknown(node: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
+    """A sentence for every input that a prompt names and the node does not have, as after an update or a slip."""
+    known = list(known)
+    lines = []
+    for name in given:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        do = f"rename it to {near[0]} if that is meant, or take it out" if near else "take it out"
+        has = f"the node has {', '.join(known)}"
+        lines.append(f"{node} has no input {shown(name)}, and its value is not used; {do}; {has}")
+    return lines
 
 
 def _check_number(node: str, spec: Any, value: object) -> None:

@@ -236,6 +236,34 @@ def test_no_node_goes_round_the_judge(nodes):
         assert "validate_inputs" not in node.__dict__
 
 
+def test_every_node_is_given_what_it_does_not_know(nodes):
+    """ComfyUI drops other inputs of a prompt before a node could name them."""
+    assert [name for name, node in nodes.items() if not node.ACCEPT_ALL_INPUTS] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "do"),
+    [
+        ("similarity_haf", "rename it to similarity_half if that is meant, or take it out"),
+        ("Quarter", "rename it to quarter if that is meant, or take it out"),
+        ("block_size_q", "rename it to block_q if that is meant, or take it out"),
+        ("zzz", "take it out"),
+        ("cls", "take it out"),
+        ("", "take it out"),
+        ("x" * 100_000, "take it out"),
+    ],
+)
+def test_an_input_that_a_node_does_not_have_is_named_and_stops_nothing(nodes, given, do, caplog):
+    node = nodes["PSAPyramid"]
+    inputs = defaults(node)
+    assert node.validate_inputs(**inputs, **{given: 1}) is True
+    assert node.execute(**inputs, **{given: 1}).result == node.execute(**inputs).result
+    (line,) = [line for line in caplog.messages if "has no input" in line]
+    assert line.startswith(f"PSA: {node.define_schema().display_name} has no input {given[:60]!r}"[:60])
+    assert f", and its value is not used; {do}; the node has " in line
+    assert len(line) < 600
+
+
 def post(client, prompt):
     try:
         client.post("/prompt", {"prompt": prompt, "client_id": client.client_id})

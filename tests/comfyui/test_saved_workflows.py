@@ -1,10 +1,12 @@
 """Workflows that an earlier state of the pack saved, kept as they were: each value still belongs to its input."""
 
+import json
+import urllib.error
 from pathlib import Path
 
 import pytest
 
-from comfyui_psa.devtools.workflow import find_problems, graph_to_prompt, load_workflow
+from comfyui_psa.devtools.workflow import FILE_INPUTS, find_problems, graph_to_prompt, load_workflow
 
 SAVED = Path(__file__).with_name("saved")
 FILES = sorted(SAVED.glob("*/*.json"))
@@ -36,3 +38,41 @@ def test_a_prompt_of_an_earlier_version_has_all_that_is_required(definitions):
     """A prompt sent over the API names its inputs: one that came later and were required would refuse it."""
     required = set(definitions["PSAPatch"]["input"]["required"])
     assert required <= {"model", *PATCH_INPUTS["0.1.0"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=[f"{path.parent.name}-{path.stem}" for path in FILES])
+def test_an_earlier_prompt_is_taken_by_a_real_server(client, definitions, path):
+    """What the server refuses of it is the files that it does not have, and nothing else of the pack's own nodes."""
+    prompt = graph_to_prompt(load_workflow(path), definitions)
+    try:
+        answer = client.post("/prompt", {"prompt": prompt, "client_id": client.client_id})
+        client.post("/queue", {"delete": [answer["prompt_id"]]})
+        client.post("/interrupt", {"prompt_id": answer["prompt_id"]})
+    except urllib.error.HTTPError as error:
+        answer = json.loads(error.read())
+        assert answer["error"]["type"] == "prompt_outputs_failed_validation"
+    wrong = [
+        (prompt[node]["class_type"], reason["details"])
+        for node, found in answer["node_errors"].items()
+        for reason in found["errors"]
+        if prompt[node]["class_type"].startswith("PSA") and not any(name in reason["details"] for name in FILE_INPUTS)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.slow
+def test_inputs_that_have_gone_are_named_in_the_log_of_a_real_server(server, client, definitions):
+    """Sent over the API, one as a value and one over a link: both are named once, and the node does its work."""
+    asked = definitions["PSAPyramid"]["input"]["required"]
+    inputs = {name: options["default"] for name, (_, options) in asked.items()}
+    gone = {"sixteenth": 0.1, "blok_q": ["text", 0]}
+    prompt = {
+        "text": {"class_type": "PrimitiveString", "inputs": {"value": "128"}},
+        "node": {"class_type": "PSAPyramid", "inputs": inputs | gone},
+        "out": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}},
+    }
+    assert client.run(prompt, timeout=60).outputs["out"]["text"]
+    log = server.log.read_text(encoding="utf-8")
+    assert log.count("PSA Pyramid has no input 'sixteenth', and its value is not used; take it out; ") == 1
+    assert log.count("PSA Pyramid has no input 'blok_q', and its value is not used; rename it to block_q if ") == 1
