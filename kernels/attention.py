@@ -122,20 +122,21 @@ def pyramid_sparse_attention(
     name = choose_backend(backend, q, config.precision)
 
     output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
-    lists = video_attention(name)(
-        _video(q, query_layout),
-        _video(k, layout),
-        _video(v, layout),
-        config,
-        query_order,
-        order,
-        scale,
-        _others(k, layout),
-        _others(v, layout),
-        generator,
-        _video(output, query_layout),
-        lists,
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its tensors are on
+        lists = video_attention(name)(
+            _video(q, query_layout),
+            _video(k, layout),
+            _video(v, layout),
+            config,
+            query_order,
+            order,
+            scale,
+            _others(k, layout),
+            _others(v, layout),
+            generator,
+            _video(output, query_layout),
+            lists,
+        )
     if query_layout.before or query_layout.after:
         # Text and reference queries are few: they see everything at full resolution.
         others = F.scaled_dot_product_attention(_others(q, query_layout), _aligned(k), _aligned(v), scale=scale)

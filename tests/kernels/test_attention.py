@@ -1,6 +1,9 @@
 """The whole call: dense equivalence, layouts and orders, invariances, determinism, errors."""
 
 import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -275,3 +278,34 @@ def test_gradients_are_declined_not_lost(random_tensor, backend, which):
         pyramid_sparse_attention(*tensors, BUDGET, backend=backend)
     with torch.no_grad():
         pyramid_sparse_attention(*tensors, BUDGET)
+
+
+ON_THE_SECOND_GPU = """
+import importlib.util, sys, torch
+from pathlib import Path
+root = Path(sys.argv[1])
+face = root / "__init__.py"
+spec = importlib.util.spec_from_file_location("comfyui_psa", face, submodule_search_locations=[str(root)])
+sys.modules["comfyui_psa"] = pack = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+from comfyui_psa.kernels import PyramidConfig, pyramid_sparse_attention
+
+config = PyramidConfig(mode="topk", shares={1: 0.3, 8: 0.3}, sparsity=None, precision=sys.argv[2])
+q, k, v = torch.randn(3, 1, 2, 1000, 64, generator=torch.Generator().manual_seed(0)).half().unbind(0)
+results = [pyramid_sparse_attention(*(x.to(f"cuda:{i}") for x in (q, k, v)), config) for i in (1, 0)]
+assert torch.cuda.current_device() == 0
+assert results[0].backend == "triton"
+assert torch.equal(results[0].output.cpu(), results[1].output.cpu())
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["auto", "int8"])
+def test_tensors_on_another_device_than_the_current_one(precision):
+    """In a process of its own, where nothing has opened the way between the two GPUs yet."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", ON_THE_SECOND_GPU, root, precision]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
