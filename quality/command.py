@@ -33,7 +33,7 @@ DEFAULTS = {
     "candidates": (20, 4, 2, 33),
     "velocity": (STEPS, 3, 1, 33),
 }
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(description: str | None = None) -> int:
@@ -62,7 +62,7 @@ def main(description: str | None = None) -> int:
     device = torch.device(arguments.device)
     precision = arguments.dtype or ("bf16" if device.type == "cuda" else "float32")
     # Where the model runs in float32 the Triton kernels do not serve on a GPU; on a CPU torch is the backend anyway.
-    backend = arguments.backend or ("triton" if device.type == "cuda" and precision == "bf16" else "torch")
+    backend = arguments.backend or ("triton" if device.type == "cuda" and precision != "float32" else "torch")
     video = Video(frames, arguments.side, arguments.side)
     clips = [
         Clip(scene, seed, f"scene {number}, seed {seed}")
@@ -74,7 +74,9 @@ def main(description: str | None = None) -> int:
         return 0
     if arguments.compile_part:
         schedule = simple_schedule(steps, blocks=6)
-        compile_ahead.compile_part(settings, arguments.compile_part, schedule, video.grid, len(clips), backend)
+        compile_ahead.compile_part(
+            settings, arguments.compile_part, schedule, video.grid, len(clips), backend, DTYPES[precision]
+        )
         return 0
 
     def say(text: str) -> None:
@@ -132,7 +134,9 @@ def _parse(description: str | None) -> argparse.Namespace:
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON list of PSA Patch inputs, for --workflow")
     parser.add_argument("--url", help="of a running ComfyUI with this pack, for --workflow; otherwise one is started")
-    parser.add_argument("--out", type=Path, default=ROOT / "output" / "quality", help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results: output/quality, with --dtype output/quality-DTYPE"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings whose name fits one of these: 'paper*'")
     parser.add_argument("--list", action="store_true", help="only print the names of the settings")
     parser.add_argument("--steps", type=int, help="sampling steps")
@@ -142,11 +146,14 @@ def _parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=512, help="height and width in pixels")
     parser.add_argument("--minutes", type=float, default=60.0, help="no setting begins later than this")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model: bf16 on a GPU, float32 elsewhere")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model; bf16 on a GPU, float32 elsewhere")
     parser.add_argument("--backend", choices=("triton", "torch"), help="of the attention")
     parser.add_argument("--no-compile-ahead", action="store_true", help="compile each kernel when it is needed")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    # A run replaces the files of its folder: one in another type must not end those of the usual.
+    arguments.out = arguments.out or ROOT / "output" / "-".join(filter(None, ("quality", arguments.dtype)))
+    return arguments
 
 
 def _machine(device: torch.device) -> str:

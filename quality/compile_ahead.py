@@ -43,9 +43,15 @@ def finish(workers: Sequence[subprocess.Popen], seconds: float) -> None:
 
 
 def compile_part(
-    settings: Sequence[Setting], part: str, schedule: Schedule, grid: tuple[int, int, int], batch: int, backend: str
+    settings: Sequence[Setting],
+    part: str,
+    schedule: Schedule,
+    grid: tuple[int, int, int],
+    batch: int,
+    backend: str,
+    dtype: torch.dtype,
 ) -> None:
-    """One attention call of every n-th different kernel setting on random data."""
+    """One attention call of every n-th different kernel setting on random data of the model's type."""
     number, count = map(int, part.split("/"))
     different: dict[str, Setting] = {}
     for setting in settings:
@@ -55,7 +61,7 @@ def compile_part(
         different.setdefault(kind, setting)
     tokens = grid[0] * grid[1] * grid[2]
     # The model's strides: heads beside one another in a token.
-    q, k, v = torch.randn(3, batch, tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16).transpose(2, 3).unbind(0)
+    q, k, v = torch.randn(3, batch, tokens, HEADS, DIM, device="cuda", dtype=dtype).transpose(2, 3).unbind(0)
     for setting in list(different.values())[number::count]:
         # What fails here fails again, and is reported, when it is measured.
         with contextlib.suppress(Exception):

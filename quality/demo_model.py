@@ -92,7 +92,7 @@ def simple_schedule(steps: int, blocks: int, shift: float = SHIFT) -> Schedule:
 
 
 class DemoModel:
-    """Diffusion model and decoder on a device; `dtype` bfloat16 runs matrix products and attention in 16 bits."""
+    """Diffusion model and decoder on a device; `dtype` bfloat16 or float16 runs matrix products and attention in it."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, weights: Path = WEIGHTS) -> None:
         self.device, self.dtype = device, dtype

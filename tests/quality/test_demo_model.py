@@ -1,13 +1,18 @@
 """The direct runner gives the latents of ComfyUI's own sampler with PSA Patch, and meets the compute it is told."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from comfyui_psa.demo.scene import Scene, conditioning
 from comfyui_psa.demo.training.files import DIT_FILE
+from comfyui_psa.quality import command
 from comfyui_psa.quality.attention import SparseAttention
 from comfyui_psa.quality.demo_model import WEIGHTS, Clip, DemoModel, DenseAttention, Video, simple_schedule
 from comfyui_psa.quality.matrix import LEAN, settings_of
+from comfyui_psa.quality.results import read_runs
 from comfyui_psa.quality.setting import Setting, resolve
 
 VIDEO = Video(frames=9, height=256, width=256)  # 768 tokens
@@ -124,3 +129,43 @@ def test_every_setting_of_the_matrix_resolves(kind):
 
 def test_the_lean_compute_is_that_of_the_slider():
     assert pytest.approx(0.25 + 0.75 * 0.15) == LEAN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_is_given_the_type_of_the_model(model, dtype):
+    class Watched(DenseAttention):
+        seen = set()
+
+        def __call__(self, q, k, v):
+            self.seen |= {q.dtype, k.dtype, v.dtype}
+            return super().__call__(q, k, v)
+
+    schedule, video = simple_schedule(2, model.blocks), Video(frames=5, height=128, width=128)
+    expected = model.sample([CLIP], video, schedule, DenseAttention()).latents
+    watched = Watched()
+    found = DemoModel(torch.device("cpu"), dtype).sample([CLIP], video, schedule, watched).latents
+    assert watched.seen == {dtype}
+    error = float((found - expected).norm() / expected.norm())
+    assert 0 < error < (0.03 if dtype == torch.bfloat16 else 0.004)
+
+
+@pytest.mark.slow
+def test_a_run_in_float16_says_so(monkeypatch, tmp_path):
+    size = ["--scenes", "1", "--seeds", "1", "--frames", "5", "--side", "128", "--steps", "4"]
+    asked = ["--smoke", "--device", "cpu", "--dtype", "fp16", "--out", str(tmp_path), *size]
+    monkeypatch.setattr(sys, "argv", ["quality", *asked])
+    assert command.main() == 0
+    rows = read_runs(tmp_path)
+    assert {row.precision for row in rows} == {"fp16, torch"}
+    assert any(row.psnr is not None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("asked", "folder"),
+    [([], "quality"), (["--dtype", "fp16"], "quality-fp16"), (["--dtype", "bf16"], "quality-bf16")],
+)
+def test_a_run_in_another_type_leaves_the_usual_results(monkeypatch, asked, folder):
+    monkeypatch.setattr(sys, "argv", ["quality", *asked])
+    assert command._parse(None).out == command.ROOT / "output" / folder
+    monkeypatch.setattr(sys, "argv", ["quality", *asked, "--out", "elsewhere"])
+    assert command._parse(None).out == Path("elsewhere")
