@@ -48,6 +48,6 @@ def compile_part(chosen: Mapping[int, Sequence[Method]], part: str) -> None:
     for dim, method in jobs[number::count]:
         # What fails here fails again, and is reported, when it is measured.
         with contextlib.suppress(Exception):
-            call, _ = method.make(*smooth_qkv(2, GRID, dim, torch.bfloat16, "cuda"), GRID)
+            call, _ = method.make(*smooth_qkv(2, GRID, dim, method.dtype or torch.bfloat16, "cuda"), GRID)
             call()
     torch.cuda.synchronize()

@@ -41,6 +41,9 @@ class Method:
     precision: str
     setting: str
     make: Callable[..., tuple[Callable[[], torch.Tensor], Callable[[], float]]]
+    dtype: torch.dtype | None = None
+    """Of q, k, v; None is that of most: bfloat16 on a GPU, float32 on a CPU. The first method of each is dense, and
+    what the times of the others are compared with."""
 
 
 def dense(backend: SDPBackend) -> Callable[..., tuple]:
@@ -141,8 +144,8 @@ def kitchen_int8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple)
 
 
 def methods(dim: int, cuda: bool, full: bool) -> Iterator[Method]:
-    """The methods for a head size; the first is what times are compared with. `full` adds the curves of error against
-    time."""
+    """The methods for a head size, those of each type of q, k, v beside one another. `full` adds the curves of error
+    against time."""
     precision = "bfloat16" if cuda else "float32"
     if not cuda:
         yield Method("sdpa", precision, "dense", dense(SDPBackend.FLASH_ATTENTION))
@@ -156,13 +159,14 @@ def methods(dim: int, cuda: bool, full: bool) -> Iterator[Method]:
         )
     if cuda:
         yield from _rivals(dim, precision, full)
+        yield from _float16_methods()
 
 
 def length_methods(dim: int, cuda: bool) -> Iterator[Method]:
     """Those whose time is drawn against the length: dense, what `auto` takes, and Sol-Attn."""
     wanted = ("sdpa", "sdpa-cudnn", "psa", "sol-attn")
     for method in methods(dim, cuda, full=False):
-        if method.name in wanted and (method.name != "psa" or method.setting == AUTO):
+        if method.name in wanted and (method.name != "psa" or method.setting == AUTO) and method.dtype is None:
             yield method
 
 
@@ -205,6 +209,15 @@ def _psa_methods(precision: str, cuda: bool, full: bool) -> Iterator[Method]:
                 "psa", "int8" if number == "int8" else precision, f"full {share} and tail, curve, pooled",
                 psa(mode="topk", shares={1: share}, sparsity=None, order="curve", precision=number, **RANKING),
             )  # fmt: skip
+
+
+def _float16_methods() -> Iterator[Method]:
+    """Dense attention and what `auto` takes, on a GPU, as a model in float16 calls them."""
+    from comfyui_psa.kernels.presets import RANKING
+
+    yield Method("sdpa-cudnn", "float16", "dense", dense(SDPBackend.CUDNN_ATTENTION), torch.float16)
+    auto = psa(mode="topk", shares=PUBLISHED, sparsity=0.85, order="curve", tail=False, precision="bf16", **RANKING)
+    yield Method("psa", "float16", AUTO, auto, torch.float16)
 
 
 def _rivals(dim: int, precision: str, full: bool) -> Iterator[Method]:

@@ -1,8 +1,9 @@
 """Time per step of a full-size model, dense and with PSA, in one process: CogVideoX-5B at 720x480x49, 4 steps, and
-Wan2.1-1.3B at 1280x720x69.
+Wan2.1-1.3B at 1280x720x69, in bfloat16 and in float16.
 
-Random weights in bfloat16 in ComfyUI's own model code, sampled by ComfyUI. Needs a ComfyUI folder in COMFYUI_PATH with
-its packages, and a GPU of 40 GB or more (without one: `--layers 1 --heads 2 --latent 4 24 32 --device cpu`).
+Random weights, the same in either type, in ComfyUI's own model code, sampled by ComfyUI. Needs a ComfyUI folder in
+COMFYUI_PATH with its packages, and a GPU of 40 GB or more (without one: `--layers 1 --heads 2 --latent 4 24 32
+--device cpu`).
 Where diffusers is there, CogVideoX gets PSA's corrections and its sampler; otherwise ComfyUI's euler, which takes the
 same model calls. Weights are random, so nothing here says anything about quality.
 
@@ -37,27 +38,37 @@ def main() -> int:
     arguments = _arguments()
     _import_comfyui(arguments.device)
     _import_pack()
-    model = _random_model(arguments)
-    if arguments.model == "cogvideox-5b":
-        model = _corrected(model)
     frames, height, width = arguments.latent
     tokens = frames * (height // 2) * (width // 2)
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     print(
         f"{where}, torch {torch.__version__}: {arguments.layers} layers, {arguments.heads} heads, {tokens} video tokens"
     )
-    print(f"{'method':32} {'s/step':>8} {'best':>8} {'x dense':>8} {'sparsity':>9} {'GB':>6}")
+    print(f"{'method':32} {'type':>9} {'s/step':>8} {'best':>8} {'x dense':>8} {'sparsity':>9} {'GB':>6}")
+    for dtype in arguments.dtype:
+        _measure(arguments, dtype)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, dtype: str) -> None:
+    """Time every method on the model in one type; a function of its own, so that its weights are free afterwards."""
+    model = _random_model(arguments, getattr(torch, dtype))
+    if arguments.model == "cogvideox-5b":
+        model = _corrected(model)
     dense = None
     for name, patched in _methods(model, arguments):
-        _sample(patched, arguments, steps=1)  # compile and warm up
+        computed = _computed_in(patched, arguments)  # also compiles and warms up
+        if computed != {getattr(torch, dtype)}:
+            raise RuntimeError(f"{name}: the queries that reached attention are {computed}, not {dtype}")
         seconds = [second for _ in range(arguments.runs) for second in _sample(patched, arguments, arguments.steps)]
         median = statistics.median(seconds)
         dense = dense or median
         memory = torch.cuda.max_memory_allocated() / 1e9 if arguments.device == "cuda" else 0.0
         sparsity, fallbacks = _report(patched)
         figures = f"{median:8.3f} {min(seconds):8.3f} {dense / median:8.2f} {sparsity:>9} {memory:6.1f}"
-        print(f"{name:32} {figures}", *fallbacks, sep="\n    stayed dense: " if fallbacks else "", flush=True)
-    return 0
+        print(
+            f"{name:32} {dtype:>9} {figures}", *fallbacks, sep="\n    stayed dense: " if fallbacks else "", flush=True
+        )
 
 
 def _arguments() -> argparse.Namespace:
@@ -71,6 +82,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=1.0, help="above 1 every step is two model calls in a batch")
     parser.add_argument("--preset")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.85, 0.9])
+    types = ["bfloat16", "float16"]
+    parser.add_argument("--dtype", choices=types, nargs="+", default=types, help="of the model; by default both")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments = parser.parse_args()
     for name, value in MODELS[arguments.model].items():
@@ -103,11 +116,14 @@ def _import_pack() -> None:
     spec.loader.exec_module(module)
 
 
-def _random_model(arguments: argparse.Namespace) -> Any:
-    """A ComfyUI MODEL with the real layer sizes and random weights, loaded as a checkpoint is loaded."""
+def _random_model(arguments: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """A ComfyUI MODEL with the real layer sizes and random weights, loaded and computed in a 16-bit type."""
+    import comfy.model_management
     import comfy.ops
     import comfy.sd
 
+    comfy.model_management.unload_all_models()  # there may not be room for one in either type
+    gc.collect()
     common = {"operations": comfy.ops.disable_weight_init, "dtype": torch.bfloat16, "device": "meta"}
     if arguments.model == "cogvideox-5b":
         import comfy.ldm.cogvideo.model
@@ -133,13 +149,15 @@ def _random_model(arguments: argparse.Namespace) -> Any:
             value.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         else:
             value.normal_(std=0.02, generator=generator)
-        state[name] = value
-    options = {"dtype": torch.bfloat16} if arguments.device == "cuda" else {}
-    model = comfy.sd.load_diffusion_model_state_dict(state, model_options=options)
-    del state
+        state[name] = value.to(dtype)
+    model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
+    if model.model.get_dtype_inference() != dtype:  # on a CPU ComfyUI would rather compute in another one
+        model.set_model_compute_dtype(dtype)
+    del state, value
     gc.collect()
     if arguments.device == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     return model
 
 
@@ -159,6 +177,21 @@ def _methods(model: Any, arguments: argparse.Namespace):
     for sparsity in arguments.sparsity:
         settings = {"preset": arguments.preset, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
         yield f"{arguments.preset} {sparsity}", patch_model(model, sparsity=sparsity, **settings)
+
+
+def _computed_in(model: Any, arguments: argparse.Namespace) -> set[torch.dtype]:
+    """The types of the queries that reach the attention override of a MODEL in one step."""
+    from comfyui_psa.patching import core
+
+    watched, override, found = model.clone(), core.get_override(model), set()
+
+    def watch(attention: Any, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        found.add(q.dtype)
+        return override(attention, q, *args, **kwargs) if override else attention(q, *args, **kwargs)
+
+    core.set_override(watched, watch)
+    _sample(watched, arguments, steps=1)
+    return found
 
 
 def _sample(model: Any, arguments: argparse.Namespace, steps: int) -> list[float]:

@@ -1,7 +1,8 @@
 """`python dev.py bench`: attention methods against dense attention in the same run, with error beside time.
 
 On a CPU the demo's shape, on a GPU the shapes of the models too. Data are smooth and synthetic, or captured from the
-demo model (`demo`). Medians; ratios within one run are what counts. Errors are against float64, see `truth.py`. Rows go
+demo model (`demo`), in bfloat16 on a GPU, for some rows in float16. Medians; ratios within one run are what counts:
+`speedup` is over dense attention in the row's own type. Errors are against float64, see `truth.py`. Rows go
 to `benchmarks/results/attention-gpu.csv` or `-cpu.csv`, the split of the PSA call to `stages-gpu.csv`; what a run
 measures replaces the rows of its shapes. `python dev.py bench --plot` draws error against time from them.
 """
@@ -85,12 +86,17 @@ def _all_shapes(cuda: bool) -> list[str]:
 
 
 def _chosen(dim: int, arguments: argparse.Namespace) -> list[methods.Method]:
-    """The methods to measure, the dense one that all are compared with first."""
+    """The methods to measure, with the dense one that each is compared with."""
     cuda = torch.cuda.is_available()
     every = methods.length_methods(dim, cuda) if arguments.lengths else methods.methods(dim, cuda, arguments.full)
-    first, *others = every
     fits = arguments.only or "*"
-    return [first, *(m for m in others if fnmatch.fnmatch(m.name, fits) or fnmatch.fnmatch(m.setting, fits))]
+    wanted, seen = [], set()
+    for method in every:
+        first = method.dtype not in seen
+        if first or fnmatch.fnmatch(method.name, fits) or fnmatch.fnmatch(method.setting, fits):
+            wanted.append(method)
+        seen.add(method.dtype)
+    return wanted
 
 
 def _measure(
@@ -101,10 +107,15 @@ def _measure(
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     q, k, v = demo_qkv(dtype, device) if name == "demo" else smooth_qkv(heads, grid, dim, dtype, device)
     truth = exact_rows(q, k, v)
-    common, rows, dense_ms = _machine(cuda) | {"shape": name}, [], None
+    common, rows = _machine(cuda) | {"shape": name}, []
+    cast, baselines, times = {dtype: (q, k, v)}, {}, {}
     for method in chosen:
+        kind = method.dtype or dtype
+        dense_ms = baselines.get(kind)
         try:
-            call, density = method.make(q, k, v, grid)
+            if kind not in cast:  # the same numbers in another type, so that the truth is the same too
+                cast = {kind: tuple(x.to(kind) for x in (q, k, v))}
+            call, density = method.make(*cast[kind], grid)
             error = truth.error(getattr(call, "restore", lambda x: x)(call()))
             memory, ms, host = extra_mb(call), median_ms(call, runs), host_ms(call, runs)
         except Exception as failure:  # a rival that does not run here must not end the run
@@ -113,13 +124,16 @@ def _measure(
             reason = " ".join(str(failure).split())[:140]
             print(f"{name:16s} {method.name:15s} left out: {type(failure).__name__}: {reason}", flush=True)
             continue
-        dense_ms = dense_ms or ms
+        dense_ms = baselines.setdefault(kind, ms)
         row = {"method": method.name, "precision": method.precision, "density": round(density(), 4), "ms": round(ms, 3)}
         row |= {"dense_ms": round(dense_ms, 3), "speedup": round(dense_ms / ms, 3), "rel_l1": round(error, 5)}
         row |= {"extra_mb": "" if memory is None else memory, "setting": method.setting}
         rows.append(common | row | {"host_ms": "" if host is None else round(host, 3)})
         figures = f"{ms:9.2f} ms {dense_ms / ms:6.2f}x  error {error:.4f}"
-        print(f"{name:16s} {method.name:15s} {figures}  {method.precision:9s} {method.setting}", flush=True)
+        times[method.name, method.setting, method.precision] = ms
+        usual = times.get((method.name, method.setting, chosen[0].precision))
+        beside = f"  {method.precision}/{chosen[0].precision} {ms / usual:.3f}" if method.dtype and usual else ""
+        print(f"{name:16s} {method.name:15s} {figures}  {method.precision:9s} {method.setting}{beside}", flush=True)
     return rows, _stages(q, k, v, grid, runs, common) if stages and cuda else []
 
 

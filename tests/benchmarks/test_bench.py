@@ -1,7 +1,9 @@
 """The benchmark's own arithmetic: what errors are taken against, what stands in the table, what is drawn."""
 
 import csv
+import dataclasses
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,86 @@ def test_a_run_on_a_cpu_writes_the_table(tmp_path):
     assert float(rows[1]["rel_l1"]) < 1e-5
     assert 0.05 < float(rows[2]["rel_l1"]) < 0.5
     assert float(rows[2]["density"]) == pytest.approx(0.05, abs=0.01)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """The modules `run` and `methods`, which look for the others beside them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("compile_ahead", "methods", "captured", "synthetic", "timing", "truth"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    run = load("run")
+    yield run, run.methods
+    for name in ("compile_ahead", "methods", "captured", "synthetic", "timing", "truth"):
+        sys.modules.pop(name, None)
+
+
+def test_float16_is_measured_beside_bfloat16_on_a_gpu(measured):
+    _, methods = measured
+    rows = [(m.name, m.setting) for m in methods.methods(128, cuda=True, full=False) if m.precision == "float16"]
+    assert rows == [("sdpa-cudnn", "dense"), ("psa", methods.AUTO)]
+    others = {(m.name, m.setting) for m in methods.methods(128, cuda=True, full=False) if m.precision == "bfloat16"}
+    assert set(rows) <= others
+    assert not [m for m in methods.methods(128, cuda=False, full=True) if m.dtype is not None]
+    assert not [m for m in methods.length_methods(128, cuda=True) if m.dtype is not None]
+
+
+@pytest.mark.parametrize("only", [None, "psa", "sol-attn", "nothing"])
+def test_dense_attention_of_every_type_is_always_measured(measured, monkeypatch, only):
+    run, _ = measured
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    arguments = run.argparse.Namespace(lengths=False, full=False, only=only)
+    chosen = run._chosen(128, arguments)
+    dense = [m.precision for m in chosen if m.name == "sdpa-cudnn"]
+    assert dense == ["bfloat16", "float16"]
+    assert all(m.name == only for m in chosen if m.name != "sdpa-cudnn" and only)
+
+
+def test_a_type_is_compared_with_dense_attention_in_itself(measured, capsys):
+    """On a CPU, where float32 is the usual type: what reaches a float16 row, its times and its error."""
+    run, methods = measured
+    seen = []
+
+    def watched(method):
+        def make(q, k, v, grid):
+            seen.append((method.name, {x.dtype for x in (q, k, v)}))
+            return method.make(q, k, v, grid)
+
+        return dataclasses.replace(method, make=make)
+
+    half = [m for m in methods.methods(64, cuda=True, full=False) if m.dtype == torch.float16]
+    half[0] = dataclasses.replace(half[0], make=methods.dense(methods.SDPBackend.MATH))  # cuDNN is not on a CPU
+    usual = [dataclasses.replace(m, precision="float32", dtype=None) for m in half]
+    rows, _ = run._measure("small", (2, (4, 16, 16), 64), 1, [watched(m) for m in usual + half], stages=False)
+    assert seen == [(name, {dtype}) for dtype in (torch.float32, torch.float16) for name in ("sdpa-cudnn", "psa")]
+    assert [row["precision"] for row in rows] == ["float32"] * 2 + ["float16"] * 2
+    for dense, psa in (rows[:2], rows[2:]):
+        assert dense["speedup"] == 1
+        assert psa["dense_ms"] == dense["ms"]
+        assert psa["speedup"] == pytest.approx(dense["ms"] / psa["ms"], rel=0.05)
+        assert psa["density"] == pytest.approx(0.15, abs=0.03)
+    assert rows[0]["rel_l1"] < 1e-5 < rows[2]["rel_l1"] < 1e-2
+    assert rows[3]["rel_l1"] == pytest.approx(rows[1]["rel_l1"], rel=0.05)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.rsplit("  ", 1)[1].split()[0] for line in lines[2:]] == ["float16/float32"] * 2
+    assert float(lines[3].split()[-1]) == pytest.approx(rows[3]["ms"] / rows[1]["ms"], abs=0.01)
+
+
+@pytest.mark.slow
+def test_a_whole_model_is_timed_in_both_types(comfyui):
+    from comfyui_psa.devtools.paths import comfyui_folder
+
+    command = [sys.executable, BENCHMARKS / "model_step.py", "wan1.3b", "--layers", "1", "--heads", "2"]
+    command += ["--latent", "4", "24", "32", "--device", "cpu", "--steps", "1", "--runs", "1", "--sparsity", "0.85"]
+    environment = os.environ | {"COMFYUI_PATH": str(comfyui_folder())}
+    done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True, env=environment)
+    rows = [line.split() for line in done.stdout.splitlines() if "float16" in line]
+    assert [row[:-5] for row in rows] == [
+        [*method, dtype] for dtype in ("bfloat16", "float16") for method in (["dense"], ["auto", "0.85"])
+    ]
+    for row in rows:
+        assert float(row[-2]) == pytest.approx(0.85 if row[0] == "auto" else 0, abs=0.02)
+    assert "stayed dense" not in done.stdout
 
 
 def test_pictures_of_errors_and_of_lengths(tmp_path):
