@@ -30,7 +30,8 @@ class Expectation:
     Attributes:
         shares: pooling factor -> share of the block pairs, 0 for those not seen at all. Adds up to 1.
         sparsity: share of the work that is saved; coverage: share of the pairs of which anything is seen.
-        speedup: of the attention call against dense, (least, most) as measured on an H100.
+        speedup: of the attention call against dense, (least, most) as measured on an H100; the page shows it on
+            one only, since it says nothing of other GPUs.
     """
 
     shares: dict[int, float] | None

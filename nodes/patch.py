@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..kernels.backends import BACKENDS
 from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
 from ..kernels.falling import MOST_FALLING
-from ..patching.live import patch_for_node
+from ..patching.live import asked_of, patch_for_node
 from ..patching.settings import (
     AUTO,
     FROM_PRESET,
@@ -199,7 +199,7 @@ class PSAPatch(PSANode):
                 ),
             ],
             outputs=[io.Model.Output()],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
         )
 
     @classmethod
@@ -208,5 +208,6 @@ class PSAPatch(PSANode):
 
     @classmethod
     def run(cls, model, **inputs) -> io.NodeOutput:
-        patched, told = patch_for_node(model, cls.hidden.unique_id, **inputs)
-        return io.NodeOutput(patched, ui={"psa": told})
+        asked = asked_of(cls.hidden.prompt, cls.hidden.unique_id)
+        patched, told = patch_for_node(model, cls.hidden.unique_id, asked, **inputs)
+        return io.NodeOutput(patched, ui={"psa": told, "psa_asked": [asked]})

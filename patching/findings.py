@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .record import SKIPPED, Step
+from .record import SKIPPED, SPARSE, Step
 from .run import Run
 
 
@@ -42,6 +42,25 @@ def unranked_note(pairs: int) -> list[str]:
         f"the importance of {pairs} pairs of blocks was not a finite number, and they ranked last: the model's own "
         f"queries or keys are infinite or not a number; run the model in bfloat16, or try another file of its weights"
     ]
+
+
+def why_dense(run: Run) -> str | None:
+    """Why nothing was sparse in a run that has ended, and what to do; None where something was."""
+    if any(step.kind == SPARSE for step in run.steps):
+        return None
+    active = [step for step in run.steps if step.active]
+    if run.fallbacks:
+        if run.settings.dense_blocks >= set().union(*(step.blocks for step in active)):
+            return "all blocks are listed in dense_blocks; list fewer"
+        return max(run.fallbacks, key=run.fallbacks.__getitem__)
+    if run.notes:
+        return run.notes[0]
+    if not active:
+        return (
+            "none of its steps is between start_percent and end_percent; lower start_percent, raise end_percent, or "
+            "sample more steps"
+        )
+    return None
 
 
 def _unseen_blocks(run: Run, watched: list[Step]) -> list[str]:

@@ -17,32 +17,55 @@ REPLACED_EVENT = "psa.replaced"
 
 @dataclasses.dataclass(frozen=True)
 class Sender:
-    """Sends figures to the page that queued the prompt, as one event of a node; can itself be sent to a process."""
+    """Sends figures to the page that queued the prompt, as one event of a node; can itself be sent to a process.
+
+    Attributes:
+        always: sent beside the figures, every time.
+    """
 
     event: str
     node_id: str
+    always: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __call__(self, figures: dict[str, Any]) -> None:
-        """Send {"node": id, **figures}."""
+        """Send {"node": id, **always, **figures}."""
         try:
             from server import PromptServer
 
             server = PromptServer.instance
             if server.client_id is not None:
-                server.send_sync(self.event, {"node": self.node_id, **figures}, server.client_id)
+                server.send_sync(self.event, {"node": self.node_id, **self.always, **figures}, server.client_id)
         except Exception:  # a display must never end a run
             log.debug("PSA: figures did not reach the page", exc_info=True)
 
 
-def patch_for_node(model: Any, node_id: str | None, **inputs: Any) -> tuple[Any, list[str]]:
+def asked_of(prompt: dict[str, Any] | None, node_id: str | None) -> dict[str, Any]:
+    """The inputs of a node as its page queued them, by name; what came over a wire is None, but a PSA Pyramid gives its
+    own inputs. So the page can tell whether the figures of a run belong to the inputs that it shows."""
+    inputs = (prompt or {}).get(node_id, {}).get("inputs", {})
+    asked = {}
+    for name, value in inputs.items():
+        wired = isinstance(value, list)
+        source = prompt.get(str(value[0]), {}) if wired and value else {}
+        pyramid = source.get("class_type") == "PSAPyramid" and name == "psa_pyramid"
+        asked[name] = asked_of(prompt, str(value[0])) if pyramid else None if wired else value
+    return asked
+
+
+def patch_for_node(
+    model: Any, node_id: str | None, asked: dict[str, Any] | None = None, **inputs: Any
+) -> tuple[Any, list[str]]:
     """`patch_model` for the node with that id, and what its page is told: why the model stays dense ("" where it does
     not), and the preset that was taken, which `auto` leaves to the model ("" where none was).
 
+    `asked`, see `asked_of`, goes with the figures of every step and run: a page that was loaded since, or that queued
+    what ComfyUI has cached, does not hear of the node itself.
     Where the model comes from another PSA Patch, that node's page is told which one takes its place on this branch.
     """
     listeners = {}
     if node_id is not None:
-        listeners = {"on_step": Sender(STEP_EVENT, node_id), "on_end": Sender(RUN_EVENT, node_id)}
+        always = {"asked": asked}
+        listeners = {"on_step": Sender(STEP_EVENT, node_id, always), "on_end": Sender(RUN_EVENT, node_id, always)}
     patched = patch_model(model, **listeners, **inputs)
     earlier: PatchHandle | None = model.get_attachment(KEY)
     handle: PatchHandle = patched.get_attachment(KEY)

@@ -94,7 +94,7 @@ def decline_reason(
         return run.failure
     tokens = q.shape[2 if kwargs.get("skip_reshape") else 1]
     if mask is not None:
-        return "the attention call carries a mask"
+        return "the attention call carries a mask; bypass the node that sets it to have the call sparse"
     if tokens < settings.min_tokens:
         return (
             f"{tokens} tokens ({run.size}) are fewer than min_tokens {settings.min_tokens}, where dense is usually "
@@ -103,13 +103,22 @@ def decline_reason(
     if tokens != layout.length:
         grid = "x".join(map(str, layout.grid))
         known = f"{layout.before} + {grid} + {layout.after} tokens"
-        return f"{tokens} tokens, but {known} are expected of this model: something else has added some"
+        return (
+            f"{tokens} tokens, but {known} are expected of this model: something else has added some; bypass the node "
+            f"that does"
+        )
     if tokens in run.context_tokens:
-        return f"the video and the conditioning both have {tokens} tokens, so self-attention cannot be told apart"
+        return (
+            f"the video and the conditioning both have {tokens} tokens, so self-attention cannot be told apart; sample "
+            f"another length or size"
+        )
     if layout.video < 2 * settings.config.block_q:
-        return f"{layout.video} video tokens are fewer than two query blocks of {settings.config.block_q}"
+        return (
+            f"{layout.video} video tokens ({run.size}) are fewer than two query blocks of {settings.config.block_q}; "
+            f"sample a longer or larger video"
+        )
     if not q.is_floating_point() or q.element_size() < 2:
-        return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served"
+        return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served; load the model in another type"
     if run.block in settings.dense_blocks:
         return f"block {run.block} is listed in dense_blocks"
     return gradient_reason(q, k, v) or run.out_of_reach.get((layout, run.config.sparsity))

@@ -1,6 +1,7 @@
 """The report of a sampling run: plain numbers, ready for JSON. Nothing is measured here.
 
-Fields: backend, preset, target_sparsity, mean_sparsity, grid (of the largest part of the video that was computed in one
+Fields: backend, preset, target_sparsity, mean_sparsity (of the sparse calls), saved (share of the whole run's
+self-attention, its dense steps and calls included), grid (of the largest part of the video that was computed in one
 piece), grids (of every part: grid, sparse_calls, mean sparsity), steps (index, sigma, kind: see `record.KINDS`,
 seconds, sparsity or null where nothing was sparse, sparse_calls, dense_calls, attention_seconds of its sparse calls,
 layers: one sparsity a block), layers (block index -> mean sparsity), shares (pooling factor -> mean share of the block
@@ -14,13 +15,13 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch
 
 from ..kernels.density import pair_cost
-from .record import DENSE, KINDS, SPARSE, LevelMap, Step
+from .record import DENSE, KINDS, SPARSE, UNSEEN, LevelMap, Step
 from .run import Run
 
 MOST_PAIRS = 65536
@@ -68,6 +69,7 @@ def make_report(run: Run) -> dict[str, Any]:
         "mode": config.mode,
         "target_sparsity": config.sparsity,
         "mean_sparsity": _mean(values),
+        "saved": share_saved(run.steps, sum(values)),
         "shares": shares,
         "coverage": None if shares is None else sum(shares.values()),
         "time": _time(run.steps),
@@ -99,17 +101,36 @@ def make_report(run: Run) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> str:
     """A run in a sentence for the log, with the median times of its sparse and of its dense steps."""
-    seconds = {kind: [step["seconds"] for step in report["steps"] if step["kind"] == kind] for kind in KINDS}
-    sparse = seconds[SPARSE]
-    text = f"{len(sparse)} of {len(report['steps'])} steps sparse"
+    seconds, count = median_seconds(report), Counter(step["kind"] for step in report["steps"])
+    sparse = count[SPARSE]
+    text = f"{sparse} of {len(report['steps'])} steps sparse"
     if sparse:
-        text += f" at {report['mean_sparsity']:.2f} ({report['backend']}), {statistics.median(sparse):.2f} s each"
-    others = [f"{len(seconds[kind])} {kind}" for kind in KINDS if seconds[kind] and kind not in (SPARSE, DENSE)]
-    if sparse and seconds[DENSE]:
-        others.insert(0, f"the dense ones {statistics.median(seconds[DENSE]):.2f} s")
+        text += f" at {report['mean_sparsity']:.2f} ({report['backend']}), {seconds[SPARSE]:.2f} s each"
+    others = [f"{count[kind]} {kind}" for kind in KINDS if count[kind] and kind not in (SPARSE, DENSE)]
+    if sparse and count[DENSE]:
+        others.insert(0, f"the dense ones {seconds[DENSE]:.2f} s")
     if not sparse and not others and not report["fallbacks"] and not report["notes"]:
         return f"{text}: they lie outside of start_percent to end_percent"
     return "; ".join([text, *others])
+
+
+def median_seconds(report: dict[str, Any]) -> dict[str, float]:
+    """Kind of step -> median seconds of its steps, of the kinds that came."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for step in report["steps"]:
+        seconds[step["kind"]].append(step["seconds"])
+    return {kind: statistics.median(values) for kind, values in seconds.items()}
+
+
+def share_saved(steps: list[Step], saved: float) -> float:
+    """Share of a run's self-attention that was not computed: `saved` calls' worth of all calls, sparse and dense.
+
+    A step whose attention went past PSA counts as many calls as the others have on average, one that a cache answered
+    none.
+    """
+    calls = [len(step.densities) + step.dense_calls for step in steps if step.reached]
+    unseen = sum(step.kind == UNSEEN for step in steps)
+    return saved / (sum(calls) + unseen * statistics.mean(calls)) if calls else 0.0
 
 
 def level_shares(run: Run) -> dict[str, float] | None:

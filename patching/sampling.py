@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 from . import core
-from .findings import find
+from .findings import find, why_dense
 from .layout import CallReader
 from .maps import RunMaps
 from .override import RUN_KEY, PSAOverride
-from .report import make_report, summary
+from .report import make_report, median_seconds, summary
 from .run import Run, log
 from .settings import PatchSettings
 
@@ -116,14 +116,18 @@ class CallListener:
 
 def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]:
     """What a display needs of a run that has ended: number of steps by kind (see `record.KINDS`), mean sparsity of the
-    sparse ones, seconds, what stayed dense and why (reason -> calls), and sentences about the run as a whole."""
+    sparse ones, share of the whole run's attention that was saved, seconds (by kind of step the median, and in all),
+    what stayed dense and why (reason -> calls), why all of it did where that is so, and sentences about the run."""
     return {
         "run": run.began,
         "completed": completed,
         "steps": run.planned_steps,
         "kinds": dict(Counter(step.kind for step in run.steps)),
         "sparsity": report["mean_sparsity"],
+        "saved": report["saved"],
+        "seconds": median_seconds(report),
         "time": report["time"],
+        "dense": why_dense(run) if completed else None,
         "reasons": dict(run.fallbacks),
         "notes": run.notes,
     }

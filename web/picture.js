@@ -3,6 +3,7 @@
  */
 
 import { levelsOf } from "./expectation.js";
+import { percent } from "./outcome.js";
 import { say } from "./words.js";
 
 // From yellow to dark blue: light means more detail, also where colours cannot be told apart. 0 is not seen at all.
@@ -20,12 +21,14 @@ const STYLE = `
 .psa-picture .psa-row span { flex: 0 0 auto; min-width: 34px; }
 .psa-picture .psa-quiet { opacity: 0.75; }
 .psa-picture .psa-bar { flex: 1; display: flex; height: 14px; margin: 2px 0; border-radius: 3px; overflow: hidden;
-    background: #2a2c31; }
+    background: color-mix(in srgb, var(--input-text, #ddd) 15%, transparent); }
 .psa-picture .psa-bar div { height: 100%; min-width: 0; }
 .psa-picture .psa-work { height: 8px; }
 .psa-picture .psa-legend { display: flex; flex-wrap: wrap; gap: 0 10px; }
 .psa-picture .psa-key { display: inline-block; width: 8px; height: 8px; margin-right: 4px; border-radius: 2px; }
-.psa-picture .psa-problem { color: #ff9d76; font-weight: 600; }
+/* Mixed with the colour of the text, it can be read on a light node and on a dark one. */
+.psa-picture .psa-problem { color: color-mix(in srgb, #e8590c 60%, var(--input-text, #ddd)); font-weight: 600; }
+.psa-picture .psa-old { opacity: 0.6; }
 .psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; border-radius: 3px;
     background: #2a2c31; }
 `;
@@ -58,23 +61,28 @@ export class Picture {
         return row.children[1];
     }
 
-    /** Show a setting: its shape and figures of `expect`, a problem ({key, ...}) or neither. */
-    show({ language, shape, figures, problem, stock, notes }) {
+    /** Show a setting: its shape and figures of `expect`, a problem ({key, ...}) or neither; `ran`: what happened with
+     * it, see outcome.js; `measuredHere`: whether the figures of speed were measured on a machine like this one. */
+    show({ language, shape, figures, problem, stock, notes, ran, measuredHere }) {
         const text = (key, values) => say(language, key, values);
-        this.headline.classList.toggle("psa-problem", Boolean(problem));
+        this.headline.classList.toggle("psa-problem", Boolean(problem || ran?.problem));
         this.bar.replaceChildren();
         this.work.replaceChildren();
         this.legend.replaceChildren();
         this.note.textContent = notes.join(" ");
         this.speed.textContent = "";
         for (const bar of [this.bar, this.work]) bar.parentElement.style.display = "none";
-        if (problem || stock || !figures) {
-            this.headline.textContent = problem ? problem.sentence ?? text(problem.key, readable(problem)) : stock ? text("stock") : "";
+        if (problem || stock || ran?.dense || !figures) {
+            const said = stock ? text("stock") : (ran?.bold ?? "");
+            const wrong = problem?.sentence ?? (problem && text(problem.key, readable(problem)));
+            this.headline.textContent = wrong ?? said;
             return;
         }
         const { sparsity, coverage, speedup } = figures;
-        this.headline.textContent = sparsity === null ? text("follows") : text("saved", { saved: percent(sparsity) });
-        if (speedup) {
+        const expected = sparsity === null ? text("follows") : text("saved", { saved: percent(sparsity) });
+        this.headline.textContent = ran?.bold ?? expected;
+        if (ran) this.speed.textContent = ran.detail;
+        else if (speedup && measuredHere) {
             const [least, most] = speedup.map((times) => times.toFixed(1));
             this.speed.textContent = most < 1.05 ? text("noFaster") : text("faster", { least, most });
         }
@@ -102,18 +110,16 @@ export class Picture {
         this.element.dataset.coverage = coverage === null ? "" : coverage.toFixed(4);
     }
 
-    /** Show the steps of a run, oldest first, and what stayed dense: {dense: sentence} or the steps' reasons. */
-    follow({ language, steps, dense }) {
+    /** Show the steps of a run, oldest first, and what stayed dense: by the last step, or by the whole `run`
+     * when it has ended. `old`: a sentence about it where it had other inputs than the node shows, otherwise "". */
+    follow({ language, steps, run, old }) {
         const text = (key, values) => say(language, key, values);
         this.line.replaceChildren();
         this.caption.textContent = "";
         this.element.dataset.steps = String(steps.length);
-        if (dense) {
-            this.sentence.textContent = text("dense", { reason: dense });
-            return;
-        }
+        for (const element of [this.line, this.caption]) element.classList.toggle("psa-old", Boolean(old));
         if (!steps.length) {
-            this.sentence.textContent = text("noRun");
+            this.sentence.textContent = old || (run ? "" : text("noRun"));
             return;
         }
         const last = steps[steps.length - 1];
@@ -124,20 +130,20 @@ export class Picture {
         this.draw(SECONDS, "psa-seconds", steps.map((s) => [place(s.step), 31 - 28 * Math.min(1, s.seconds / most)]));
         this.draw(SPARSITY, "psa-sparsity", steps.map((s) => [place(s.step), 31 - 28 * (s.sparsity ?? 0)]));
         const measured = last.sparsity?.toFixed(3);
-        const sparsity = measured === undefined ? text("denseStep") : text("measured", { sparsity: measured });
-        this.caption.append(`${text("live", { step: last.step + 1, steps: total })} `);
+        const sparsity = measured === undefined ? text(`${last.kind}Step`) : text("measured", { sparsity: measured });
+        this.caption.append(`${text(old ? "liveOld" : "live", { step: last.step + 1, steps: total })} `);
         const seconds = text("seconds", { seconds: last.seconds.toFixed(2) });
         for (const [colour, words] of [[SPARSITY, sparsity], [SECONDS, seconds]]) {
             const mark = this.caption.appendChild(part("span"));
-            mark.style.color = colour;
-            mark.textContent = words;
+            mark.appendChild(part("span", "psa-key")).style.background = colour;
+            mark.append(words);
             this.caption.append(" ");
         }
-        const reasons = Object.entries(last.reasons ?? {});
-        const waiting = !steps.some((step) => step.sparsity !== null);
-        this.sentence.textContent = reasons.length
-            ? reasons.map(([reason, calls]) => text("denseCalls", { calls, reason })).join(" ")
-            : waiting ? text("before") : "";
+        const reasons = Object.entries((run ?? last).reasons);
+        const told = reasons.map(([reason, calls]) => text("denseCalls", { calls, reason }));
+        for (const note of run?.notes ?? []) told.push(`${note}.`);
+        if (!run && !told.length && !steps.some((step) => step.sparsity !== null)) told.push(text("before"));
+        this.sentence.textContent = old || (run?.dense ? "" : told.join(" ")); // why nothing was sparse is in bold
     }
 
     draw(colour, name, points) {
@@ -169,11 +175,6 @@ function readable(problem) {
 
 function round(value) {
     return Number.isInteger(value) && value > 1 ? String(value) : value.toFixed(2);
-}
-
-function percent(share) {
-    const value = 100 * share;
-    return `${value >= 9.95 || value === 0 ? value.toFixed(0) : value.toFixed(1)} %`;
 }
 
 function segment(factor, share) {

@@ -5,6 +5,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { expect, problemOf, takenAsWritten } from "./expectation.js";
+import { happened, lastRun } from "./outcome.js";
 import { Picture } from "./picture.js";
 import { say as sayIn } from "./words.js";
 
@@ -20,11 +21,23 @@ const PAUSE = 200;
 
 /** Preset name -> shape, from the node's definition. */
 let presets = {};
-/** Node -> {picture, run, steps, dense, auto: the preset that `auto` was at the last run}. */
+/** Node -> {picture, queued: its inputs as they were in the last prompt, auto: the preset that `auto` was then, ...NO_RUN}. */
 const states = new WeakMap();
+/** What is known of a run before there is one: its id; its steps; what was told of it at its end; why the model was not
+ * patched; id of the PSA Patch that took the node's place. */
+const NO_RUN = { id: null, steps: [], run: null, note: "", replaced: null };
+/** GPUs on which the speed of attention was measured, and whether this machine has one. */
+const MEASURED_ON = /\bH100\b/;
+let measuredHere = false;
 
 app.registerExtension({
     name: "psa.picture",
+
+    async setup() {
+        const stats = await api.getSystemStats().catch(() => null);
+        measuredHere = (stats?.devices ?? []).some((device) => MEASURED_ON.test(device.name));
+        if (measuredHere) everyNode(refresh);
+    },
 
     beforeRegisterNodeDef(_, definition) {
         if (definition.name === PATCH) readPresets(definition);
@@ -32,7 +45,7 @@ app.registerExtension({
 
     refreshComboInNodes(definitions) {
         if (definitions?.[PATCH]) readPresets(definitions[PATCH]);
-        everyNode((node) => refresh(node));
+        everyNode(refresh);
     },
 
     nodeCreated(node) {
@@ -40,10 +53,11 @@ app.registerExtension({
         const picture = new Picture(node.comfyClass === PATCH);
         const height = HEIGHT[node.comfyClass];
         picture.element.style.minHeight = `${height}px`;
-        states.set(node, { picture, run: null, steps: [], dense: "" });
+        states.set(node, { picture, queued: null, auto: "", ...NO_RUN });
         const widget = node.addDOMWidget("psa_picture", "psa_picture", picture.element, {
             serialize: false,
             hideOnZoom: false,
+            hideInPanel: true,
             getMinHeight: () => height,
             getMaxHeight: () => height,
         });
@@ -60,47 +74,74 @@ app.registerExtension({
             });
         }
         chain(node, "onConfigure", () => refreshWithNeighbours(node));
+        chain(node, "onAdded", () => refreshWithNeighbours(node)); // only now it has neighbours
         chain(node, "onConnectionsChange", () => queueMicrotask(() => refreshWithNeighbours(node)));
         chain(node, "onExecuted", (output) => {
-            const state = states.get(node);
             if (!output?.psa) return;
-            [state.dense = "", state.auto = ""] = output.psa;
-            follow(node);
+            const [note = "", auto = ""] = output.psa;
+            Object.assign(states.get(node), NO_RUN, { note, auto, queued: output.psa_asked?.[0] ?? null });
             refresh(node);
         });
         refresh(node);
-        follow(node);
         // The classic renderer places a DOM widget when it draws for the second time.
         requestAnimationFrame(() => requestAnimationFrame(() => app.canvas?.setDirty(true, true)));
     },
 
     afterConfigureGraph() {
-        everyNode((node) => refresh(node));
+        everyNode(refresh);
     },
 });
 
-api.addEventListener("psa.step", ({ detail }) => {
-    const node = findNode(detail.node);
-    const state = node && states.get(node);
-    if (!state) return;
-    if (state.run !== detail.run) Object.assign(state, { run: detail.run, steps: [], dense: "" });
-    state.steps.push(detail);
-    follow(node);
-});
+listen("psa.step", (state, step) => (ofRun(state, step).steps = [...state.steps, step]));
+listen("psa.run", (state, run) => (ofRun(state, run).run = run));
+listen("psa.replaced", (state, { by }) => (state.replaced = by));
 
-function follow(node) {
-    const { picture, steps, dense } = states.get(node);
-    if (picture.line) picture.follow({ language: language(), steps, dense });
+/** What the server tells of a node goes into its state, and the node is drawn again. */
+function listen(event, take) {
+    api.addEventListener(event, ({ detail }) => {
+        const node = findNode(detail.node);
+        if (!states.has(node)) return;
+        take(states.get(node), detail);
+        refresh(node);
+    });
 }
 
-/** Draw what the node's inputs mean now. */
+/** A node's state, with nothing in it of a run before the one that is told of. */
+function ofRun(state, { run: id, asked }) {
+    if (state.id !== id) Object.assign(state, NO_RUN, { id, queued: asked ?? state.queued });
+    return state;
+}
+
+/** Draw what the node's inputs mean now, and what ran with them, or with others before. */
 function refresh(node) {
     const state = states.get(node);
     if (!state) return;
     const means = node.comfyClass === PATCH ? ofPatch(node) : ofPyramid(node);
     if (state.refused && !means.problem) Object.assign(means, { problem: { sentence: state.refused }, figures: null });
-    state.picture.show({ language: language(), ...means });
+    const known = { ...state, stock: means.stock };
+    const changed = !shows(node, state.queued);
+    const ran = changed ? null : happened(language(), known);
+    state.picture.show({ language: language(), measuredHere, ran, ...means });
+    const { picture, steps, run, note } = state;
+    const anything = steps.length || run || note;
+    const old = changed && anything ? lastRun(language(), known) || say("lastUnfinished") : "";
+    if (picture.line) picture.follow({ language: language(), steps, run, old });
     ask(node, state);
+}
+
+/** Whether a node still shows the inputs that were queued (`asked_of` in patching/live.py); true where not known. */
+function shows(node, asked) {
+    if (!asked) return true;
+    if (!("psa_pyramid" in asked) && input(node, "psa_pyramid")?.link != null) return false;
+    return Object.entries(asked).every(([name, given]) => {
+        // What is at the other end of a wire, outside of a subgraph say, is not known: it counts as the same.
+        if (input(node, name)?.link != null) {
+            const pyramid = name === "psa_pyramid" ? source(node) : undefined;
+            return !given || pyramid?.comfyClass !== PYRAMID || shows(pyramid, given);
+        }
+        const widget = node.widgets?.find((found) => found.name === name);
+        return widget ? widget.value === given : name !== "psa_pyramid";
+    });
 }
 
 /** Ask the server for what the node would refuse to run with, and show it; once for the same inputs. */
@@ -224,15 +265,16 @@ function input(node, name) {
     return node.inputs?.find((slot) => slot.name === name);
 }
 
-/** The node whose pyramid a PSA Patch takes, or undefined. */
+/** The node whose pyramid a PSA Patch takes, or undefined. A node that is in no graph has no neighbours: one that is
+ * loaded, pasted or put into a subgraph is configured before it is added, and asking then is an error. */
 function source(node) {
-    const slot = node.inputs?.findIndex((found) => found.name === "psa_pyramid") ?? -1;
-    return slot < 0 ? undefined : (node.getInputNode?.(slot) ?? undefined);
+    const slot = node.graph ? node.inputs.findIndex((found) => found.name === "psa_pyramid") : -1;
+    return slot < 0 ? undefined : (node.getInputNode(slot) ?? undefined);
 }
 
 /** The nodes that a PSA Pyramid feeds. */
 function targets(node) {
-    return node.getOutputNodes?.(0) ?? [];
+    return (node.graph && node.getOutputNodes(0)) || [];
 }
 
 /** The node with an id as the server knows it, "12" or, in subgraphs, "12:5". */

@@ -59,6 +59,23 @@ def pages(chromium, server, client):
         frontend.page.context.close()
 
 
+@pytest.fixture
+def make_frontend(chromium, server, client):
+    """A page in which the test answers some addresses: `make_frontend(renderer, {address: answer})`."""
+    opened = []
+
+    def make(renderer, routes):
+        for name, value in {**SETTINGS, "Comfy.VueNodes.Enabled": renderer == "nodes2", "Comfy.Locale": "en"}.items():
+            client.post(f"/settings/{name}", value)
+        opened.append(Frontend(chromium, server.url, renderer, routes))
+        opened[-1].clear()
+        return opened[-1]
+
+    yield make
+    for frontend in opened:
+        frontend.page.context.close()
+
+
 @pytest.fixture(params=RENDERERS)
 def frontend(request, pages):
     """The page in one renderer, with an empty graph; at the end no error of ours may have been printed."""
@@ -70,13 +87,15 @@ def frontend(request, pages):
 class Frontend:
     """The page: what a user does with it, and what they see."""
 
-    def __init__(self, browser, url, renderer):
+    def __init__(self, browser, url, renderer, routes=None):
         self.renderer = renderer
         self.errors = []
         context = browser.new_context(viewport={"width": 1500, "height": 1000})
         self.page = page = context.new_page()
         page.set_default_timeout(60_000)
         page.route("**/*", lambda route: route.continue_() if self._local(route.request.url, url) else route.abort())
+        for address, answer in (routes or {}).items():
+            page.route(address, answer)
         page.on("pageerror", lambda error: self.errors.append(f"page error: {error}"))
         page.on("console", self._console)
         page.goto(url)

@@ -1,5 +1,8 @@
 """What a user does with the nodes in the page, in both renderers: the picture follows, and nothing is lost."""
 
+import json
+import re
+
 import pytest
 
 from comfyui_psa.devtools.workflow import MODE_BYPASSED
@@ -24,7 +27,7 @@ def test_dragging_the_sparsity_slider_moves_the_bar(frontend):
     node = frontend.add("PSAPatch")
     before = frontend.picture(node)
     assert before["shown"]
-    assert before["headline"] == "85 % of the attention work saved"
+    assert before["headline"] == "85 % of the attention work saved in the sparse steps"
     assert before["bar"] == pytest.approx({"1": 0.1, "2": 0.05, "8": 0.2, "0": 0.65}, abs=0.01)
 
     while_dragging = frontend.drag(node, "sparsity", 0.5)
@@ -42,13 +45,24 @@ def test_the_picture_says_for_three_settings_what_is_saved_and_what_is_left_out(
     for sparsity, saved, unseen in ((0.7, "70 %", 0.3), (0.85, "85 %", 0.65), (0.95, "95 %", 0.88)):
         frontend.choose(node, "sparsity", sparsity)
         seen = frontend.picture(node)
-        assert seen["headline"] == f"{saved} of the attention work saved"
+        assert seen["headline"] == f"{saved} of the attention work saved in the sparse steps"
         assert seen["bar"]["0"] == pytest.approx(unseen, abs=0.01)
-        assert "times faster (H100)" in seen["text"]
+        assert "H100" not in seen["text"], "this machine is none"
         for words in ("seen in full", "at 1/2", "at 1/8", "not at all"):
             assert words in seen["text"]
     frontend.choose(node, "sparsity", 0.0)
-    assert frontend.picture(node)["headline"] == "Stock model: nothing is saved"
+    assert frontend.picture(node)["headline"] == "Stays dense: sparsity is 0. Move the slider up to save work."
+
+
+def test_what_was_measured_on_an_h100_is_told_where_the_machine_is_one(make_frontend):
+    def stats(route):
+        answer = route.fetch().json()
+        answer["devices"][0]["name"] = "cuda:0 NVIDIA H100 80GB HBM3 : cudaMallocAsync"
+        route.fulfill(json=answer)
+
+    frontend = make_frontend("classic", {"**/system_stats": stats})
+    node = frontend.add("PSAPatch")
+    assert "times faster (H100)" in frontend.picture(node)["text"]
 
 
 def test_a_pyramid_shapes_the_picture_of_the_patch_it_feeds(frontend):
@@ -124,7 +138,7 @@ def test_the_everyday_inputs_alone_are_shown_by_the_new_renderer(pages):
 def test_in_chinese_names_and_picture_are_chinese(pages):
     frontend = pages("classic", "zh")
     node = frontend.add("PSAPatch")
-    assert frontend.picture(node)["headline"] == "节省 85 % 的注意力计算"
+    assert frontend.picture(node)["headline"] == "稀疏步中节省 85 % 的注意力计算"
     title, label = frontend.page.evaluate(
         """(id) => {
             const node = app.canvas.graph.getNodeById(id);
@@ -181,6 +195,21 @@ def test_the_demo_runs_from_the_page_and_the_line_moves(frontend, demo):
     assert (seen["steps"], seen["points"]) == (STEPS, STEPS)
     assert f"step {STEPS} of {STEPS}: measured sparsity {told[-1]['sparsity']:.3f}" in seen["text"]
     assert seen["sentence"] == ""
+    # In bold are the figures of the run: every step has as many calls, and those of a dense one save nothing.
+    sparse = [figures["sparsity"] for figures in told if figures["sparsity"] is not None]
+    assert 0 < len(sparse) < STEPS
+    saved = 100 * sum(sparse) / STEPS
+    ran = f"This run: {len(sparse)} of {STEPS} steps sparse, {saved:.0f} % of its attention saved"
+    assert seen["headline"] == ran
+    assert re.search(r"sparse steps [\d.]+ s, dense steps [\d.]+ s", seen["text"])
+    # Another setting has not run yet: what is expected of it in bold, and the run is the last one.
+    frontend.choose(node, "sparsity", 0.5)
+    moved = frontend.picture(node)
+    assert moved["headline"] == "50 % of the attention work saved in the sparse steps"
+    assert moved["sentence"].startswith(f"Last run, with other inputs: {ran.removeprefix('This run: ')}; sparse steps")
+    assert f"last run, step {STEPS} of {STEPS}" in moved["text"]
+    frontend.choose(node, "sparsity", 0.85)
+    assert frontend.picture(node) == seen
     # The report's picture is in its node.
     report = find(demo, "PSAReport")["id"]
     size = frontend.page.evaluate(
@@ -208,10 +237,14 @@ def test_what_stays_dense_is_said_in_the_node(pages, demo):
     frontend.choose(node, "sparsity", 0.8)
     kind, detail = frontend.run()
     assert kind == "execution_success", detail
-    assert "calls stayed dense: 768 tokens are fewer than min_tokens 100000" in frontend.picture(node)["sentence"]
+    seen = frontend.picture(node)
+    assert re.match(r"Stayed dense: 768 tokens .* are fewer than min_tokens 100000", seen["headline"])
+    assert "Set min_tokens to 768 or less" in seen["headline"]
+    assert seen["problem"]
+    assert seen["bar"] == {}, "nothing is drawn that did not happen"
     frontend.choose(node, "sparsity", 0.0)
     assert frontend.run()[0] == "execution_success"
-    assert frontend.picture(node)["sentence"] == "Stays dense: sparsity is 0: the model is the stock one."
+    assert frontend.picture(node)["headline"] == "Stays dense: sparsity is 0. Move the slider up to save work."
     assert frontend.errors == []
 
 
@@ -279,4 +312,88 @@ def test_a_mistake_is_told_in_the_node_before_a_run_in_the_words_of_the_run(fron
     frontend.page.wait_for_function(f"(words) => ({headline})().includes(words)", arg=sentence)
     frontend.choose(patch, "end_percent", 1.0)
     frontend.page.wait_for_function(f"() => ({headline})().length === 0")
+    assert frontend.errors == []
+
+
+@pytest.mark.slow
+def test_a_pyramid_that_was_changed_makes_a_run_the_last_one(pages, demo):
+    frontend = pages("classic")
+    frontend.load(demo)
+    patch = find(demo, "PSAPatch")["id"]
+    pyramid = frontend.add("PSAPyramid", -400, 200)
+    frontend.connect(pyramid, 0, patch, "psa_pyramid")
+    kind, detail = frontend.run()
+    assert kind == "execution_success", detail
+    ran = frontend.picture(patch)["headline"]
+    assert ran.startswith("This run: ")
+    frontend.choose(pyramid, "half", 0.11)
+    assert "saved in the sparse steps" in frontend.picture(patch)["headline"]
+    assert frontend.picture(patch)["sentence"].startswith("Last run")
+    assert frontend.errors == []
+
+
+def test_what_the_server_tells_of_other_ends_is_in_bold(pages):
+    """A model that PSA does not serve, a run that was stopped, and a patch that another one replaces."""
+    frontend = pages("classic")
+    node = frontend.add("PSAPatch")
+
+    def headline(script):
+        frontend.page.evaluate(
+            "([id, script]) => new Function('node', 'tell', script)("
+            " app.canvas.graph.getNodeById(id), (name, detail) => app.api.dispatchCustomEvent(name, detail))",
+            [node, script],
+        )
+        frontend.settle()
+        return frontend.picture(node)["headline"]
+
+    unserved = headline("node.onExecuted({ psa: ['this model is of another kind', ''], psa_asked: [{}] })")
+    assert unserved.startswith("Stays dense: this model is of another kind. Load another model")
+    assert "saved" in headline("node.onExecuted({ psa: ['', 'module-default'] })")
+    run = {"node": str(node), "run": 1.0, "completed": False, "steps": 16, "kinds": {"dense": 1, "sparse": 2}}
+    run |= {"saved": 0.5, "seconds": {"dense": 2.04, "sparse": 0.512}, "reasons": {}, "notes": [], "dense": None}
+    run["kinds"]["interrupted"] = 1
+    told = f"tell('psa.run', {json.dumps(run)})"
+    assert headline(told) == ("This run: stopped after 3 of 16 steps, 2 of them sparse, 50 % of their attention saved")
+    assert "sparse steps 0.51 s, dense steps 2.0 s" in frontend.picture(node)["text"]
+    replaced = headline(f"tell('psa.replaced', {{ node: '{node}', by: '10' }})")
+    assert replaced.startswith("Does nothing here: PSA Patch #10 comes after it")
+    assert frontend.errors == []
+
+
+def test_the_properties_panel_has_no_row_for_the_picture(frontend):
+    node = frontend.add("PSAPatch")
+    panel = frontend.page.get_by_test_id("properties-panel")
+    toggle = frontend.page.get_by_role("button", name="Toggle properties panel").first
+    if not panel.is_visible():
+        toggle.click()
+    try:
+        frontend.page.evaluate("(id) => app.canvas.selectNode(app.canvas.graph.getNodeById(id))", node)
+        panel.get_by_text("start_percent").first.wait_for()
+        assert "psa_picture" not in panel.inner_text()
+    finally:
+        panel.get_by_role("button", name="Toggle properties panel").or_(toggle).first.click()
+
+
+def test_a_node_outside_of_a_graph_asks_for_no_neighbours(pages):
+    """As a newer frontend has it: nodes are configured before they are in a graph, where asking is an error."""
+    frontend = pages("classic")
+    pyramid, patch = frontend.add("PSAPyramid", 60), frontend.add("PSAPatch", 500)
+    frontend.connect(pyramid, 0, patch, "psa_pyramid")
+    for node in (pyramid, patch):
+        frontend.page.evaluate(
+            """(id) => {
+                const saved = app.canvas.graph.getNodeById(id).serialize();
+                const copy = LiteGraph.createNode(saved.type);
+                for (const name of ["getInputNode", "getOutputNodes", "getInputLink"]) {
+                    const ask = copy[name];
+                    copy[name] = function (...args) {
+                        if (!this.graph) throw new Error(`${name} without a graph`);
+                        return ask?.apply(this, args);
+                    };
+                }
+                copy.configure(saved);
+                copy.widgets[0].callback?.(copy.widgets[0].value, app.canvas, copy);
+            }""",
+            node,
+        )
     assert frontend.errors == []

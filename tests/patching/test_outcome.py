@@ -1,0 +1,92 @@
+"""What a node says in bold after a run: the figures of that run, or why nothing was sparse and what to do."""
+
+import pytest
+
+from comfyui_psa.patching import override
+from comfyui_psa.patching.live import asked_of
+from comfyui_psa.patching.patch import patch_model
+
+PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+BLOCKS, STEPS = 2, 4
+
+
+@pytest.fixture(scope="module")
+def model(tiny_wan):
+    return tiny_wan.load("t2v")
+
+
+@pytest.fixture
+def told(model, tiny_wan):
+    """Samples with changed inputs and returns what the page is told at the end of the run."""
+
+    def run(steps=STEPS, **changes):
+        ended = []
+        tiny_wan.sample(patch_model(model, **PATCH | changes, on_end=ended.append), steps=steps)
+        (found,) = ended
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("changes", [{}, {"dense_blocks": "1"}, {"start_percent": 0.6}, {"start_percent": 0.0}])
+def test_what_is_saved_is_a_share_of_all_attention_of_the_run(told, monkeypatch, changes):
+    densities = []
+    genuine = override.pyramid_sparse_attention
+
+    def watched(*args, **kwargs):
+        result = genuine(*args, **kwargs)
+        densities.append(float(result.density))
+        return result
+
+    monkeypatch.setattr(override, "pyramid_sparse_attention", watched)
+    found = told(**changes)
+    assert densities
+    # Work that was done: the density of every call that was sparse, 1 for every other one of the run.
+    done = sum(densities) + BLOCKS * STEPS - len(densities)
+    assert found["saved"] == pytest.approx(1 - done / (BLOCKS * STEPS), abs=1e-6)
+    assert found["dense"] is None
+    assert set(found["seconds"]) == set(found["kinds"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "why", "do"),
+    [
+        ({"min_tokens": 100000}, "fewer than min_tokens 100000", "set min_tokens to"),
+        ({"dense_blocks": "0-1"}, "all blocks are listed in dense_blocks", "list fewer"),
+        ({"start_percent": 0.97, "end_percent": 0.98}, "between start_percent and end_percent", "lower start_percent"),
+        ({"sparsity": 0.97}, "0.97 is out of reach", "move the slider"),
+    ],
+)
+def test_a_run_in_which_all_stayed_dense_says_why_and_what_to_do(told, changes, why, do):
+    found = told(**changes)
+    reason, advice = found["dense"].split("; ", 1)[0], found["dense"].split("; ", 1)[1]
+    assert why in reason
+    assert do in advice
+    assert found["saved"] == 0
+
+
+def test_a_run_that_was_broken_off_gives_no_reason(model, tiny_wan, monkeypatch):
+    class Stopped(BaseException):
+        pass
+
+    def stop(*args, **kwargs):
+        raise Stopped
+
+    monkeypatch.setattr(override, "pyramid_sparse_attention", stop)
+    ended = []
+    with pytest.raises(Stopped):
+        tiny_wan.sample(patch_model(model, **PATCH, on_end=ended.append), steps=STEPS)
+    assert (ended[0]["completed"], ended[0]["dense"]) == (False, None)
+
+
+def test_the_page_gets_back_what_it_queued():
+    prompt = {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "a"}},
+        "2:5": {"class_type": "PSAPyramid", "inputs": {"full": 0.1, "tail": True, "half": ["7", 0]}},
+        "3": {"class_type": "PSAPatch", "inputs": {"model": ["1", 0], "sparsity": 0.85, "psa_pyramid": ["2:5", 0]}},
+        "4": {"class_type": "PSAPatch", "inputs": {"model": ["1", 0], "psa_pyramid": ["1", 0]}},
+    }
+    pyramid = {"full": 0.1, "tail": True, "half": None}
+    assert asked_of(prompt, "3") == {"model": None, "sparsity": 0.85, "psa_pyramid": pyramid}
+    assert asked_of(prompt, "4") == {"model": None, "psa_pyramid": None}
+    assert asked_of(None, "3") == asked_of(prompt, "9") == {}
