@@ -49,8 +49,9 @@ def search(frontend, words):
 def test_every_template_has_its_picture_and_opens(pages, name):
     frontend = pages()
     browse(frontend)
-    picture = frontend.page.get_by_test_id(f"template-workflow-{name}").locator("img").first
-    picture.scroll_into_view_if_needed()
+    card = frontend.page.get_by_test_id(f"template-workflow-{name}")
+    card.scroll_into_view_if_needed()  # before that it need not have a picture
+    picture = card.locator("img").first
     frontend.page.wait_for_function("(image) => image.naturalWidth === 512", arg=picture.element_handle())
     frontend.page.keyboard.press("Escape")
     frontend.settle()
