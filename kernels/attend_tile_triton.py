@@ -45,12 +45,16 @@ def _raw_logits(q, k, INT8: tl.constexpr):
 
 
 @triton.jit
-def careful_tile(q, k, v, scale, bias, top, total, acc, PEAK: tl.constexpr, INT8: tl.constexpr):
-    """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row, `top` the reference: what is
-    subtracted from the logits, so that the largest weight is 2^PEAK."""
+def careful_tile(q, k, v, scale, bias, half, PEAK: tl.constexpr, INT8: tl.constexpr):
+    """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row.
+
+    half: what has been summed for the rows of q: the reference [M], which is subtracted from the logits, so that the
+    largest weight is 2^PEAK; the sum of the weights [M]; and of the weighted values [M, D].
+    """
+    top, total, acc = half
     logits = tile_logits(q, k, INT8) * scale + bias[None, :]
     new_top = tl.maximum(top, tl.max(logits, 1) - PEAK)
-    # A row that has seen nothing yet has top = -inf; 0 in its place keeps -inf - -inf out.
+    # A row that has seen nothing yet has top = -inf; 0 instead keeps -inf - -inf out.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(logits - base[:, None])
     decay = tl.exp2(top - base)
@@ -60,20 +64,22 @@ def careful_tile(q, k, v, scale, bias, top, total, acc, PEAK: tl.constexpr, INT8
 
 
 @triton.jit
-def edge_tile(q, k, v, scale, tokens, top, total, acc, INT8: tl.constexpr):
+def edge_tile(q, k, v, scale, tokens, half, INT8: tl.constexpr):
     """One tile with a fixed reference whose rows stand for `tokens` tokens each, 0 where there is none."""
+    top, total, acc = half
     weights = tl.exp2(tile_logits(q, k, INT8) * scale - top[:, None]) * tokens[None, :].to(tl.float32)
     total += tl.sum(weights, 1)
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-    return total, acc
+    return top, total, acc
 
 
 @triton.jit
-def fast_tile(
-    q_a, q_b, k, v, scale, shift_a, shift_b, total_a, acc_a, total_b, acc_b,
-    INT8: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """One full tile with fixed references: the weights are 2^(logit - shift)."""
+def fast_tile(q, k, v, scale, shifts, a, b, INT8: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr):
+    """One full tile with fixed references: the weights are 2^(logit - shift). q, shifts: those of both halves."""
+    q_a, q_b = q
+    shift_a, shift_b = shifts
+    top_a, total_a, acc_a = a
+    top_b, total_b, acc_b = b
     reference_a, reference_b = shift_a[:, None], shift_b[:, None]
     if INT8:
         reference_a += _MAGIC * scale
@@ -96,4 +102,4 @@ def fast_tile(
     elif WAIT:
         # No instruction: that its result is used is enough.
         acc_a = tl.inline_asm_elementwise("", "=f,0", [acc_a], dtype=tl.float32, is_pure=True, pack=1)
-    return total_a, acc_a, total_b, acc_b
+    return (top_a, total_a, acc_a), (top_b, total_b, acc_b)

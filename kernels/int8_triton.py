@@ -27,7 +27,7 @@ def _quantise(
     first = tl.program_id(0) * BLOCK
     base = x_ptr + (head // heads) * stride_b + (head % heads) * stride_h
     index_ptr += head * length_index
-    rows = load_rows(base, index_ptr, first, length, stride_l, BLOCK, HEAD_DIM, DIM, ORDERED).to(tl.float32)
+    rows = load_rows(base, index_ptr if ORDERED else None, first, length, stride_l, BLOCK, HEAD_DIM, DIM).to(tl.float32)
     # What is not finite becomes 0, so that the scale is that of the others.
     rows = tl.where(tl.abs(rows) < float("inf"), rows, 0.0)
     scale = tl.maximum(tl.max(tl.max(tl.abs(rows), 1), 0), 1e-20) / 127.0

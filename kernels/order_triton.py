@@ -13,18 +13,17 @@ _ROWS = 64
 
 @triton.jit
 def load_rows(
-    base_ptr, index_ptr, first, length, stride,
-    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr,
-):  # fmt: skip
+    base_ptr, index_ptr, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
     """The ordered rows first..first + ROWS of a head [ROWS, DIM], 0 where there is none.
 
-    base_ptr: the head in raster order, or where not ORDERED in the order itself; index_ptr: the head's index.
+    base_ptr: the head; index_ptr: the places of its rows, None where they are in order.
     """
     position = first + tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
     exists = position < length
     place = position.to(tl.int64)
-    if ORDERED:
+    if index_ptr is not None:
         place = tl.load(index_ptr + position, mask=exists, other=0)
     mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
     return tl.load(base_ptr + place[:, None] * stride + dims[None, :], mask=mask, other=0)

@@ -22,27 +22,41 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65_536),
 }
-INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "length_order", "extra", "n_q", "n_k", "blocks"}
-INTEGERS |= {"coarse_rows"}
+INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "length_order", "n_q", "n_k", "blocks"}
+INTEGERS |= {"coarse_rows", "length_extra"}
 
 
-def compile_for(gpu, kernel, pointers, constants, floats=("scale",), **options):
-    """Compile a jitted function: pointer types by name, the other arguments by what their names say."""
+def compile_for(gpu, kernel, arguments, constants, floats=("scale",), **options):
+    """Compile a jitted function: types of some arguments by name, the others by what their names say.
+
+    A type is that of a pointer or a number, None for an argument that is not there, or a tuple of such.
+    """
     signature, constexprs, attributes = {}, {}, {}
+
+    def type_of(path, kind, aligned):
+        if isinstance(kind, tuple):
+            return tuple(type_of((*path, i), part, aligned) for i, part in enumerate(kind))
+        if kind is None:
+            constexprs[path] = None
+            return "constexpr"
+        if aligned:
+            attributes[path] = [["tt.divisibility", 16]]
+        return kind
+
     for place, parameter in enumerate(kernel.params):
         name = parameter.name
         if parameter.is_constexpr or name in constants:
             signature[name] = "constexpr"
             constexprs[(place,)] = constants[name]
-        elif name in pointers:
-            signature[name] = pointers[name]
+        elif name in arguments:
+            kind = arguments[name]
+            aligned = name.startswith("stride") or "*" in str(kind)
+            signature[name] = type_of((place,), kind, aligned)
         elif name.startswith("stride") or name in INTEGERS:
-            signature[name] = "i32"
+            signature[name] = type_of((place,), "i32", name.startswith("stride"))
         else:
             assert name in floats, name
             signature[name] = "fp32"
-        if str(signature[name]).startswith("*") or name.startswith("stride"):
-            attributes[(place,)] = [["tt.divisibility", 16]]
     target, most = TARGETS[gpu]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=target, options=options)
@@ -50,40 +64,63 @@ def compile_for(gpu, kernel, pointers, constants, floats=("scale",), **options):
     return compiled
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("gpu", TARGETS)
-def test_attend(gpu, dim, int8, tmp_path):
+def attend_for(gpu, dim, kind, *, careful=False, extra=False, uneven=False):
+    """The attention kernel for a GPU; kind: the type of the tensors, or int8 for bfloat16 with int8 keys."""
     from comfyui_psa.kernels.attend_triton import _attend
     from comfyui_psa.kernels.tiles import attend_tile
 
-    if dim == 64 and int8 and gpu not in ("sm86", "sm90"):
-        pytest.skip("heads of 64 in int8 are compiled for two GPUs only, to save time")
     tile = attend_tile("hip" if gpu.startswith("gfx") else gpu, dim)
-    factors, key = (1, 8, 64), "i8" if int8 else "bf16"
-    pointers = {p.name: "*bf16" for p in _attend.params if p.name.endswith("_ptr")}
-    pointers |= {"q8_ptr": f"*{key}", "k_ptr": f"*{key}", "from_ptr": "*i64", "to_ptr": "*i64"}
-    pointers |= {"scales_ptr": "*fp32", "q_scales_ptr": "*fp32"}
-    pointers |= {name: "*i32" for name in ("blocks_ptr", "best_ptr", "ends_ptr", "rows_ptr", "overflow_ptr")}
-    constants = {
-        "FACTORS": factors, "LEVELS": len(factors), "BLOCK_Q": 128, "BLOCK_KV": 64, "TILE": tile.rows, "HEAD_DIM": dim,
-        "DIM": dim, "ORDERED": dim == 64, "SORTED": False, "BULK": tile.bulk, "INT8": int8, "HAS_EXTRA": False,
-        "CAREFUL": False, "PEAK": 0, "LEAST": 0.0, "STAGES": tile.stages, "WAIT": tile.wait,
-        "HALVES": tile.halves,
+    half, keys = ("bf16", "i8") if kind == "int8" else (kind, kind)
+    bulk = tile.bulk and not careful
+    arguments = {
+        "q_ptr": f"*{half}", "out_ptr": f"*{half}", "again_ptr": "*i32",
+        "q8": ("*i8", "*fp32") if kind == "int8" else None,
+        "fine": (f"*{keys}", f"*{half}", "*fp32" if kind == "int8" else None),
+        "k_desc": f"tensordesc<{keys}[1,1,{tile.rows},{dim}]>" if bulk else None,
+        "v_desc": f"tensordesc<{half}[1,1,{tile.rows},{dim}]>" if bulk else None,
+        "coarse": (f"*{half}", f"*{half}"),
+        "extra": (f"*{half}", f"*{half}") if extra else None,
+        "lists": ("*i32", "*i32", "*i32", "*i32" if uneven else None),
+        "order": ("*i64", "*i64") if dim == 64 else None,
+        "stride_extra": ("i32", "i32", "i32") if extra else None,
     }  # fmt: skip
-    if tile.bulk:
-        pointers |= {"k_desc": f"tensordesc<{key}[1,1,{tile.rows},{dim}]>"}
-        pointers |= {"v_desc": f"tensordesc<bf16[1,1,{tile.rows},{dim}]>"}
-    else:
-        constants |= {"k_desc": None, "v_desc": None}
-    compiled = compile_for(gpu, _attend, pointers, constants, num_warps=tile.warps, num_stages=tile.stages)
+    arguments |= {f"stride_{name}": ("i32", "i32", "i32") for name in ("q", "k", "v", "coarse", "out")}
+    constants = {
+        "FACTORS": (1, 8, 64), "BLOCK_Q": 128, "BLOCK_KV": 64, "TILE": tile.rows, "HEAD_DIM": dim, "DIM": dim,
+        "CAREFUL": careful, "STAGES": tile.stages, "WAIT": tile.wait, "HALVES": tile.halves,
+    }  # fmt: skip
+    return compile_for(gpu, _attend, arguments, constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bf16", "fp16", "int8"])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_attend(gpu, dim, kind, tmp_path):
+    if (dim == 64 and kind == "int8" and gpu not in ("sm86", "sm90")) or (kind == "fp16" and gpu[:2] != "sm"):
+        pytest.skip("some kinds are compiled for a few GPUs only, to save time")
+    if kind == "fp16" and gpu not in ("sm86", "sm90"):
+        pytest.skip("some kinds are compiled for a few GPUs only, to save time")
+    compiled = attend_for(gpu, dim, kind)
     if gpu == "sm90":
         assert "wgmma.mma_async" in compiled.asm["ptx"]
         assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+        # Two programs at a time need less than half of it each.
+        assert compiled.metadata.shared <= TARGETS[gpu][1] // 2
         # Queries of eight bits are read from shared memory; from registers, the loops would spill.
         assert not re.search(r"warp_group_dot .* : tensor<\d+x\d+xi8, ", compiled.asm["ttgir"])
         assert "wgmma.mma_async instructions are serialized" not in assembler_notes(compiled.asm["ptx"], tmp_path)
+
+
+@pytest.mark.parametrize("more", [{"careful": True}, {"extra": True}, {"uneven": True}], ids=str)
+def test_attend_with(more):
+    attend_for("sm86", 64, "fp16", **more)
+
+
+def test_the_attention_kernel_has_no_more_than_35_parameters():
+    from comfyui_psa.kernels.attend_triton import _attend
+
+    assert len(_attend.params) <= 35
 
 
 def assembler_notes(ptx, folder):
