@@ -28,9 +28,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from devtools.environment import ensure_environment
-from devtools.paths import DEV, ROOT, VENV, VENV_PYTHON, VENV_SCRIPTS, chosen_comfyui
-from devtools.terminal import Failure
+from workshop.tools.environment import ensure_environment
+from workshop.tools.paths import DEV, ROOT, VENV, VENV_PYTHON, VENV_SCRIPTS, chosen_comfyui
+from workshop.tools.terminal import Failure
 
 
 def main() -> int:
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _demo(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
     _continue_in_environment()
-    from devtools.demo import run_demo
+    from workshop.tools.demo import run_demo
 
     run_demo(comfyui, steps=arguments.steps, sparsity=arguments.sparsity)
     return 0
@@ -93,7 +93,7 @@ def _demo(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
 
 def _serve(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
     _continue_in_environment()
-    from devtools.serve import serve
+    from workshop.tools.serve import serve
 
     serve(comfyui, arguments.port, open_browser=not arguments.no_browser)
     return 0
@@ -101,7 +101,7 @@ def _serve(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
 
 def _workflows(_: argparse.Namespace, comfyui: Path, __: list[str]) -> int:
     _continue_in_environment()
-    from devtools.serve import rebuild_workflows
+    from workshop.tools.serve import rebuild_workflows
 
     rebuild_workflows(comfyui)
     return 0
@@ -116,26 +116,26 @@ def _test(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
 
 
 def _bench(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
-    script = ROOT / "benchmarks" / "run.py"
+    script = ROOT / "workshop" / "benchmarks" / "run.py"
     if not script.exists():
-        raise Failure("benchmarks/run.py does not exist yet.")
+        raise Failure("workshop/benchmarks/run.py does not exist yet.")
     return _run([VENV_PYTHON, script, *rest], {"COMFYUI_PATH": str(comfyui)})
 
 
 def _quality(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
-    return _run([VENV_PYTHON, ROOT / "quality" / "run.py", *rest], {"COMFYUI_PATH": str(comfyui)})
+    return _run([VENV_PYTHON, ROOT / "workshop" / "quality" / "run.py", *rest], {"COMFYUI_PATH": str(comfyui)})
 
 
 def _fuzz(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
     _continue_in_environment()
-    from devtools.fuzz import run_fuzz
+    from workshop.tools.fuzz import run_fuzz
 
     return 1 if run_fuzz(comfyui, arguments.cases, arguments.seed) else 0
 
 
 def _soak(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
     _continue_in_environment()
-    from devtools.soak import run_soak
+    from workshop.tools.soak import run_soak
 
     return 0 if run_soak(comfyui, arguments.prompts) else 1
 

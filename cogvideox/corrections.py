@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, require_model
+from ..choices.errors import InputError, require_model
 from .frames import pad_odd_frames
 from .positions import positioned_patch_embed, rotary_embedder
 from .run_inputs import check_run

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..choices.errors import InputError
 from .run_inputs import LATENT_CHANNELS
 
 NODE = "PSA CogVideoX Image To Video"

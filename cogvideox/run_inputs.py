@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..choices.errors import InputError
 from .variant import Variant
 
 LATENT_CHANNELS = 16

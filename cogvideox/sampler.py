@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..choices.errors import InputError
 from .schedule import plan_walk
 
 NODE = "PSA CogVideoX Sampler"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, require_model
+from ..choices.errors import InputError, require_model
 
 # ComfyUI's own value for the last alpha of a schedule with zero terminal SNR: sigma 4518.8.
 _SMALLEST_ALPHA = 4.8973451890853435e-08

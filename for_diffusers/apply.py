@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ..errors import refusal
+from ..choices.presets import load_presets
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError
 from ..kernels.falling import check_falling
-from ..kernels.presets import load_presets
+from ..kernels.refusal import refusal
 from .interception import InterceptedForward
 from .layout import MODELS
 from .schedule import Schedule

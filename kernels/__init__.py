@@ -1,13 +1,13 @@
 """The mathematics of Pyramid Sparse Attention (arXiv 2512.04025): torch and triton only, no ComfyUI.
 
 `pyramid_sparse_attention` is the one public entry. Every idea has a file: the plain torch reference stands in it,
-the Triton kernel beside it in `*_triton.py`.
+the Triton kernel of the same name in `gpu/`.
 """
 
+from ..choices.presets import load_presets
 from .attention import AttentionResult, pyramid_sparse_attention
 from .config import ConfigError, PyramidConfig
 from .order import TokenLayout, TokenOrder, make_order
-from .presets import load_presets
 
 __all__ = [
     "AttentionResult",

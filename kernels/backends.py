@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
-from ..errors import refusal
 from .levels import BlockLists
+from .refusal import refusal
 
 BACKENDS = ("auto", "triton", "torch")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -81,7 +81,7 @@ def choose_backend(name: str, q: torch.Tensor, precision: str = "auto") -> str:
 def video_attention(backend: str) -> Callable[..., BlockLists]:
     """PSA on the video tokens by a backend; all have the signature of `torch_backend.attend_video`."""
     if backend == "triton":
-        from .triton_backend import attend_video
+        from .gpu.backend import attend_video
     else:
         from .torch_backend import attend_video
     return attend_video

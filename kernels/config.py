@@ -10,7 +10,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from ..errors import refusal
+from .refusal import refusal
 
 MODES = ("budget", "topk", "threshold")
 ORDERS = ("raster", "curve", "tiles", "semantic", "hybrid")

@@ -14,7 +14,7 @@ import functools
 import numpy as np
 import torch
 
-from ..errors import refusal
+from .refusal import refusal
 
 
 @dataclasses.dataclass(frozen=True)

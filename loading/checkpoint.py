@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ..choices.errors import InputError
 from ..cogvideox.corrections import correct_model
 from ..cogvideox.variant import Variant, find_variant
-from ..errors import InputError
 from .files import FileError, read_object
 from .model_folders import FAMILY, find_folders
 from .native_weights import NotCogVideoX, check_sizes, native_names

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..errors import InputError, require_model
+from ..choices.errors import InputError, require_model
 from .lora_folders import list_loras
 from .lora_forms import Misfit, Size, make_patches, weight_sizes
 from .lora_kinds import looks_like

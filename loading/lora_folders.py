@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..choices.errors import InputError
 from .download import FILE, REPOSITORY, DownloadError, check_names, download_lora
 from .own_folders import OWN_LORAS
 

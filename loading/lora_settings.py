@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..errors import shown
+from ..kernels.refusal import shown
 from .files import FileError, parse_object, printable, read_object
 
 # The matrix whose first size is the rank, of LoRA, LoHa and LoKr.

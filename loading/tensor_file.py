@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .files import FileError as FileError  # whoever reads tensors catches it
+from .files import FileError as FileError
 from .safetensors_header import read_header
 
 log = logging.getLogger("ComfyUI-PSA")

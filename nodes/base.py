@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
-from ..errors import InputError, NodeError
+from ..choices.errors import InputError, NodeError
 from .values import LINK, check_values, name_unknown
 
 log = logging.getLogger("ComfyUI-PSA")

@@ -7,11 +7,11 @@ from functools import partial
 
 from comfy_api.latest import io
 
-from ..patching.calibrate import GOALS, NODE, calibrate, check_shape, sampler
-from ..patching.settings import AUTO, check_one_pyramid
-from ..patching.show import check_prefix, to_image
-from ..patching.user_presets import check_name, fingerprint, preset_names
-from ..pictures.curve import draw_calibration
+from ..choices.settings import AUTO, check_one_pyramid
+from ..choices.user_presets import check_name, fingerprint, preset_names
+from ..reports.calibrate import GOALS, NODE, calibrate, check_shape, sampler
+from ..reports.draw_curve import draw_calibration
+from ..reports.show import check_prefix, to_image
 from .base import PSANode
 from .pyramid import Pyramid
 from .report import save_picture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patching.compare import check_lpips, compare_images
+from ..reports.compare import check_lpips, compare_images
 from .base import PSANode
 
 

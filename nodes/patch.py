@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..kernels.backends import BACKENDS
-from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
-from ..kernels.falling import MOST_FALLING
-from ..patching.live import asked_of, patch_for_node
-from ..patching.settings import (
+from ..choices.settings import (
     AUTO,
     FROM_PRESET,
     MOST_REUSE_STEPS,
@@ -18,8 +14,12 @@ from ..patching.settings import (
     check_shape,
     check_window,
 )
-from ..patching.user_presets import fingerprint, preset_names
-from ..patching.widgets import preset_shapes
+from ..choices.shapes import preset_shapes
+from ..choices.user_presets import fingerprint, preset_names
+from ..kernels.backends import BACKENDS
+from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
+from ..kernels.falling import MOST_FALLING
+from ..patching.live import asked_of, patch_for_node
 from .base import PSANode
 from .pyramid import Pyramid
 

@@ -6,9 +6,9 @@ from functools import partial
 
 from comfy_api.latest import io
 
+from ..choices.levels import NODE, check_pyramid, make_pyramid
+from ..choices.user_presets import check_name
 from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
-from ..patching.pyramid import NODE, check_pyramid, make_pyramid
-from ..patching.user_presets import check_name
 from .base import PSANode
 
 Pyramid = io.Custom("PSA_PYRAMID")

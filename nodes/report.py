@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..patching.show import check_prefix, show_report, wrong_prefix
+from ..reports.show import check_prefix, show_report, wrong_prefix
 from .base import PSANode
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..errors import InputError, is_model, shown
-from ..kernels.presets import Preset
+from ..choices.errors import InputError, is_model
+from ..choices.presets import Preset
+from ..kernels.refusal import shown
 
 LINK = object()
 """Stands for the value of an input that comes over a link and is not known before the run."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from ..sampling.run import log
+from .handle import PatchHandle
 from .patch import KEY, patch_model
-from .run import log
-from .sampling import PatchHandle
 
 STEP_EVENT = "psa.step"
 RUN_EVENT = "psa.run"

@@ -16,8 +16,8 @@ from ..kernels.attention import AttentionResult, pyramid_sparse_attention
 from ..kernels.backends import BackendError, gradient_reason
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.levels import topk_ends
+from ..sampling.run import Run, log
 from . import core
-from .run import Run, log
 
 RUN_KEY = "psa_run"
 _WITHOUT_TRITON = "set backend to auto, or install Triton where it is missing (on Windows the package triton-windows)"

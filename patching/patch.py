@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import require_model
+from ..choices.errors import require_model
+from ..choices.settings import ANY_SPARSITY, AUTO, PatchSettings, check_one_pyramid, make_settings
+from ..sampling.run import log
 from . import core
 from .family import Family, find_family
+from .handle import CallListener, Listener, PatchHandle, SamplingWrapper
 from .override import PSAOverride
-from .run import log
-from .sampling import CallListener, Listener, PatchHandle, SamplingWrapper
-from .settings import ANY_SPARSITY, AUTO, PatchSettings, check_one_pyramid, make_settings
 
 KEY = "psa"
 STOCK = "sparsity is 0: the model is the stock one"

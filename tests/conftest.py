@@ -22,10 +22,10 @@ def load_package(name: str, folder: Path):
 
 
 load_package("comfyui_psa", ROOT)
-load_package("devtools", ROOT / "devtools")
+load_package("workshop", ROOT / "workshop")
 
-from devtools.comfyui_source import version_of  # noqa: E402
-from devtools.paths import chosen_comfyui, comfyui_folder  # noqa: E402
+from workshop.tools.comfyui_source import version_of  # noqa: E402
+from workshop.tools.paths import chosen_comfyui, comfyui_folder  # noqa: E402
 
 
 def pytest_configure():
@@ -97,7 +97,7 @@ def tiny_wan(comfyui):
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A real ComfyUI with an empty base directory of its own, as a user starts it; one for all tests of a run."""
-    from comfyui_psa.devtools.server import ComfyServer
+    from comfyui_psa.workshop.tools.server import ComfyServer
 
     comfyui = comfyui_folder()
     if not (comfyui / "main.py").is_file():
@@ -110,7 +110,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="session")
 def client(server):
     """A client of the server."""
-    from comfyui_psa.devtools.client import Client
+    from comfyui_psa.workshop.tools.client import Client
 
     return Client(server.url)
 

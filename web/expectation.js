@@ -1,4 +1,4 @@
-/* What a setting means before it runs: the same figures as kernels/expectation.py, which says where they come from.
+/* What a setting means before it runs: the same figures as choices/expectation.py, which says where they come from.
  * Pure functions; tests/browser/test_expectation.py holds the two together. A shape is what the node PSA Pyramid or a
  * preset says: {mode, shares: {factor: share}, tail, block_kv, importance, as_written, capped}.
  */

@@ -1,5 +1,5 @@
 /* What is said in bold about a run: what it did, or why it did nothing and what to do. Pure functions; a run is what
- * patching/sampling.py tells of one that has ended ("psa.run").
+ * patching/handle.py tells of one that has ended ("psa.run").
  */
 
 import { say as sayIn } from "./words.js";

@@ -226,7 +226,7 @@ function pyramidShape(node) {
     };
 }
 
-/** "1: 0.10, 8: 0.20" -> {1: 0.1, 8: 0.2}; null where it cannot be read. As patching/settings.py parses it. */
+/** "1: 0.10, 8: 0.20" -> {1: 0.1, 8: 0.2}; null where it cannot be read. As choices/settings.py parses it. */
 function parseLevels(text) {
     const shares = {};
     for (const piece of text.split(",")) {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "workshop" / "benchmarks"
 COLUMNS = "gpu,date,torch,triton,shape,method,precision,density,ms,dense_ms,speedup,rel_l1,extra_mb"
 
 
@@ -127,7 +127,7 @@ def test_a_type_is_compared_with_dense_attention_in_itself(measured, capsys):
 
 @pytest.mark.slow
 def test_a_whole_model_is_timed_in_both_types(comfyui):
-    from comfyui_psa.devtools.paths import comfyui_folder
+    from comfyui_psa.workshop.tools.paths import comfyui_folder
 
     command = [sys.executable, BENCHMARKS / "model_step.py", "wan1.3b", "--layers", "1", "--heads", "2"]
     command += ["--latent", "4", "24", "32", "--device", "cpu", "--steps", "1", "--runs", "1", "--sparsity", "0.85"]

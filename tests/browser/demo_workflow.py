@@ -2,8 +2,8 @@
 
 import itertools
 
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.workflow import load_workflow
+from comfyui_psa.workshop.tools.paths import WORKFLOWS
+from comfyui_psa.workshop.tools.workflow import load_workflow
 
 STEPS = 4
 _seeds = itertools.count(11)

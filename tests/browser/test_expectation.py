@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 
+from comfyui_psa.choices.expectation import expect
+from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.kernels.config import ConfigError, PyramidConfig
-from comfyui_psa.kernels.expectation import expect
-from comfyui_psa.kernels.presets import load_presets
 
 SHARES = [{1: 0.1, 2: 0.05, 8: 0.2}, {1: 0.02, 4: 0.5}, {2: 0.3, 8: 0.3}, {1: 1.0}, {1: 0.6, 2: 0.6}, {}, {64: 0.5}]
 MODULE = "/extensions/ComfyUI-PSA/"

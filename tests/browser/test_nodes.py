@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from comfyui_psa.devtools.workflow import MODE_BYPASSED
+from comfyui_psa.workshop.tools.workflow import MODE_BYPASSED
 
 STEPS = 4
 EVERYDAY = ["model", "sparsity", "preset", "start_percent", "end_percent", "psa_pyramid"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from comfyui_psa.devtools.paths import ROOT
+from comfyui_psa.workshop.tools.paths import ROOT
 
 PICTURES = ROOT / "web" / "docs" / "pictures"
 WRITE = os.environ.get("PSA_WRITE_PICTURES") == "1"

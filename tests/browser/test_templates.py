@@ -2,9 +2,9 @@
 
 import pytest
 
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.server import PACK
-from comfyui_psa.devtools.workflow import load_workflow
+from comfyui_psa.workshop.tools.paths import WORKFLOWS
+from comfyui_psa.workshop.tools.server import PACK
+from comfyui_psa.workshop.tools.workflow import load_workflow
 
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 SMALL = [

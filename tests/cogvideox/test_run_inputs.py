@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
+from comfyui_psa.choices.errors import InputError
 from comfyui_psa.cogvideox.image import image_to_video, size_error
 from comfyui_psa.cogvideox.run_inputs import check_run
 from comfyui_psa.cogvideox.variant import find_variant
-from comfyui_psa.errors import InputError
 
 SIZES = {"num_attention_heads": 48, "text_embed_dim": 4096}
 TEXT = find_variant(SIZES | {"in_channels": 16})

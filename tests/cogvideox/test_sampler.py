@@ -6,10 +6,10 @@ That it equals diffusers is in tests/parity.
 import pytest
 import torch
 
+from comfyui_psa.choices.errors import InputError
 from comfyui_psa.cogvideox.corrections import correct_model, is_corrected
 from comfyui_psa.cogvideox.sampler import make_sampler
 from comfyui_psa.cogvideox.schedule import trailing_sigmas
-from comfyui_psa.errors import InputError
 
 SIZE = (1, 16, 3, 12, 20)
 

@@ -3,15 +3,9 @@
 import pytest
 import torch
 
-from comfyui_psa.cogvideox.schedule import (
-    make_sampling,
-    plan_walk,
-    table_alphas,
-    trailing_sigmas,
-    trailing_timesteps,
-)
+from comfyui_psa.choices.errors import InputError
+from comfyui_psa.cogvideox.schedule import make_sampling, plan_walk, table_alphas, trailing_sigmas, trailing_timesteps
 from comfyui_psa.cogvideox.variant import find_variant
-from comfyui_psa.errors import InputError
 
 FIVE_B = find_variant({"num_attention_heads": 48})
 TWO_B = find_variant({"num_attention_heads": 30})

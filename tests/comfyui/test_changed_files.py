@@ -11,7 +11,7 @@ SHAPE = {"mode": "topk", "shares": {"1": 0.1, "2": 0.1, "8": 0.2}}
 
 @pytest.fixture
 def presets(comfyui, tmp_path, monkeypatch):
-    from comfyui_psa.patching import user_presets
+    from comfyui_psa.choices import user_presets
 
     monkeypatch.setattr(user_presets, "folder", lambda: tmp_path)
     return tmp_path
@@ -108,7 +108,7 @@ def node(class_type, **inputs):
 
 @pytest.mark.slow
 def test_a_real_server_runs_the_node_again_when_the_preset_was_edited(server, client, definitions, tiny_wan):
-    from comfyui_psa.devtools.workflow import default_value, inputs_of
+    from comfyui_psa.workshop.tools.workflow import default_value, inputs_of
 
     models = server.home / "models" / "diffusion_models"
     models.mkdir(exist_ok=True)

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load, save_file
 
 from comfyui_psa.demo.scene import CONTEXT_WIDTH
-from comfyui_psa.devtools.client import PromptFailed, PromptInterrupted
-from comfyui_psa.devtools.figures import find_node
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.workflow import graph_to_prompt, inputs_of, load_workflow
 from comfyui_psa.loading.own_folders import OWN_FOLDERS
+from comfyui_psa.workshop.tools.client import PromptFailed, PromptInterrupted
+from comfyui_psa.workshop.tools.figures import find_node
+from comfyui_psa.workshop.tools.paths import WORKFLOWS
+from comfyui_psa.workshop.tools.workflow import graph_to_prompt, inputs_of, load_workflow
 
 FOLDERS = {"CogVideoX-5b": "5b", "CogVideoX1.5-5B": "1.5", "CogVideoX1.5-5B-I2V": "1.5-i2v"}
 LORA = "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors"

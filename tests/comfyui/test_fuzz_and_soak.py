@@ -2,9 +2,9 @@
 
 import pytest
 
-from comfyui_psa.devtools.fuzz import OUR_WORDS, fuzz, verdict
-from comfyui_psa.devtools.fuzz_files import corpus
-from comfyui_psa.devtools.soak import ALLOWED_MB, soak
+from comfyui_psa.workshop.tools.fuzz import OUR_WORDS, fuzz, verdict
+from comfyui_psa.workshop.tools.fuzz_files import corpus
+from comfyui_psa.workshop.tools.soak import ALLOWED_MB, soak
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from comfyui_psa.devtools.workflow import default_value, inputs_of
+from comfyui_psa.workshop.tools.workflow import default_value, inputs_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ import urllib.error
 import pytest
 import torch
 
-from comfyui_psa.errors import InputError, NodeError
+from comfyui_psa.choices.errors import InputError, NodeError
 
 SENTENCE = re.compile(r"^PSA [A-Z][\w ]*, input [\w, ]+: .* was given; allowed: .*\. [A-Z].*\.$", re.DOTALL)
 """Node, input, what was given, what is allowed, and a last sentence that says what to do."""

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from comfyui_psa.devtools.locales import english
-from comfyui_psa.devtools.paths import LOCALES
+from comfyui_psa.workshop.tools.locales import english
+from comfyui_psa.workshop.tools.paths import LOCALES
 
 LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir() if folder.is_dir())
 

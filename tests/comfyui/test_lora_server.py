@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_psa.devtools.client import PromptFailed
-from comfyui_psa.devtools.paths import DEMO_WEIGHTS
 from comfyui_psa.loading.safetensors_header import read_header
+from comfyui_psa.workshop.tools.client import PromptFailed
+from comfyui_psa.workshop.tools.paths import DEMO_WEIGHTS
 
 MODULE = "blocks.0.self_attn.q"
 

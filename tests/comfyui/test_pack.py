@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_psa.devtools.workflow import inputs_of
+from comfyui_psa.workshop.tools.workflow import inputs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -5,11 +5,11 @@ import math
 
 import pytest
 
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.terminal import Failure
-from comfyui_psa.devtools.workflow import load_workflow
-from comfyui_psa.quality.results import read_runs
-from comfyui_psa.quality.workflow import measure_workflow, to_measured
+from comfyui_psa.workshop.quality.results import read_runs
+from comfyui_psa.workshop.quality.workflow import measure_workflow, to_measured
+from comfyui_psa.workshop.tools.paths import WORKFLOWS
+from comfyui_psa.workshop.tools.terminal import Failure
+from comfyui_psa.workshop.tools.workflow import load_workflow
 
 
 def test_a_workflow_is_measured(client, tmp_path):

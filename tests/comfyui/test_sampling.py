@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from comfyui_psa.devtools import demo
-from comfyui_psa.devtools.client import PromptFailed, PromptInterrupted
-from comfyui_psa.devtools.figures import find_node
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.workflow import MODE_BYPASSED, graph_to_prompt, load_workflow
+from comfyui_psa.workshop.tools import demo
+from comfyui_psa.workshop.tools.client import PromptFailed, PromptInterrupted
+from comfyui_psa.workshop.tools.figures import find_node
+from comfyui_psa.workshop.tools.paths import WORKFLOWS
+from comfyui_psa.workshop.tools.workflow import MODE_BYPASSED, graph_to_prompt, load_workflow
 
 STEPS = 4
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_psa.devtools.workflow import FILE_INPUTS, find_problems, graph_to_prompt, load_workflow
+from comfyui_psa.workshop.tools.workflow import FILE_INPUTS, find_problems, graph_to_prompt, load_workflow
 
 SAVED = Path(__file__).with_name("saved")
 FILES = sorted(SAVED.glob("*/*.json"))

@@ -8,9 +8,9 @@ import io
 import pytest
 from PIL import Image
 
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.server import PACK
-from comfyui_psa.devtools.workflow import graph_to_prompt, inputs_of
+from comfyui_psa.workshop.tools.paths import WORKFLOWS
+from comfyui_psa.workshop.tools.server import PACK
+from comfyui_psa.workshop.tools.workflow import graph_to_prompt, inputs_of
 
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 ADDRESS = f"/api/workflow_templates/{PACK}"

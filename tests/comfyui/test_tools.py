@@ -8,10 +8,10 @@ import urllib.parse
 import pytest
 from PIL import Image
 
-from comfyui_psa.devtools.client import PromptFailed
-from comfyui_psa.devtools.figures import find_node
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.workflow import MODE_BYPASSED, graph_to_prompt, load_workflow
+from comfyui_psa.workshop.tools.client import PromptFailed
+from comfyui_psa.workshop.tools.figures import find_node
+from comfyui_psa.workshop.tools.paths import WORKFLOWS
+from comfyui_psa.workshop.tools.workflow import MODE_BYPASSED, graph_to_prompt, load_workflow
 
 
 @pytest.fixture

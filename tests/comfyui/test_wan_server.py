@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import save_file
 
-from comfyui_psa.devtools.workflow import default_value, inputs_of
+from comfyui_psa.workshop.tools.workflow import default_value, inputs_of
 
 SAMPLING = {"seed": 1, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", "denoise": 1.0}
 

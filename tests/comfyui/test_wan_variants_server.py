@@ -9,7 +9,7 @@ import json
 import pytest
 from safetensors.torch import save_file
 
-from comfyui_psa.devtools.workflow import default_value, inputs_of
+from comfyui_psa.workshop.tools.workflow import default_value, inputs_of
 
 # Core's HuMo without audio fails, with or without PSA, where the tokens do not divide by 5.
 SIZE = {"width": 160, "height": 160, "length": 9}

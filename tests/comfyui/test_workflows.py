@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from comfyui_psa.devtools.build_workflows import build_all
-from comfyui_psa.devtools.paths import WORKFLOWS
-from comfyui_psa.devtools.workflow import NOTES, find_problems, graph_to_prompt, load_workflow
+from comfyui_psa.workshop.tools.build_workflows import build_all
+from comfyui_psa.workshop.tools.paths import WORKFLOWS
+from comfyui_psa.workshop.tools.workflow import NOTES, find_problems, graph_to_prompt, load_workflow
 
 NAMES = [
     "cogvideox15_5b_psa",

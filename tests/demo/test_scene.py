@@ -7,8 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from comfyui_psa.demo.clips import indices_of, render, sample_parameters
-from comfyui_psa.demo.latents import fit_basis, from_vae_space, to_vae_space
 from comfyui_psa.demo.scene import (
     ATTRIBUTES,
     DIRECTIONS,
@@ -24,6 +22,8 @@ from comfyui_psa.demo.scene import (
     scene_from_indices,
     scene_to_indices,
 )
+from comfyui_psa.workshop.training.clips import indices_of, render, sample_parameters
+from comfyui_psa.workshop.training.latents import fit_basis, from_vae_space, to_vae_space
 
 
 def test_every_word_has_its_own_dimension():

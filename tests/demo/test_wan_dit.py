@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comfyui_psa.demo.wan_dit import WanTransformer, rotary_table
+from comfyui_psa.workshop.training.wan_dit import WanTransformer, rotary_table
 
 
 def _random_model(seed: int) -> WanTransformer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from comfyui_psa.demo.wan_vae import WanAutoencoder
+from comfyui_psa.workshop.training.wan_vae import WanAutoencoder
 
 
 def _pair(width: int):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_psa.devtools.paths import ROOT, VENV_PYTHON, comfyui_folder
+from comfyui_psa.workshop.tools.paths import ROOT, VENV_PYTHON, comfyui_folder
 
 
 def dev(*words):

@@ -8,9 +8,9 @@ import urllib.request
 
 import pytest
 
-from comfyui_psa.devtools.paths import ROOT
-from comfyui_psa.devtools.server import PACK, ComfyServer, prepare_home
-from comfyui_psa.devtools.terminal import Failure
+from comfyui_psa.workshop.tools.paths import ROOT
+from comfyui_psa.workshop.tools.server import PACK, ComfyServer, prepare_home
+from comfyui_psa.workshop.tools.terminal import Failure
 
 ANSWERS = """
 import http.server, sys
@@ -25,7 +25,7 @@ PARENT = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from devtools.server import ComfyServer
+from workshop.tools.server import ComfyServer
 folder = Path(sys.argv[2])
 with ComfyServer(folder / "ComfyUI", home=folder / "home", log=folder / "server.log") as server:
     print(server.url, flush=True)

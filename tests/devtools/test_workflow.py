@@ -2,9 +2,9 @@
 
 import pytest
 
-from comfyui_psa.devtools.canvas import Canvas
-from comfyui_psa.devtools.terminal import Failure
-from comfyui_psa.devtools.workflow import MODE_BYPASSED, MODE_MUTED, find_problems, graph_to_prompt, load_workflow
+from comfyui_psa.workshop.tools.canvas import Canvas
+from comfyui_psa.workshop.tools.terminal import Failure
+from comfyui_psa.workshop.tools.workflow import MODE_BYPASSED, MODE_MUTED, find_problems, graph_to_prompt, load_workflow
 
 DEFINITIONS = {
     "Load": {

@@ -118,4 +118,4 @@ def test_the_pack_installs_under_its_own_name(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env={"PYTHONPATH": "."}
     )
     assert str(tmp_path) in ran.stdout
-    assert (tmp_path / "comfyui_psa" / "kernels" / "presets.json").is_file()
+    assert (tmp_path / "comfyui_psa" / "choices" / "presets.json").is_file()

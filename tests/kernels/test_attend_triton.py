@@ -56,7 +56,7 @@ def dtype(request, half_types, triton_device):
 
 def attend(q, pyramid, factors, block_q, scale, extra=(None, None), **more):
     """The kernel on a map of pooling factors; the storage of the output is poisoned first."""
-    from comfyui_psa.kernels.attend_triton import attend_triton
+    from comfyui_psa.kernels.gpu.attend import attend_triton
 
     out = torch.full_like(q, torch.nan).transpose(1, 2).contiguous().transpose(1, 2)
     lists = group_by_level(factors, tuple(pyramid.keys))
@@ -132,7 +132,7 @@ def test_int8(triton_device, half_types, case, random_tensor, random_factors, po
 
 
 def test_the_output_may_take_the_place_of_the_queries(triton_device, half_types, random_tensor, random_factors):
-    from comfyui_psa.kernels.attend_triton import attend_triton
+    from comfyui_psa.kernels.gpu.attend import attend_triton
 
     q, k, v = (random_tensor(1, 2, 300, 64, seed=s).to(triton_device, half_types[-1]) for s in (1, 2, 3))
     # The logits of the second query block overflow behind the first tile: it is computed again, from queries that must

@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from comfyui_psa.kernels import autotune
 from comfyui_psa.kernels.attend import attend_streaming
-from comfyui_psa.kernels.tiles import AttendTile, attend_tile
+from comfyui_psa.kernels.gpu import autotune
+from comfyui_psa.kernels.gpu.tiles import AttendTile, attend_tile
 
 CASE = autotune.Case(dim=128, block_q=128, block_kv=64, dtype=torch.bfloat16, int8=False)
 CUDA = torch.device("cuda", 0)
@@ -234,7 +234,7 @@ def test_a_real_search(triton_device, monkeypatch, tmp_path, dim, int8):
     """Under 20 s with nothing compiled, and the tile that it finds computes what the reference does."""
     if triton_device == "cpu":
         pytest.skip("needs a GPU")
-    from comfyui_psa.kernels.attend_triton import attend_triton
+    from comfyui_psa.kernels.gpu.attend import attend_triton
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     case = dataclasses.replace(CASE, dim=dim, int8=int8)

@@ -28,7 +28,7 @@ REAL = [(18, 45, 80), (13, 30, 45), (21, 30, 52), (1, 1, 20_001)]
 @pytest.fixture(scope="module")
 def smooth_qkv():
     """The recipe of the benchmarks."""
-    path = Path(__file__).parents[2] / "benchmarks" / "synthetic.py"
+    path = Path(__file__).parents[2] / "workshop" / "benchmarks" / "synthetic.py"
     spec = importlib.util.spec_from_file_location("psa_synthetic", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -66,8 +66,8 @@ def compile_for(gpu, kernel, arguments, constants, floats=("scale",), **options)
 
 def attend_for(gpu, dim, kind, *, careful=False, extra=False, uneven=False):
     """The attention kernel for a GPU; kind: the type of the tensors, or int8 for bfloat16 with int8 keys."""
-    from comfyui_psa.kernels.attend_triton import _attend
-    from comfyui_psa.kernels.tiles import attend_tile
+    from comfyui_psa.kernels.gpu.attend import _attend
+    from comfyui_psa.kernels.gpu.tiles import attend_tile
 
     tile = attend_tile("hip" if gpu.startswith("gfx") else gpu, dim)
     half, keys = ("bf16", "i8") if kind == "int8" else (kind, kind)
@@ -118,7 +118,7 @@ def test_attend_with(more):
 
 
 def test_the_attention_kernel_has_no_more_than_35_parameters():
-    from comfyui_psa.kernels.attend_triton import _attend
+    from comfyui_psa.kernels.gpu.attend import _attend
 
     assert len(_attend.params) <= 35
 
@@ -135,7 +135,7 @@ def assembler_notes(ptx, folder):
 @pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_pool(gpu, int8):
-    from comfyui_psa.kernels.pyramid_triton import _pool
+    from comfyui_psa.kernels.gpu.pyramid import _pool
 
     pointers = {p.name: "*fp16" for p in _pool.params if p.name.endswith("_ptr")}
     pointers |= {"index_ptr": "*i64", "mean_ptr": "*fp32", "scales_ptr": "*fp32"}
@@ -150,7 +150,7 @@ def test_pool(gpu, int8):
 
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_queries_of_eight_bits(gpu):
-    from comfyui_psa.kernels.int8_triton import _quantise
+    from comfyui_psa.kernels.gpu.int8 import _quantise
 
     pointers = {"x_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*i8", "scales_ptr": "*fp32"}
     compile_for(gpu, _quantise, pointers, {"BLOCK": 128, "HEAD_DIM": 128, "DIM": 128, "ORDERED": True}, num_warps=4)
@@ -158,7 +158,7 @@ def test_queries_of_eight_bits(gpu):
 
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_order(gpu):
-    from comfyui_psa.kernels.order_triton import _move
+    from comfyui_psa.kernels.gpu.order import _move
 
     pointers = {"x_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*bf16"}
     compile_for(gpu, _move, pointers, {"UNDO": True, "ROWS": 64, "HEAD_DIM": 128, "DIM": 128}, num_warps=4)
@@ -167,8 +167,8 @@ def test_order(gpu):
 @pytest.mark.parametrize(("dim", "mean"), [(128, False), (128, True), (256, True)])
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_importance(gpu, dim, mean):
-    from comfyui_psa.kernels.importance_triton import _reduce
-    from comfyui_psa.kernels.tiles import importance_stages
+    from comfyui_psa.kernels.gpu.importance import _reduce
+    from comfyui_psa.kernels.gpu.tiles import importance_stages
 
     pointers = {"q_ptr": "*bf16", "k_ptr": "*bf16", "norm_ptr": "*bf16", "scores_ptr": "*fp32"}
     constants = {
@@ -185,7 +185,7 @@ def test_importance(gpu, dim, mean):
 @pytest.mark.parametrize("rule", [0, 1], ids=["topk", "budget"])
 @pytest.mark.parametrize("gpu", TARGETS)
 def test_levels(gpu, rule):
-    from comfyui_psa.kernels.levels_triton import _choose
+    from comfyui_psa.kernels.gpu.levels import _choose
 
     pointers = {"scores_ptr": "*fp32", "cap_ptr": "*i16", "scale_ptr": "*fp32", "blocks_ptr": "*i32"}
     pointers |= {
@@ -204,14 +204,12 @@ def test_levels(gpu, rule):
 
 def test_the_sequence_length_is_no_compile_time_constant():
     """The official kernel is compiled anew for every resolution; so would an argument be that is 1 or even."""
-    from comfyui_psa.kernels import (
-        attend_triton,
-        importance_triton,
-        int8_triton,
-        levels_triton,
-        order_triton,
-        pyramid_triton,
-    )
+    from comfyui_psa.kernels.gpu import attend as attend_triton
+    from comfyui_psa.kernels.gpu import importance as importance_triton
+    from comfyui_psa.kernels.gpu import int8 as int8_triton
+    from comfyui_psa.kernels.gpu import levels as levels_triton
+    from comfyui_psa.kernels.gpu import order as order_triton
+    from comfyui_psa.kernels.gpu import pyramid as pyramid_triton
 
     kernels = (attend_triton._attend, importance_triton._reduce, levels_triton._choose, order_triton._move)
     for kernel in (*kernels, pyramid_triton._pool, int8_triton._quantise):

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from comfyui_psa.choices.expectation import BLOCKS, expect
 from comfyui_psa.kernels import density
 from comfyui_psa.kernels.config import PyramidConfig
-from comfyui_psa.kernels.expectation import BLOCKS, expect
 from comfyui_psa.kernels.levels import choose_levels
 
-RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "attention-gpu.csv"
+RESULTS = Path(__file__).resolve().parents[2] / "workshop" / "results" / "attention-gpu.csv"
 
 
 @pytest.mark.parametrize("tail", [False, True])

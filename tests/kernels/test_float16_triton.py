@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 
+from comfyui_psa.choices.presets import RANKING
 from comfyui_psa.kernels import PyramidConfig, TokenLayout, pyramid_sparse_attention
 from comfyui_psa.kernels.importance import pooled, reduced_softmax
 from comfyui_psa.kernels.levels import choose_levels
-from comfyui_psa.kernels.presets import RANKING
 
 FULL = PyramidConfig(mode="topk", shares={1: 1.0}, sparsity=None, tail=False)
 MODES = {
@@ -115,7 +115,7 @@ def test_logits_that_rise_or_fall_along_the_sequence(triton_device, factors, ste
 @pytest.mark.parametrize("reduction", ["max", "mean"])
 def test_importance_of_rows_above_their_sum_is_finite_and_in_order(triton_device, reduction):
     """The sum is over coarser means than those that are ranked: a weight may pass any bound of 16 bits."""
-    from comfyui_psa.kernels.importance_triton import reduced_softmax_triton
+    from comfyui_psa.kernels.gpu.importance import reduced_softmax_triton
 
     q, k, _ = alike(1, 1024, 64, 40, triton_device)
     k[:, :, 64:72] *= 4
@@ -132,7 +132,7 @@ def test_importance_of_rows_above_their_sum_is_finite_and_in_order(triton_device
 @pytest.mark.parametrize("mode", ["topk", "budget", "threshold"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_scores_that_are_not_finite_rank_last(triton_device, mode, bad):
-    from comfyui_psa.kernels.levels_triton import choose_lists_triton
+    from comfyui_psa.kernels.gpu.levels import choose_lists_triton
 
     config = dataclasses.replace(MODES[mode], tail=False)
     scores = torch.rand(1, 2, 64, 90, generator=torch.Generator().manual_seed(1)).to(triton_device)

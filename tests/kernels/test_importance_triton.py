@@ -29,7 +29,7 @@ def representatives(kind, x, block):
 @pytest.mark.parametrize("kind", ["pooled", "means", 0.25, 0.16])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_reduced_softmax(triton_device, half_types, random_tensor, shape, kind, reduction):
-    from comfyui_psa.kernels.importance_triton import reduced_softmax_triton
+    from comfyui_psa.kernels.gpu.importance import reduced_softmax_triton
 
     length_q, length_k, block_q, block_kv = shape
     for dtype in (torch.float32, *half_types):
@@ -45,7 +45,7 @@ def test_reduced_softmax(triton_device, half_types, random_tensor, shape, kind, 
 
 
 def test_head_sizes_are_padded(triton_device, random_tensor):
-    from comfyui_psa.kernels.importance_triton import reduced_softmax_triton
+    from comfyui_psa.kernels.gpu.importance import reduced_softmax_triton
 
     for dim in (5, 48, 128):
         q, k = (random_tensor(2, 1, 100, dim, seed=s).to(triton_device) for s in (1, 2))

@@ -10,7 +10,7 @@ from comfyui_psa.kernels.order import TokenOrder, make_order
 @pytest.mark.parametrize("order_name", ["raster", "curve"])
 @pytest.mark.parametrize(("dim", "block"), [(128, 128), (64, 32), (48, 128)])
 def test_as_the_reference_in_block_order(triton_device, half_types, random_tensor, poisoned, dim, block, order_name):
-    from comfyui_psa.kernels.int8_triton import quantise_queries_triton
+    from comfyui_psa.kernels.gpu.int8 import quantise_queries_triton
 
     order = make_order(order_name, (3, 8, 9), device=triton_device)
     for dtype in half_types:
@@ -24,7 +24,7 @@ def test_as_the_reference_in_block_order(triton_device, half_types, random_tenso
 
 
 def test_what_is_not_finite_becomes_zero_and_sets_no_scale(triton_device, random_tensor):
-    from comfyui_psa.kernels.int8_triton import quantise_queries_triton
+    from comfyui_psa.kernels.gpu.int8 import quantise_queries_triton
 
     q = random_tensor(1, 1, 40, 64).to(triton_device, torch.float16)
     expected = dequantise(*quantise(q.index_fill(2, torch.tensor([3], device=q.device), 0), 32), 32)

@@ -17,7 +17,7 @@ def softmax_scores(shape, temperature, seed=0):
 
 def lists_of(scores, config, device, cap=None, spare=3):
     """The kernel's lists for a sequence whose last block lacks `spare` tokens."""
-    from comfyui_psa.kernels.levels_triton import choose_lists_triton
+    from comfyui_psa.kernels.gpu.levels import choose_lists_triton
 
     length = scores.shape[-1] * config.block_kv - spare
     cap = None if cap is None else cap.to(device)
@@ -100,7 +100,7 @@ def test_budget(triton_device, temperature, sparsity, capped):
 
 
 def test_budget_learns_its_scale_from_a_part_of_the_rows(triton_device, monkeypatch):
-    from comfyui_psa.kernels import levels_triton
+    from comfyui_psa.kernels.gpu import levels as levels_triton
 
     monkeypatch.setattr(levels_triton, "_BUDGET_ROWS", 16)
     scores = torch.cat([softmax_scores((1, 2, 16, 200), t, seed=3) for t in (0.5, 3.0)], 2)

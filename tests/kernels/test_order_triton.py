@@ -8,7 +8,7 @@ from comfyui_psa.kernels.order import TokenOrder, make_order
 
 @pytest.mark.parametrize("dim", [5, 64, 80])
 def test_apply_and_undo(triton_device, random_tensor, poisoned, dim):
-    from comfyui_psa.kernels.order_triton import apply_order_triton, undo_order_triton
+    from comfyui_psa.kernels.gpu.order import apply_order_triton, undo_order_triton
 
     order = make_order("curve", (3, 8, 9), device=triton_device)
     for dtype in (torch.float32, torch.float16):
@@ -21,7 +21,7 @@ def test_apply_and_undo(triton_device, random_tensor, poisoned, dim):
 
 
 def test_raster_order_moves_nothing(triton_device, random_tensor):
-    from comfyui_psa.kernels.order_triton import apply_order_triton
+    from comfyui_psa.kernels.gpu.order import apply_order_triton
 
     x = random_tensor(1, 1, 30, 16).to(triton_device)
     assert apply_order_triton(x, TokenOrder(None, None)) is x

@@ -41,7 +41,7 @@ def same_pyramid(got, expected, tolerance):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_pyramid(triton_device, half_types, random_tensor, poisoned, orders, case):
-    from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton
+    from comfyui_psa.kernels.gpu.pyramid import build_pyramid_triton
 
     block, length, dim, factors = case
     for dtype in (torch.float32, *half_types):
@@ -55,7 +55,7 @@ def test_pyramid(triton_device, half_types, random_tensor, poisoned, orders, cas
 
 
 def test_level_one_is_not_copied_in_raster_order(triton_device, random_tensor):
-    from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton
+    from comfyui_psa.kernels.gpu.pyramid import build_pyramid_triton
 
     k = random_tensor(1, 1, 70, 16).to(triton_device)
     assert build_pyramid_triton(k, k, (1, 8), 32, RASTER).keys[1].data_ptr() == k.data_ptr()
@@ -63,7 +63,7 @@ def test_level_one_is_not_copied_in_raster_order(triton_device, random_tensor):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_int8_keys(triton_device, random_tensor, poisoned, orders, case):
-    from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton
+    from comfyui_psa.kernels.gpu.pyramid import build_pyramid_triton
 
     block, length, dim, factors = case
     shift = 3 * random_tensor(2, 2, 1, dim, seed=7)
@@ -92,7 +92,7 @@ def test_int8_keys(triton_device, random_tensor, poisoned, orders, case):
 
 
 def test_pool(triton_device, random_tensor, orders):
-    from comfyui_psa.kernels.pyramid_triton import pool_triton
+    from comfyui_psa.kernels.gpu.pyramid import pool_triton
 
     x = random_tensor(1, 3, 200, 16).to(triton_device)
     for order in orders(200):
@@ -103,7 +103,7 @@ def test_pool(triton_device, random_tensor, orders):
 
 
 def test_the_orders_of_grids(triton_device, random_tensor):
-    from comfyui_psa.kernels.pyramid_triton import build_pyramid_triton
+    from comfyui_psa.kernels.gpu.pyramid import build_pyramid_triton
 
     k, v = (random_tensor(1, 1, 3 * 8 * 9, 16, seed=s).to(triton_device) for s in (1, 2))
     for name in ("raster", "curve", "tiles"):

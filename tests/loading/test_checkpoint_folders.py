@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from comfyui_psa.errors import InputError
+from comfyui_psa.choices.errors import InputError
 from comfyui_psa.loading.checkpoint import list_checkpoints, load_checkpoint, read_checkpoint
 
 NAME = "diffusion_pytorch_model"

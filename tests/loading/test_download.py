@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from comfyui_psa.devtools.paths import ROOT
 from comfyui_psa.loading.download import FILE, DownloadError, download_lora
+from comfyui_psa.workshop.tools.paths import ROOT
 
 # huggingface-hub keeps whole pieces of 10 MB of a download that breaks off.
 CONTENT = save({"blocks.0.q.lora_A.weight": torch.arange(6_000_000, dtype=torch.float32)})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_psa.errors import InputError
+from comfyui_psa.choices.errors import InputError
 from comfyui_psa.loading.lora import apply_lora, patch_with_lora
 from comfyui_psa.loading.menu import menu_name
 

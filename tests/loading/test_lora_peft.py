@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 
-from comfyui_psa.errors import InputError
+from comfyui_psa.choices.errors import InputError
 from comfyui_psa.loading.lora import apply_lora
 
 MODULES = ["blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.0.ffn.2", "patch_embedding"]

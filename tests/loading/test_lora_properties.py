@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from comfyui_psa.errors import InputError
+from comfyui_psa.choices.errors import InputError
 from comfyui_psa.loading.lora import apply_lora
 
 # Native name, diffusers' name.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from comfyui_psa.errors import InputError
+from comfyui_psa.choices.errors import InputError
 from comfyui_psa.loading.checkpoint import check_checkpoint
 
 # A few names of each kind of file, as their authors or ComfyUI's repackaged files have them.

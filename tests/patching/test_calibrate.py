@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from comfyui_psa.errors import InputError
-from comfyui_psa.patching.calibrate import SPARSITIES, Point, propose
+from comfyui_psa.choices.errors import InputError
+from comfyui_psa.reports.calibrate import SPARSITIES, Point, propose
 
 POINTS = tuple(Point(s, e, t) for s, e, t in ((0.5, 0.02, 0.8), (0.7, 0.05, 0.5), (0.9, 0.15, 0.25), (0.95, 0.3, 0.2)))
 INPUTS = {"goal": "error", "target": 0.2, "preset": "auto", "start_percent": 0.25, "min_tokens": 0}
@@ -53,7 +53,7 @@ def model(comfyui):
 
 
 def sampler(model_latents, steps=3):
-    from comfyui_psa.patching.calibrate import sampler as make
+    from comfyui_psa.reports.calibrate import sampler as make
 
     conditioning = [[torch.randn(1, 13, 4096, generator=torch.Generator().manual_seed(2)), {}]]
     sample = make({"samples": torch.zeros(LATENT)}, conditioning, conditioning, seed=1, steps=steps, cfg=1.0)
@@ -61,9 +61,9 @@ def sampler(model_latents, steps=3):
 
 
 def test_errors_are_those_of_the_outputs_and_the_run_stays_dense(model, monkeypatch, tmp_path):
-    from comfyui_psa.patching import user_presets
-    from comfyui_psa.patching.calibrate import calibrate
-    from comfyui_psa.patching.user_presets import find_preset
+    from comfyui_psa.choices import user_presets
+    from comfyui_psa.choices.user_presets import find_preset
+    from comfyui_psa.reports.calibrate import calibrate
 
     monkeypatch.setattr(user_presets, "folder", lambda: tmp_path)
     latents, outputs = [], []
@@ -109,14 +109,14 @@ def test_errors_are_those_of_the_outputs_and_the_run_stays_dense(model, monkeypa
     ],
 )
 def test_what_cannot_be_calibrated_is_said(model, changes, words):
-    from comfyui_psa.patching.calibrate import calibrate
+    from comfyui_psa.reports.calibrate import calibrate
 
     with pytest.raises(InputError, match=f"^PSA Calibrate, input {words}"):
         calibrate(model, sampler([]), **INPUTS | changes)
 
 
 def test_the_picture_marks_the_proposal():
-    from comfyui_psa.pictures.curve import draw_calibration
+    from comfyui_psa.reports.draw_curve import draw_calibration
 
     for goal, target in (("error", 0.1), ("speed-up", 9.0)):
         picture = draw_calibration(propose(POINTS, 1.0, goal, target).as_dict())
@@ -125,7 +125,7 @@ def test_the_picture_marks_the_proposal():
 
 
 def test_a_model_on_several_gpus_is_refused(model):
-    from comfyui_psa.patching.calibrate import calibrate
+    from comfyui_psa.reports.calibrate import calibrate
 
     both = model.clone()
     both.set_additional_models("multigpu", [model.clone()])
@@ -135,8 +135,9 @@ def test_a_model_on_several_gpus_is_refused(model):
 
 @pytest.mark.parametrize("bad", ["one", "all"])
 def test_errors_that_are_not_finite_propose_and_save_nothing(model, monkeypatch, tmp_path, bad):
-    from comfyui_psa.patching import override, user_presets
-    from comfyui_psa.patching.calibrate import calibrate
+    from comfyui_psa.choices import user_presets
+    from comfyui_psa.patching import override
+    from comfyui_psa.reports.calibrate import calibrate
 
     monkeypatch.setattr(user_presets, "folder", lambda: tmp_path)
     genuine = override.pyramid_sparse_attention
@@ -155,14 +156,14 @@ def test_errors_that_are_not_finite_propose_and_save_nothing(model, monkeypatch,
 
 @pytest.mark.parametrize("target", [float("nan"), float("inf"), 0.0])
 def test_a_target_must_be_a_number(model, target):
-    from comfyui_psa.patching.calibrate import calibrate
+    from comfyui_psa.reports.calibrate import calibrate
 
     with pytest.raises(InputError, match="PSA Calibrate, input target: "):
         calibrate(model, sampler([]), **INPUTS | {"target": target})
 
 
 def test_a_short_video_is_said_once_and_at_once(model, monkeypatch, caplog):
-    from comfyui_psa.patching.calibrate import calibrate
+    from comfyui_psa.reports.calibrate import calibrate
 
     calls = []
     network = model.model.diffusion_model
@@ -183,7 +184,7 @@ def test_a_short_video_is_said_once_and_at_once(model, monkeypatch, caplog):
 @pytest.mark.parametrize("reason", ["block 0 is listed in dense_blocks", "something; it ends with a stop."])
 def test_whatever_keeps_a_video_dense_what_to_do_comes_last(model, monkeypatch, reason):
     from comfyui_psa.patching import override
-    from comfyui_psa.patching.calibrate import calibrate
+    from comfyui_psa.reports.calibrate import calibrate
 
     monkeypatch.setattr(override, "decline_reason", lambda *_, **__: reason)
     with pytest.raises(InputError) as caught:

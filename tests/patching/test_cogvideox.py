@@ -78,7 +78,7 @@ def test_the_presets_run(models, sample, preset, published):
 
 
 def test_the_published_figures_of_the_4_step_preset():
-    from comfyui_psa.kernels.presets import load_presets
+    from comfyui_psa.choices.presets import load_presets
 
     config = load_presets()["cogvideox-5b-4step (published)"].config(None)
     assert config.bounds == pytest.approx((0.05, 0.15, 0.25, 0.50))

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from comfyui_psa.kernels import load_presets
 from comfyui_psa.kernels.attention import pyramid_sparse_attention
+from comfyui_psa.kernels.gpu.tiles import AttendTile
 from comfyui_psa.kernels.levels import BlockLists
 from comfyui_psa.kernels.order import TokenOrder
-from comfyui_psa.kernels.tiles import AttendTile
 from comfyui_psa.patching import core, override
 from comfyui_psa.patching.patch import KEY, patch_model
 
@@ -225,7 +225,7 @@ def test_a_full_gpu_is_retried_with_fewer_heads_and_then_dense(tiny_wan, sample,
     ids=["does not fit the GPU", "does not compile"],
 )
 def test_a_kernel_that_cannot_run_here_is_tried_once(model, sample, monkeypatch, caplog, tile, says):
-    from comfyui_psa.kernels import attend_triton
+    from comfyui_psa.kernels.gpu import attend as attend_triton
 
     psa, stock = patch_model(model, **PATCH), sample(model, steps=4)
     expected = sample(psa, steps=4)

@@ -208,7 +208,7 @@ def test_a_step_on_the_bound_itself_is_sparse(comfyui, steps, start, dense):
     import comfy.model_sampling
     import comfy.samplers
 
-    from comfyui_psa.patching.run import is_active
+    from comfyui_psa.sampling.run import is_active
 
     sampling = comfy.model_sampling.ModelSamplingDiscreteFlow()
     sampling.set_parameters(shift=12.0)

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from comfyui_psa.errors import InputError
-from comfyui_psa.patching.pyramid import make_pyramid
-from comfyui_psa.patching.settings import make_settings
-from comfyui_psa.patching.user_presets import find_preset
+from comfyui_psa.choices.errors import InputError
+from comfyui_psa.choices.levels import make_pyramid
+from comfyui_psa.choices.settings import make_settings
+from comfyui_psa.choices.user_presets import find_preset
 
 SLIDERS = {
     "full": 0.1,
@@ -73,7 +73,7 @@ def test_two_places_that_set_the_same_thing_are_an_error(field, value):
 
 
 def test_a_saved_pyramid_is_a_preset_that_computes_the_same(tmp_path, monkeypatch):
-    from comfyui_psa.patching import user_presets
+    from comfyui_psa.choices import user_presets
 
     monkeypatch.setattr(user_presets, "folder", lambda: tmp_path / "psa_presets")
     changes = {"full": 0.2, "similarity_half": 0.7, "block_kv": "32", "mode": "budget", "precision": "int8"}

@@ -131,7 +131,7 @@ def test_the_maps_lie_over_the_video_as_the_model_saw_it(run):
 
 @pytest.mark.parametrize("images", [None, torch.rand(17, 80, 96, 3)])
 def test_the_picture_draws_the_layer_and_head_that_were_asked_for(run, images):
-    from comfyui_psa.patching.show import show_report
+    from comfyui_psa.reports.show import show_report
 
     psa, handle, _, _, samples = run
     report, picture = show_report(psa, {"samples": samples}, 1, 1, images)
@@ -144,8 +144,8 @@ def test_the_picture_draws_the_layer_and_head_that_were_asked_for(run, images):
 
 
 def test_wrong_choices_are_explained(run):
-    from comfyui_psa.errors import InputError
-    from comfyui_psa.patching.show import show_report
+    from comfyui_psa.choices.errors import InputError
+    from comfyui_psa.reports.show import show_report
 
     psa, _, _, _, samples = run
     with pytest.raises(InputError, match="PSA Report, input layer: 7 was given; allowed: -1 or a sparse layer: 0-2"):
@@ -156,7 +156,7 @@ def test_wrong_choices_are_explained(run):
 
 def test_a_model_that_stayed_dense_gets_a_picture_that_says_why(model):
     from comfyui_psa.patching.live import patch_for_node
-    from comfyui_psa.patching.show import show_report
+    from comfyui_psa.reports.show import show_report
 
     inputs = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
     stock, (sentence, preset) = patch_for_node(model, None, sparsity=0.0, **inputs)

@@ -13,8 +13,8 @@ import torch
 from comfyui_psa.patching import core, override
 from comfyui_psa.patching.override import RUN_KEY, PSAOverride
 from comfyui_psa.patching.patch import KEY, patch_model
-from comfyui_psa.patching.run import Run
-from comfyui_psa.patching.show import show_report
+from comfyui_psa.reports.show import show_report
+from comfyui_psa.sampling.run import Run
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 
@@ -275,7 +275,7 @@ def test_areas_that_are_all_parts(model, sample, tiny_wan):
     out = sample(psa, steps=4, positive=sides)
     maps = psa.get_attachment(KEY).maps
     assert (maps.grid, maps.whole) == ((3, 16, 10), False), "the largest, and known to be a part"
-    from comfyui_psa.patching.show import _maps
+    from comfyui_psa.reports.show import _maps
 
     assert "a part of the video of 3x16x10 tokens" in _maps(maps, -1, 0)["where"]
     assert show_report(psa, {"samples": out}, -1, 0, None)[1].shape[1] > 600
@@ -347,7 +347,7 @@ def test_skipped_steps_are_not_dense(model, sample, caplog):
     assert "the dense ones 0.00 s" not in line
     time, steps = report(psa)["time"], report(psa)["steps"]
     assert time["dense_steps"] == pytest.approx(sum(s["seconds"] for s in steps if s["kind"] == "dense"), abs=1e-3)
-    from comfyui_psa.pictures.report import headline
+    from comfyui_psa.reports.draw_report import headline
 
     assert f"{skipped} skipped by a cache" in headline(report(psa))
 
@@ -516,7 +516,7 @@ def test_triton_that_is_not_there(model, sample, monkeypatch, caplog):
     import sys
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or name.endswith("_triton")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton" or ".kernels.gpu" in name]:
         monkeypatch.delitem(sys.modules, name)
 
     class Absent:

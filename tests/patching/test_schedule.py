@@ -6,7 +6,7 @@ import torch
 from comfyui_psa.patching import core
 from comfyui_psa.patching.override import RUN_KEY
 from comfyui_psa.patching.patch import KEY, patch_model
-from comfyui_psa.patching.schedule import Schedule
+from comfyui_psa.sampling.schedule import Schedule
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from comfyui_psa.patching.settings import InputError, make_settings, parse_blocks, parse_pyramid
+from comfyui_psa.choices.settings import InputError, make_settings, parse_blocks, parse_pyramid
 
 GOOD = {"sparsity": 0.85, "preset": "wan2.1-14b", "start_percent": 0.25, "end_percent": 1.0}
 

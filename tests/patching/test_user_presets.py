@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comfyui_psa.errors import InputError
-from comfyui_psa.kernels.presets import load_presets
-from comfyui_psa.patching.user_presets import (
+from comfyui_psa.choices.errors import InputError
+from comfyui_psa.choices.presets import load_presets
+from comfyui_psa.choices.user_presets import (
     PresetError,
     find_preset,
     parse_preset,

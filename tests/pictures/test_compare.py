@@ -8,9 +8,9 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from comfyui_psa.errors import InputError
-from comfyui_psa.patching.compare import compare_images
-from comfyui_psa.pictures.compare import compare, ssim
+from comfyui_psa.choices.errors import InputError
+from comfyui_psa.reports.compare import compare_images
+from comfyui_psa.reports.draw_compare import compare, ssim
 
 
 def video(seed, frames=3, height=33, width=48):

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from comfyui_psa.demo.scene import Scene, conditioning
-from comfyui_psa.demo.training.files import DIT_FILE
-from comfyui_psa.quality import command
-from comfyui_psa.quality.attention import SparseAttention
-from comfyui_psa.quality.demo_model import WEIGHTS, Clip, DemoModel, DenseAttention, Video, simple_schedule
-from comfyui_psa.quality.matrix import LEAN, settings_of
-from comfyui_psa.quality.results import read_runs
-from comfyui_psa.quality.setting import Setting, resolve
+from comfyui_psa.workshop.quality import command
+from comfyui_psa.workshop.quality.attention import SparseAttention
+from comfyui_psa.workshop.quality.demo_model import WEIGHTS, Clip, DemoModel, DenseAttention, Video, simple_schedule
+from comfyui_psa.workshop.quality.matrix import LEAN, settings_of
+from comfyui_psa.workshop.quality.results import read_runs
+from comfyui_psa.workshop.quality.setting import Setting, resolve
+from comfyui_psa.workshop.training.files import DIT_FILE
 
 VIDEO = Video(frames=9, height=256, width=256)  # 768 tokens
 CLIP = Clip(Scene(), 42, "clip")
@@ -52,7 +52,7 @@ def test_equals_comfyui(comfyui, model):
         name: model.sample([CLIP], VIDEO, schedule, each).latents[-1]
         for name, each in (("dense", DenseAttention()), ("psa", attention))
     }
-    from comfyui_psa.demo.latents import from_vae_space
+    from comfyui_psa.workshop.training.latents import from_vae_space
 
     for name, latents in ours.items():
         expected = from_vae_space(found[name])

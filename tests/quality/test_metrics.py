@@ -7,7 +7,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from comfyui_psa.quality import metrics
+from comfyui_psa.workshop.quality import metrics
 
 
 def _video(seed, spread=40):

@@ -5,7 +5,7 @@ import torch
 
 from comfyui_psa.kernels import PyramidConfig
 from comfyui_psa.kernels.importance import importance, reduced_softmax
-from comfyui_psa.quality.ranking import ranked_lists, representatives, with_second_order
+from comfyui_psa.workshop.quality.ranking import ranked_lists, representatives, with_second_order
 
 CONFIG = {"shares": {1: 0.2, 8: 0.3}, "mode": "topk", "sparsity": 0.7, "tail": False, "block_q": 32, "block_kv": 32}
 

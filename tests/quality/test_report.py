@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from comfyui_psa.quality import report
-from comfyui_psa.quality.command import exit_code
-from comfyui_psa.quality.matrix import Claim, choice_claims, claims, settings_of
-from comfyui_psa.quality.results import RunRow, Writer, read_runs
-from comfyui_psa.quality.summary import Difference, quick_line
+from comfyui_psa.workshop.quality import report
+from comfyui_psa.workshop.quality.command import exit_code
+from comfyui_psa.workshop.quality.matrix import Claim, choice_claims, claims, settings_of
+from comfyui_psa.workshop.quality.results import RunRow, Writer, read_runs
+from comfyui_psa.workshop.quality.summary import Difference, quick_line
 
 
 def rows_of(psnr):

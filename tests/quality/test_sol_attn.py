@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comfyui_psa.quality import sol_attn
+from comfyui_psa.workshop.quality import sol_attn
 
 
 def test_density_is_that_of_the_rule():

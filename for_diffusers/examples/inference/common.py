@@ -34,7 +34,7 @@ def make_parser(about: str, *, model: str, steps: int, guidance: float, size: tu
     parser.add_argument("--negative_prompt", default="")
     parser.add_argument("--use_psa", action="store_true", help="attend with PSA; without it the pipeline is diffusers'")
     parser.add_argument("--sparsity", type=float, default=0.85, help="share of the attention work saved, 0 to 0.97")
-    parser.add_argument("--preset", default="auto", help="a preset of kernels/presets.json")
+    parser.add_argument("--preset", default="auto", help="a preset of choices/presets.json")
     parser.add_argument("--warmup", type=float, default=0.3, help="share of the steps that stay dense")
     parser.add_argument("--no_warmup", action="store_true", help="no step stays dense")
     parser.add_argument("--min_tokens", type=int, default=12288, help="shorter sequences stay dense")

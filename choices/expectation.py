@@ -1,0 +1,67 @@
+"""What a setting means before any data is seen: the figures that the nodes show while a slider moves.
+
+Nothing is measured here. `web/expectation.js` computes the same in the page; `tests/browser/test_expectation.py` holds
+the two together. Costs are those of `density.py`: a pair of blocks at pooling factor f costs 1/f.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..kernels.config import PyramidConfig
+from ..kernels.levels import topk_ends
+
+# Key blocks of the sequence that is assumed. With so many, rounding to whole blocks changes no digit that is shown.
+BLOCKS = 4096
+
+# Time of the attention call over dense cuDNN attention = fixed + per_work * density, fitted to the rows of `auto` in
+# workshop/results/attention-gpu.csv (H100, 0.85 to 0.95): the slowest and the fastest of its six shapes.
+SLOWEST = (0.2036, 0.765)  # CogVideoX-5B, 17,550 tokens
+FASTEST = (0.0476, 0.876)  # Wan 14B at 720p, 64,800 tokens
+# What those rows leave out, from the same table at 0.85: (slowest, fastest) on top of `fixed`.
+SAMPLED_EXTRA = (0.138, 0.079)
+MASS_EXTRA = (0.283, 0.011)
+
+
+@dataclasses.dataclass(frozen=True)
+class Expectation:
+    """The figures of one setting; None where they follow the data.
+
+    Attributes:
+        shares: pooling factor -> share of the block pairs, 0 for those not seen at all. Adds up to 1.
+        sparsity: share of the work that is saved; coverage: share of the pairs of which anything is seen.
+        speedup: of the attention call against dense, (least, most) as measured on an H100; the page shows it on
+            one only, since it says nothing of other GPUs.
+    """
+
+    shares: dict[int, float] | None
+    sparsity: float | None
+    coverage: float | None
+    speedup: tuple[float, float] | None
+
+
+def expect(config: PyramidConfig) -> Expectation:
+    """The figures of a setting on a long sequence. A similarity cap refines blocks: the sparsity is then the most."""
+    if config.mode != "topk":
+        sparsity = config.sparsity
+        coverage = 1.0 if config.tail else None
+        return Expectation(None, sparsity, coverage, None if sparsity is None else speedup(config, 1 - sparsity))
+    shares: dict[int, float] = {}
+    start = 0
+    for factor, end in zip(config.factors, topk_ends(BLOCKS, config), strict=True):
+        shares[factor] = (end - start) / BLOCKS
+        start = end
+    dropped = config.dropped_factor
+    shares[dropped] = shares.get(dropped, 0.0) + (BLOCKS - start) / BLOCKS
+    density = sum(share / factor for factor, share in shares.items() if factor)
+    return Expectation(shares, 1 - density, 1 - shares.get(0, 0.0), speedup(config, density))
+
+
+def speedup(config: PyramidConfig, density: float) -> tuple[float, float]:
+    """Dense time over PSA's time of one attention call at `density`, (least, most) of the shapes that were measured."""
+    times = []
+    for i, (fixed, per_work) in enumerate((SLOWEST, FASTEST)):
+        extra = SAMPLED_EXTRA[i] if config.importance == "sampled" else 0.0
+        extra += MASS_EXTRA[i] if config.mode != "topk" else 0.0
+        times.append(fixed + extra + per_work * density)
+    return 1 / times[0], 1 / times[1]

@@ -1,0 +1,100 @@
+"""What the PSA Pyramid node was told, as a preset of its own: the value of the type PSA_PYRAMID.
+
+Impossible mixes raise an error that names the node, the input, what was given and what is allowed; nothing is clamped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..kernels.config import ConfigError
+from ..sampling.run import log
+from .errors import InputError
+from .presets import RANKING, Preset
+from .user_presets import write_preset
+
+NODE = "PSA Pyramid"
+LEVELS = {"full": 1, "half": 2, "quarter": 4, "eighth": 8}
+"""Slider -> pooling factor."""
+_SLIDERS = ", ".join(LEVELS)
+CAPS = {"similarity_half": 2, "similarity_quarter": 4, "similarity_eighth": 8}
+
+
+def make_pyramid(*, save_as: str = "", **inputs: Any) -> Preset:
+    """A pyramid from the inputs of the node, those of `check_pyramid`; written as `save_as` if given.
+
+    Raises:
+        InputError: an input is wrong or the combination is impossible.
+    """
+    pyramid = check_pyramid(**inputs)
+    if save_as.strip():
+        path = write_preset(save_as, pyramid, about="A pyramid of the user's", made=f"saved by {NODE}", node=NODE)
+        log.info("PSA: the pyramid is saved as %s", path)
+    return pyramid
+
+
+def check_pyramid(
+    full: float,
+    half: float,
+    quarter: float,
+    eighth: float,
+    similarity_half: float,
+    similarity_quarter: float,
+    similarity_eighth: float,
+    mode: str,
+    as_written: bool,
+    tail: bool,
+    order: str,
+    importance: str,
+    block_q: int | str,
+    block_kv: int | str,
+    precision: str,
+) -> Preset:
+    """The pyramid that the inputs of the node describe; raises InputError where it is impossible."""
+    levels = dict(zip(LEVELS, (full, half, quarter, eighth), strict=True))
+    shares = {factor: levels[name] for name, factor in LEVELS.items() if levels[name] > 0}
+    if not shares:
+        raise _error(_SLIDERS, 0, "at least one level above 0: the video must be seen somehow", "raise a level")
+    total = sum(shares.values())
+    if total > 1 + 1e-6:
+        raise _error(_SLIDERS, f"{total:.2f} in sum", "levels that add up to at most 1", "lower a level")
+    if mode == "budget" and as_written:
+        allowed = "off in budget mode, which always meets the sparsity slider"
+        raise _error("as_written", True, allowed, "turn as_written off, or set mode to threshold")
+    similarities = dict(zip(CAPS, (similarity_half, similarity_quarter, similarity_eighth), strict=True))
+    settings = {
+        "mode": mode,
+        "shares": shares,
+        "tail": tail,
+        "order": order,
+        "importance": importance,
+        "reduction": RANKING["reduction"],
+        "block_q": int(block_q),
+        "block_kv": int(block_kv),
+        "similarity_cap": _caps(shares, similarities),
+        "precision": precision,
+    }
+    pyramid = Preset(NODE, "from the node PSA Pyramid", settings, as_written=as_written or mode == "threshold")
+    try:
+        pyramid.check()  # the shape alone; whether it meets the slider is for PSA Patch to say
+    except ConfigError as error:
+        raise _error(error.field, error.given, error.allowed, error.do) from error
+    return pyramid
+
+
+def _caps(shares: dict[int, float], sliders: dict[str, float]) -> dict[int, float]:
+    """Similarity caps by pooling factor; empty without any. A slider at 0 sets no limit to its level."""
+    given = {factor: sliders[name] for name, factor in CAPS.items()}
+    if not any(given.values()):
+        return {}
+    for name, factor in CAPS.items():
+        if given[factor] and factor > max(shares):
+            level = next(level for level, pooled in LEVELS.items() if pooled == factor)
+            allowed = f"0 while no level is pooled that far ({level} and coarser are 0)"
+            raise _error(name, given[factor], allowed, f"set {name} to 0 or raise {level}")
+    # -1 is passed by every block; a level left out would be closed to all of them.
+    return {factor: cap or -1.0 for factor, cap in given.items() if factor <= max(shares)}
+
+
+def _error(field: str, given: object, allowed: str, do: str) -> InputError:
+    return InputError(field, given, allowed, NODE, do=do)

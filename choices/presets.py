@@ -1,0 +1,84 @@
+"""Presets: the published settings of PSA, unchanged, and ours derived from each.
+
+The published numbers stand in `presets.json` (arXiv 2512.04025 and the official release; shares are the differences of
+its cumulative bounds). A published preset computes what the paper describes, with sampled importance. Ours keeps the
+shape of the pyramid; it meets the slider (budget mode in place of threshold) and ranks blocks, 128 queries and 64 keys,
+by the mean weight of pooled tokens, a quarter of the published scores. What else differs stands under "ours" in the
+file. The tail, which goes beyond the paper, is off: on the demo model it costs more than it gives. "evidence" names the
+page that measures ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ..kernels.config import PyramidConfig
+
+PUBLISHED_SUFFIX = " (published)"
+_NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence")
+RANKING = {"importance": "pooled", "reduction": "mean"}
+"""How ours rank blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named setting.
+
+    Attributes:
+        about: a sentence; settings: fields of `PyramidConfig`, without `sparsity`.
+        dense_steps: how many of a run's first steps it leaves dense; None where a share of the schedule says it.
+        evidence: page of this repository that measures it against others; empty where nothing does.
+        sparsity: the target that it was made for, a suggestion to the user, or None.
+        as_written: True takes the shares as they are; a target sparsity then does not act.
+    """
+
+    name: str
+    about: str
+    settings: dict[str, object]
+    sparsity: float | None = None
+    as_written: bool = False
+    dense_steps: int | None = None
+    evidence: str = ""
+
+    def config(self, sparsity: float | None, **changes: object) -> PyramidConfig:
+        """The configuration at a target sparsity; in threshold mode density follows the data and sparsity is unused.
+
+        Raises:
+            ConfigError: the combination is impossible.
+        """
+        settings = {**self.settings, **changes}
+        if settings["mode"] == "threshold" or self.as_written:
+            sparsity = None
+        return PyramidConfig(sparsity=sparsity, **settings)
+
+    def check(self) -> None:
+        """Raise ConfigError where the shape is impossible, whatever sparsity is asked of it."""
+        mode = "threshold" if self.settings["mode"] == "budget" else self.settings["mode"]
+        PyramidConfig(sparsity=None, **{**self.settings, "mode": mode})
+
+
+def load_presets(path: Path | None = None) -> dict[str, Preset]:
+    """All presets by name: for every entry of the file ours under its name and, where there is one, the published one
+    beside it."""
+    entries = json.loads((path or Path(__file__).with_name("presets.json")).read_text(encoding="utf-8"))
+    presets: dict[str, Preset] = {}
+    for name, entry in entries.items():
+        settings = {key: value for key, value in entry.items() if key not in _NOT_SETTINGS}
+        for field in ("shares", "similarity_cap"):
+            settings[field] = {int(factor): share for factor, share in settings.get(field, {}).items()}
+        # A threshold preset would leave the slider without effect; budget mode is its way to meet it.
+        mode = "budget" if settings["mode"] == "threshold" else settings["mode"]
+        ours = {"mode": mode, "shares": settings["shares"], "order": settings["order"], "tail": False}
+        ours |= RANKING | entry.get("ours", {})
+        steps = ours.pop("dense_steps", None)
+        about = f"{entry['about']}: its pyramid, met to the slider's sparsity"
+        evidence = entry.get("evidence", "")
+        presets[name] = Preset(name, about, ours, dense_steps=steps, evidence=evidence)
+        if not entry.get("published", True):
+            continue
+        published = settings | {"tail": False, "importance": "sampled", "reduction": "max"}
+        about = f"{entry['about']}, as published (dense steps: {entry['dense_steps']})"
+        presets[name + PUBLISHED_SUFFIX] = Preset(name + PUBLISHED_SUFFIX, about, published)
+    return presets

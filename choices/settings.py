@@ -1,0 +1,281 @@
+"""What the PSA Patch node was told, validated into one immutable object. No model is touched here."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from ..kernels.backends import BACKENDS
+from ..kernels.config import BLOCK_SIZES, ConfigError, PyramidConfig
+from ..kernels.falling import check_falling
+from ..kernels.semantic import SEMANTIC_ORDERS
+from .errors import InputError
+from .presets import Preset
+from .user_presets import find_preset
+
+AUTO = "auto"
+AUTO_PRESETS = ("module-default", "cogvideox-5b", "cogvideox1.5-5b")
+"""What `auto` can stand for (`family.py`); the first is the preset of Wan."""
+ANY_SPARSITY = 0.95
+"""One that every pyramid reaches, to judge the other inputs where the slider is 0."""
+FROM_PRESET = "preset"
+MOST_REUSE_STEPS = 100
+_FIELD = {"shares": "pyramid"}
+"""Field of the configuration -> input of the node, where they differ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchSettings:
+    """Settings of one patched model.
+
+    Attributes:
+        config: the pyramid; preset: the name it came from.
+        start_percent, end_percent: part of the schedule in which PSA is active, as ComfyUI counts percent.
+        dense_steps: how many steps stay dense where the schedule begins, in place of start_percent; None for percent.
+        dense_blocks: indices of transformer blocks that stay dense.
+        min_tokens: shorter sequences stay dense.
+        backend: auto, triton or torch; verbose: log every step.
+        reuse_steps: levels are chosen in every such step and kept in between; 1 chooses them in every step.
+        falling: how far the density falls over the sparse steps, see `kernels/falling.py`; 0 keeps it.
+    """
+
+    config: PyramidConfig
+    preset: str
+    start_percent: float = 0.25
+    end_percent: float = 1.0
+    dense_blocks: frozenset[int] = frozenset()
+    min_tokens: int = 12288
+    backend: str = "auto"
+    verbose: bool = False
+    dense_steps: int | None = None
+    reuse_steps: int = 1
+    falling: float = 0.0
+
+    def __str__(self) -> str:
+        """What a user would tell another one of them."""
+        config = self.config
+        target = "levels as written" if config.sparsity is None else f"sparsity {config.sparsity:g}"
+        begin = f"{self.start_percent:.0%}" if self.dense_steps is None else f"step {self.dense_steps + 1}"
+        shape = [
+            f"{config.mode} " + ", ".join(f"{factor}: {share:g}" for factor, share in config.shares.items()),
+            f"{config.order} order",
+            f"{config.importance} importance",
+            f"blocks of {config.block_q} and {config.block_kv}",
+            *(["tail"] if config.tail else []),
+            *([f"density falling by {self.falling:g}"] if self.falling else []),
+        ]
+        part = f"from {begin} to {self.end_percent:.0%} of the schedule"
+        return f"{target} {part}; preset {self.preset} ({', '.join(shape)})"
+
+
+def make_settings(
+    *,
+    sparsity: float,
+    preset: str,
+    start_percent: float,
+    end_percent: float,
+    mode: str = FROM_PRESET,
+    pyramid: str = "",
+    tail: str = FROM_PRESET,
+    order: str = FROM_PRESET,
+    importance: str = FROM_PRESET,
+    block_q: str = FROM_PRESET,
+    block_kv: str = FROM_PRESET,
+    dense_blocks: str = "",
+    min_tokens: int = 12288,
+    backend: str = "auto",
+    verbose: bool = False,
+    precision: str = "auto",
+    reuse_steps: int = 1,
+    falling: float = 0.0,
+    psa_pyramid: Preset | None = None,
+    blocks: int | None = None,
+) -> PatchSettings:
+    """Settings from the inputs of the node.
+
+    Args:
+        preset: a name of `user_presets.preset_names`; psa_pyramid: the pyramid to take in its place, from the node
+            PSA Pyramid. blocks: the model's block count, where it is known.
+
+    Raises:
+        InputError: an input is wrong or the combination is impossible.
+    """
+    check_window(start_percent, end_percent)
+    if backend not in BACKENDS:
+        raise InputError.of_choice("backend", backend, BACKENDS)
+    if not 1 <= reuse_steps <= MOST_REUSE_STEPS:
+        raise InputError("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}", do="set reuse_steps to 1")
+    own = {"mode": mode, "pyramid": pyramid, "tail": tail, "order": order, "importance": importance}
+    own |= {"block_q": block_q, "block_kv": block_kv, "precision": precision}
+    check_place(psa_pyramid is not None, **own)
+    shape, config = make_config(sparsity, preset, psa_pyramid, falling=falling, reuse_steps=reuse_steps, **own)
+    return PatchSettings(
+        config=config,
+        preset=shape.name,
+        start_percent=start_percent,
+        end_percent=end_percent,
+        dense_blocks=parse_blocks(dense_blocks, blocks),
+        min_tokens=min_tokens,
+        backend=backend,
+        verbose=verbose,
+        dense_steps=shape.dense_steps,
+        reuse_steps=reuse_steps,
+        falling=falling,
+    )
+
+
+def check_window(start_percent: float, end_percent: float) -> None:
+    """Raise InputError unless PSA begins before it ends."""
+    if not start_percent < end_percent:
+        allowed = f"less than end_percent, which is {end_percent}"
+        raise InputError("start_percent", start_percent, allowed, do="lower start_percent or raise end_percent")
+
+
+def check_one_pyramid(preset: str, psa_pyramid_given: bool, node: str = "PSA Patch") -> None:
+    """Raise InputError where a preset is chosen and a pyramid connected, of which only one can act."""
+    if psa_pyramid_given and preset != AUTO:
+        allowed = f"{AUTO} while PSA Pyramid is connected, which takes the preset's place"
+        raise InputError("preset", preset, allowed, node, do="set preset to auto or unplug PSA Pyramid")
+
+
+def check_place(
+    psa_pyramid_given: bool,
+    mode: str = FROM_PRESET,
+    pyramid: str = "",
+    tail: str = FROM_PRESET,
+    order: str = FROM_PRESET,
+    importance: str = FROM_PRESET,
+    block_q: str = FROM_PRESET,
+    block_kv: str = FROM_PRESET,
+    precision: str = "auto",
+) -> None:
+    """Raise InputError for what is set beside a connected PSA Pyramid, which says it for itself."""
+    if not psa_pyramid_given:
+        return
+    changes = _changes(mode, pyramid, tail, order, importance, block_q, block_kv, precision)
+    for field, value in changes.items():
+        field = _FIELD.get(field, field)
+        kept = {"pyramid": "empty", "precision": "auto"}.get(field, FROM_PRESET)
+        allowed = f"{kept} while PSA Pyramid is connected, which has its own"
+        raise InputError(field, value, allowed, do=f"set {field} to {kept} here, or unplug PSA Pyramid")
+
+
+def check_shape(
+    sparsity: float,
+    preset: str,
+    psa_pyramid: Preset | None = None,
+    mode: str = FROM_PRESET,
+    pyramid: str = "",
+    tail: str = FROM_PRESET,
+    order: str = FROM_PRESET,
+    importance: str = FROM_PRESET,
+    block_q: str = FROM_PRESET,
+    block_kv: str = FROM_PRESET,
+    precision: str = "auto",
+    falling: float = 0.0,
+    reuse_steps: int = 1,
+) -> None:
+    """Raise InputError for an impossible pyramid; with preset `auto` where it is so for every model."""
+    names = AUTO_PRESETS if preset == AUTO else (preset,)
+    own = {"mode": mode, "pyramid": pyramid, "tail": tail, "order": order, "importance": importance}
+    own |= {"block_q": block_q, "block_kv": block_kv, "precision": precision}
+    errors: list[InputError] = []
+    for name in names:
+        try:
+            make_config(sparsity or ANY_SPARSITY, name, psa_pyramid, falling=falling, reuse_steps=reuse_steps, **own)
+            return
+        except InputError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def make_config(
+    sparsity: float,
+    preset: str,
+    psa_pyramid: Preset | None = None,
+    *,
+    mode: str,
+    pyramid: str,
+    tail: str,
+    order: str,
+    importance: str,
+    block_q: str,
+    block_kv: str,
+    precision: str,
+    falling: float,
+    reuse_steps: int,
+) -> tuple[Preset, PyramidConfig]:
+    """The preset (or connected pyramid) and its configuration with the inputs that differ from it.
+
+    Raises:
+        InputError: the combination is impossible.
+    """
+    shape = find_preset(preset) if psa_pyramid is None else psa_pyramid
+    try:
+        changes = _changes(mode, pyramid, tail, order, importance, block_q, block_kv, precision)
+        config = shape.config(sparsity, **changes)
+        check_falling(falling, config)
+    except ConfigError as error:
+        field = _FIELD.get(error.field, error.field)
+        raise InputError(field, error.given, error.allowed, do=error.do) from error
+    if reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
+        allowed = f"1 with the order {config.order}, whose blocks change every step"
+        raise InputError("reuse_steps", reuse_steps, allowed, do="set reuse_steps to 1 or take another order")
+    return shape, config
+
+
+def _changes(
+    mode: str, pyramid: str, tail: str, order: str, importance: str, block_q: str, block_kv: str, precision: str
+) -> dict[str, object]:
+    """Fields of the configuration that the inputs set, the others being the preset's."""
+    changes: dict[str, object] = {} if precision == "auto" else {"precision": precision}
+    for field, value in (("mode", mode), ("order", order), ("importance", importance)):
+        if value != FROM_PRESET:
+            changes[field] = value
+    for field, value in (("block_q", block_q), ("block_kv", block_kv)):
+        if value != FROM_PRESET:
+            changes[field] = _block_size(field, value)
+    if tail != FROM_PRESET:
+        changes["tail"] = tail == "on"
+    if pyramid.strip():
+        changes["shares"] = parse_pyramid(pyramid)
+    return changes
+
+
+def _block_size(field: str, value: object) -> int:
+    if str(value) not in map(str, BLOCK_SIZES):
+        raise InputError.of_choice(field, value, (FROM_PRESET, *BLOCK_SIZES))
+    return int(value)
+
+
+def check_blocks(dense_blocks: str) -> None:
+    """Raise InputError where no block could be meant; how many a model has is not known here."""
+    parse_blocks(dense_blocks)
+
+
+def parse_pyramid(text: str) -> dict[int, float]:
+    """'1: 0.10, 2: 0.05, 8: 0.20' -> {1: 0.10, 2: 0.05, 8: 0.20}: pooling factor and its share."""
+    shares: dict[int, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([0-9]{1,3})\s*:\s*([0-9]*\.?[0-9]+)\s*", part)
+        if match is None or int(match[1]) in shares:
+            allowed = "each pooling factor once, with its share: '1: 0.10, 2: 0.05, 8: 0.20'"
+            raise InputError("pyramid", text, allowed, do="write it like this, or leave pyramid empty")
+        shares[int(match[1])] = float(match[2])
+    return shares
+
+
+def parse_blocks(text: str, blocks: int | None = None) -> frozenset[int]:
+    """'0, 1, 38-39' -> {0, 1, 38, 39}. `blocks` is the number of transformer blocks, where it is known."""
+    allowed = "block numbers and ranges such as '0, 1, 38-39'" + (f", from 0 to {blocks - 1}" if blocks else "")
+    do = "write it like this, or leave dense_blocks empty"
+    indices: set[int] = set()
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        match = re.fullmatch(r"([0-9]{1,4})(?:\s*-\s*([0-9]{1,4}))?", part)
+        if match is None:
+            raise InputError("dense_blocks", text, allowed, do=do)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or (blocks is not None and last >= blocks):
+            raise InputError("dense_blocks", text, allowed, do=do)
+        indices.update(range(first, last + 1))
+    return frozenset(indices)

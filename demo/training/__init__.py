@@ -1,1 +1,0 @@
-"""Training of the demonstration model. Run through `demo/train_demo.py`, never by the node pack."""

@@ -1,0 +1,387 @@
+"""Attention over a pyramid in Triton: the kernel beside `attend.attend_reference`, whose result it reproduces.
+
+One program serves one query block of one head. For every level it walks the list of the blocks that the row sees at
+that level and gathers as many of them as fill a tile, so that a block of 8 pooled rows does not starve the tensor
+cores (arXiv 2512.04025, section 3.5). Importing this module needs triton; `backends.py` says whether that is so.
+
+The streaming softmax is that of `attend_tile.py`: a launch with fixed references computes everything, a second
+one, `CAREFUL`, the query blocks in which something overflowed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..levels import BlockLists
+from ..order import TokenOrder
+from ..pyramid import Pyramid
+from .attend_tile import careful_tile, edge_tile, fast_tile, tile_logits
+from .autotune import Case, choose_tile
+from .int8 import quantise_queries_triton
+from .order import load_rows
+from .tiles import AttendTile
+
+_LOG2_E = 1.4426950408889634
+# The power of two that the largest weight gets when the reference is set. float16 weights end at 2^16, lose digits
+# below 2^-14 and are 0 below 2^-25. With a fixed reference 13 powers are left for keys above those that set it; with a
+# running maximum none are needed.
+_PEAK, _PEAK_CAREFUL = tl.constexpr(3), tl.constexpr(15)
+# The least that the weights of a row must add up to, per key row: float16 loses at most 2^-25 of each, so that at most
+# 2^-11 of the sum is lost, as much as rounding the output costs. A row of less is computed again.
+_LEAST = tl.constexpr(2.0**-14)
+
+
+@triton.jit
+def _offsets(row, stride, dims, FACTOR: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Places of rows [N] in a head: pooled ones lie close together, so that 32 bits hold them and spare registers."""
+    if FACTOR == 1:
+        return row[:, None].to(tl.int64) * stride + dims[None, :]
+    else:
+        return row[:, None] * HEAD_DIM + dims[None, :]
+
+
+@triton.jit
+def _attend_level(
+    q, k_desc, v_desc, pointers, strides, place, blocks_ptr, scales_ptr, start, end, length_k, scale, a, b,
+    FACTOR: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    CAREFUL: tl.constexpr, PEAK: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
+    SETS_TOP: tl.constexpr,
+):  # fmt: skip
+    """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it.
+
+    q: queries of both halves [ROWS, DIM]; pointers, strides: of the head's keys and values at the level; place: batch
+    entry and head; a, b: what both halves have summed, as in `careful_tile`.
+
+    Blocks are listed in ascending order, so that only the last one can be short: the tiles that hold it, at least one,
+    go the careful way and come first; all others are full.
+    """
+    k_ptr, v_ptr = pointers
+    stride_k, stride_v = strides
+    INT8: tl.constexpr = scales_ptr is not None
+    ROWS: tl.constexpr = BLOCK_KV // FACTOR
+    lanes = tl.arange(0, TILE)
+    dims = tl.arange(0, DIM)
+    rows = (end - start) * ROWS
+    full = 0
+    if not CAREFUL:
+        full = tl.maximum(rows - ROWS, 0) // TILE * TILE
+
+    for first in tl.range(full, rows, TILE, num_stages=1):
+        position = first + lanes  # [TILE], of the rows that the list names
+        seen = position < rows
+        block = tl.load(blocks_ptr + start + position // ROWS, mask=seen, other=0)
+        row = block * ROWS + position % ROWS
+        tokens = tl.minimum(tl.maximum(length_k - row * FACTOR, 0), FACTOR)
+        tokens = tl.where(seen, tokens, 0)
+        mask = (tokens > 0)[:, None] & (dims < HEAD_DIM)[None, :]
+        k = tl.load(k_ptr + _offsets(row, stride_k, dims, FACTOR, HEAD_DIM), mask=mask, other=0)  # [TILE, DIM]
+        v = tl.load(v_ptr + _offsets(row, stride_v, dims, FACTOR, HEAD_DIM), mask=mask, other=0)  # [TILE, DIM]
+        tile_scale = scale
+        if INT8:
+            tile_scale = scale * tl.load(scales_ptr + block, mask=seen, other=0)[None, :]
+        if SETS_TOP:
+            bias = tl.where(tokens > 0, 0.0, float("-inf"))
+            if FACTOR > 1:
+                bias += tl.log2(tl.maximum(tokens, 1).to(tl.float32))
+            a = careful_tile(q[0], k, v, tile_scale, bias, a, PEAK, INT8)
+            if HALVES:
+                b = careful_tile(q[1], k, v, tile_scale, bias, b, PEAK, INT8)
+        else:
+            a = edge_tile(q[0], k, v, tile_scale, tokens, a, INT8)
+            if HALVES:
+                b = edge_tile(q[1], k, v, tile_scale, tokens, b, INT8)
+
+    if not CAREFUL:
+        # Every row of a full block stands for FACTOR tokens: the bias becomes part of the reference.
+        shift_a = tl.where(a[0] == float("-inf"), 0.0, a[0]) - tl.log2(FACTOR * 1.0)
+        shift_b = shift_a
+        if HALVES:
+            shift_b = tl.where(b[0] == float("-inf"), 0.0, b[0]) - tl.log2(FACTOR * 1.0)
+        for first in tl.range(0, full, TILE, num_stages=STAGES):
+            tile_scale = scale
+            if k_desc is not None:
+                block = tl.load(blocks_ptr + start + first // ROWS)
+                k = k_desc.load([place[0], place[1], block * ROWS + first % ROWS, 0]).reshape(TILE, DIM)
+                v = v_desc.load([place[0], place[1], block * ROWS + first % ROWS, 0]).reshape(TILE, DIM)
+                if INT8:
+                    tile_scale = scale * tl.load(scales_ptr + block)
+            else:
+                position = first + lanes
+                block = tl.load(blocks_ptr + start + position // ROWS)
+                row = block * ROWS + position % ROWS
+                k_address = k_ptr + _offsets(row, stride_k, dims, FACTOR, HEAD_DIM)
+                v_address = v_ptr + _offsets(row, stride_v, dims, FACTOR, HEAD_DIM)
+                if DIM == HEAD_DIM:
+                    k = tl.load(k_address)
+                    v = tl.load(v_address)
+                else:
+                    mask = (dims < HEAD_DIM)[None, :]
+                    k = tl.load(k_address, mask=mask, other=0)
+                    v = tl.load(v_address, mask=mask, other=0)
+                if INT8 and ROWS >= TILE:
+                    tile_scale = scale * tl.load(scales_ptr + tl.load(blocks_ptr + start + first // ROWS))
+                elif INT8:
+                    tile_scale = scale * tl.load(scales_ptr + block)[None, :]
+            a, b = fast_tile(q, k, v, tile_scale, (shift_a, shift_b), a, b, INT8, WAIT, HALVES)
+    return a, b
+
+
+@triton.jit
+def _store_output(half, base_ptr, to_ptr, first, length_q, stride, write, HEAD_DIM: tl.constexpr):
+    """Write weighted values / weights [ROWS, DIM] to the places of the queries first..first + ROWS of a head.
+
+    to_ptr: the head's index of places, None where queries are in order.
+    """
+    _, total, acc = half
+    position = first + tl.arange(0, acc.shape[0])
+    dims = tl.arange(0, acc.shape[1])
+    exists = position < length_q
+    place = position.to(tl.int64)
+    if to_ptr is not None:
+        place = tl.load(to_ptr + position, mask=exists, other=0)
+    rows = acc / tl.where(total > 0, total, 1.0)[:, None]
+    mask = (exists & write)[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(base_ptr + place[:, None] * stride + dims[None, :], rows.to(base_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _is_right(half, least, LEAST: tl.constexpr):
+    """1 where all sums are finite and those of the weights no less than `least`, else 0: a scalar."""
+    _, total, acc = half
+    summed = total < float("inf")
+    if LEAST > 0:
+        summed &= total >= least
+    right = (tl.abs(acc) < float("inf")) & summed[:, None]
+    return tl.min(tl.min(right.to(tl.int32), 1), 0)
+
+
+@triton.jit
+def _first_total(q, q8):
+    """The sum that a softmax row begins with: NaN where eight bits cannot say that the query is not finite."""
+    total = tl.zeros([q.shape[0]], tl.float32)
+    if q8 is not None:
+        finite = tl.abs(q.to(tl.float32)) < float("inf")
+        total = tl.where(tl.min(finite.to(tl.int32), 1) > 0, total, float("nan"))
+    return total
+
+
+@triton.jit
+def _head_of(pointer, strides, b, h):
+    """Where head h of batch entry b begins."""
+    return pointer + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+
+
+@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "length_order", "length_extra", "n_q", "n_k"])
+def _attend(
+    q_ptr, q8, fine, k_desc, v_desc, coarse, extra, lists, again_ptr, out_ptr, order,
+    stride_q, stride_k, stride_v, stride_coarse, stride_extra, stride_out,
+    heads, length_q, length_k, length_order, length_extra, n_q, n_k, scale,
+    FACTORS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Query block `program_id(0)` of head `program_id(1)`; its rows are a, or the first half of them a and the rest b.
+
+    Strides are those of batch entry, head and token; a tensor that is not there is None.
+
+    q_ptr: queries [B, H, Lq, D]. q8: them in int8, in block order, and a scale for each block, for level 1 alone.
+    fine: keys and values [B, H, Lk, D] at level 1, and the scales of int8 keys for each block; k_desc, v_desc: for bulk
+    copies of them. coarse: keys and values of all other levels. extra: those outside the blocks [B, H, E, D].
+    lists: `BlockLists.blocks`, `best` and `ends`, and the rows of a head, the longest first.
+    again_ptr: int32 [B, H, n_q], blocks that the careful launch computes again.
+    order: the index of the queries' order, twice: the places that queries are read from, were they known to be those
+    that the output goes to, would be kept through the loops, whose own values then do not fit the registers.
+    length_order: entries of the index before those of the next head; 0 where all share one.
+    """
+    blocks_ptr, best_ptr, ends_ptr, rows_ptr = lists
+    LEVELS: tl.constexpr = len(FACTORS)
+    HALF: tl.constexpr = q_ptr.dtype.element_ty == tl.float16
+    PEAK: tl.constexpr = (_PEAK_CAREFUL if CAREFUL else _PEAK) if HALF else 0
+    LEAST: tl.constexpr = _LEAST if HALF and not CAREFUL else 0.0
+    head_index = tl.program_id(1)
+    block = tl.program_id(0)
+    if rows_ptr is not None:
+        block = tl.load(rows_ptr + head_index * n_q + block)
+    row = head_index.to(tl.int64) * n_q + block
+    if CAREFUL and tl.load(again_ptr + row) == 0:
+        return
+    b, h = head_index // heads, head_index % heads
+    ROWS: tl.constexpr = BLOCK_Q // 2 if HALVES else BLOCK_Q
+    first_a = block * BLOCK_Q
+    first_b = first_a + ROWS
+    dims = tl.arange(0, DIM)
+    lanes = tl.arange(0, TILE)
+    from_ptr, to_ptr = None, None
+    if order is not None:
+        from_ptr = order[0] + head_index * length_order
+    q_base = _head_of(q_ptr, stride_q, b, h)
+    q_a = load_rows(q_base, from_ptr, first_a, length_q, stride_q[2], ROWS, HEAD_DIM, DIM)  # [ROWS, DIM]
+    half_a = tl.full([ROWS], float("-inf"), tl.float32), _first_total(q_a, q8), tl.zeros([ROWS, DIM], tl.float32)
+    q_b, half_b = q_a, half_a
+    if HALVES:
+        q_b = load_rows(q_base, from_ptr, first_b, length_q, stride_q[2], ROWS, HEAD_DIM, DIM)
+        half_b = half_a[0], _first_total(q_b, q8), half_a[2]
+    fine_a, fine_b, fine_scale = q_a, q_b, scale
+    if q8 is not None:
+        base = q8[0] + head_index.to(tl.int64) * length_q * HEAD_DIM
+        fine_a = load_rows(base, None, first_a, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM)
+        if HALVES:
+            fine_b = load_rows(base, None, first_b, length_q, HEAD_DIM, ROWS, HEAD_DIM, DIM)
+        fine_scale = scale * tl.load(q8[1] + row)
+
+    if HALF and not CAREFUL and FACTORS[0] == 1:
+        # float16 has no room for a reference far below the maximum, which is likely to lie at the query's own place or
+        # in its most important block.
+        INT8: tl.constexpr = q8 is not None
+        own: tl.constexpr = BLOCK_Q // TILE
+        best = tl.load(best_ptr + row) * BLOCK_KV
+        top_a, top_b = half_a[0], half_b[0]
+        for tile in tl.range(0, own + tl.cdiv(BLOCK_KV, TILE), num_stages=STAGES):
+            keys = tl.where(tile < own, first_a + tile * TILE, best + (tile - own) * TILE) + lanes
+            there = keys < length_k
+            address = _head_of(fine[0], stride_k, b, h) + _offsets(keys, stride_k[2], dims, 1, HEAD_DIM)
+            k = tl.load(address, mask=there[:, None] & (dims < HEAD_DIM)[None, :], other=0)  # [TILE, DIM]
+            tile_scale = fine_scale
+            if INT8:
+                scale_ptr = fine[2] + head_index.to(tl.int64) * n_k + keys // BLOCK_KV
+                tile_scale = fine_scale * tl.load(scale_ptr, mask=there, other=0)[None, :]
+            bias = tl.where(there, 0.0, float("-inf"))[None, :]
+            top_a = tl.maximum(top_a, tl.max(tile_logits(fine_a, k, INT8) * tile_scale + bias, 1) - PEAK)
+            if HALVES:
+                top_b = tl.maximum(top_b, tl.max(tile_logits(fine_b, k, INT8) * tile_scale + bias, 1) - PEAK)
+        half_a = top_a, half_a[1], half_a[2]
+        half_b = top_b, half_b[1], half_b[2]
+
+    if extra is not None:
+        for first in tl.range(0, length_extra, TILE, num_stages=1):
+            there = first + lanes < length_extra
+            offsets = (first + lanes)[:, None].to(tl.int64) * stride_extra[2] + dims[None, :]
+            mask = there[:, None] & (dims < HEAD_DIM)[None, :]
+            k = tl.load(_head_of(extra[0], stride_extra, b, h) + offsets, mask=mask, other=0)  # [TILE, DIM]
+            v = tl.load(_head_of(extra[1], stride_extra, b, h) + offsets, mask=mask, other=0)  # [TILE, DIM]
+            bias = tl.where(there, 0.0, float("-inf"))
+            half_a = careful_tile(q_a, k, v, scale, bias, half_a, PEAK, False)
+            if HALVES:
+                half_b = careful_tile(q_b, k, v, scale, bias, half_b, PEAK, False)
+
+    # Addresses are made where they are needed: kept through the loops, they would push the loops' own values out of the
+    # registers.
+    start, coarse_row = 0, 0
+    least = 0.0
+    if LEAST > 0 and extra is not None:
+        least += length_extra * LEAST
+    for level in tl.static_range(LEVELS):
+        end = tl.load(ends_ptr + row * LEVELS + level)
+        list_ptr = blocks_ptr + row * n_k
+        if FACTORS[level] == 1:
+            scales_ptr = None
+            if q8 is not None:
+                scales_ptr = fine[2] + head_index.to(tl.int64) * n_k
+            half_a, half_b = _attend_level(
+                (fine_a, fine_b), k_desc, v_desc,
+                (_head_of(fine[0], stride_k, b, h), _head_of(fine[1], stride_v, b, h)), (stride_k[2], stride_v[2]),
+                (b, h), list_ptr, scales_ptr, start, end, length_k, fine_scale, half_a, half_b,
+                1, BLOCK_KV, TILE, HEAD_DIM, DIM, CAREFUL, PEAK, STAGES, WAIT, HALVES, CAREFUL or level == 0,
+            )  # fmt: skip
+        else:
+            offset = coarse_row * n_k.to(tl.int64) * stride_coarse[2]
+            k_ptr, v_ptr = _head_of(coarse[0], stride_coarse, b, h), _head_of(coarse[1], stride_coarse, b, h)
+            half_a, half_b = _attend_level(
+                (q_a, q_b), None, None, (k_ptr + offset, v_ptr + offset), (stride_coarse[2], stride_coarse[2]),
+                (b, h), list_ptr, None, start, end, length_k, scale, half_a, half_b,
+                FACTORS[level], BLOCK_KV, TILE, HEAD_DIM, DIM, CAREFUL, PEAK, STAGES, WAIT, HALVES,
+                CAREFUL or level == 0,
+            )  # fmt: skip
+            coarse_row += BLOCK_KV // FACTORS[level]
+        if LEAST > 0:
+            least += (end - start) * (BLOCK_KV // FACTORS[level]) * LEAST
+        start = end
+
+    write = 1
+    if not CAREFUL:
+        # A block that must be computed again is not written: its output may take the place of its queries.
+        write = _is_right(half_a, least, LEAST)
+        if HALVES:
+            write = tl.minimum(write, _is_right(half_b, least, LEAST))
+        tl.store(again_ptr + row, 1 - write)
+    if order is not None:
+        to_ptr = order[1] + head_index * length_order
+    out_base = _head_of(out_ptr, stride_out, b, h)
+    _store_output(half_a, out_base, to_ptr, first_a, length_q, stride_out[2], write > 0, HEAD_DIM)
+    if HALVES:
+        _store_output(half_b, out_base, to_ptr, first_b, length_q, stride_out[2], write > 0, HEAD_DIM)
+
+
+def attend_triton(
+    q: torch.Tensor,
+    pyramid: Pyramid,
+    lists: BlockLists,
+    block_q: int,
+    scale: float,
+    extra_k: torch.Tensor | None,
+    extra_v: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    order: TokenOrder | None = None,
+    uneven: bool = False,
+    tile: AttendTile | None = None,
+) -> None:
+    """As `attend.attend_reference`, written to `out` [B, H, Lq, D], which may be q itself.
+
+    q: [B, H, Lq, D], float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key where the
+    pyramid's keys are. order: that of the query blocks, where q and `out` themselves are in raster order (with heads of
+    128 the kernel then lacks registers and loses more than moving the queries first takes). uneven: rows differ in
+    cost; the longest of each head then start first. tile: by default that of the GPU.
+    """
+    batch, heads, length_q, dim = q.shape
+    n_q, n_k = lists.blocks.shape[-2:]
+    int8 = pyramid.scales is not None and 1 in pyramid.keys
+    q = _unit_stride(q)
+    order = order or TokenOrder(None, None)
+    q8 = quantise_queries_triton(q, block_q, order) if int8 else None
+    rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
+    again = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
+    padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
+    tile = tile or choose_tile(q.device, Case(padded, block_q, pyramid.block_kv, q.dtype, int8))
+    keys, values = (_unit_stride(level[1]) if 1 in level else None for level in (pyramid.keys, pyramid.values))
+    # The coarse levels share one storage, in which the coarsest begin where the finest of them end.
+    first = next((factor for factor in pyramid.keys if factor > 1), None)
+    coarse = None if first is None else (pyramid.keys[first], pyramid.values[first])
+    extra = (extra_k.contiguous(), extra_v.contiguous()) if extra_k is not None and extra_k.shape[2] else None
+    index = None if order.index is None else order.index.contiguous()
+    best = lists.best
+    if best is None:  # levels that were given; any block of the finest level will do
+        best = lists.blocks[..., 0].contiguous()
+    for careful in (False, True):
+        bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows and keys is not None
+        descriptors = [_descriptor(x, tile.rows, padded) for x in (keys, values)] if bulk else (None, None)
+        _attend[(n_q, batch * heads)](
+            q, q8, None if keys is None else (keys, values, pyramid.scales),
+            *(descriptors if None not in descriptors else (None, None)), coarse, extra,
+            (lists.blocks, best, lists.ends, rows), again, out, None if index is None else (index, index),
+            q.stride()[:3], _strides(keys), _strides(values), _strides(coarse and coarse[0]),
+            _strides(extra and extra[0]), out.stride()[:3],
+            heads, length_q, pyramid.length, length_q if index is not None and index.ndim > 1 else 0,
+            extra[0].shape[2] if extra else 0, n_q, n_k, scale * _LOG2_E,
+            FACTORS=lists.levels, BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv, TILE=tile.rows, HEAD_DIM=dim, DIM=padded,
+            CAREFUL=careful, STAGES=tile.stages, WAIT=tile.wait, HALVES=tile.halves and block_q >= 128,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+
+def _strides(x: torch.Tensor | None) -> tuple[int, int, int] | None:
+    return None if x is None else x.stride()[:3]
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int) -> object | None:
+    """A descriptor for bulk copies of `rows` rows of x [B, H, L, D]; None where x is not aligned as they ask."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:3]):
+        return None
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns])
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,0 +1,133 @@
+"""PSA on the video tokens in Triton, for GPUs: one pass over k and v, one over q, levels without a sort.
+
+The same stages as `torch_backend.py`. What needs copies of keys, values and queries goes through the heads in parts, so
+that no more than a part of them is held twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..config import PyramidConfig
+from ..importance import Representatives, default_generator, group_size, key_groups, sample_count, sample_rows
+from ..levels import BlockLists
+from ..order import TokenOrder
+from ..similarity import similarity_cap
+from .attend import attend_triton
+from .importance import reduced_softmax_triton
+from .levels import choose_lists_triton
+from .order import apply_order_triton, undo_order_triton
+from .pyramid import build_pyramid_triton, pool_triton
+
+# Up to this head size the attention kernel finds queries in raster order itself; larger heads leave it no registers.
+FINDS_QUERIES = 64
+
+
+def attend_video(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    extra_k: torch.Tensor | None,
+    extra_v: torch.Tensor | None,
+    generator: torch.Generator | None,
+    out: torch.Tensor,
+    lists: BlockLists | None = None,
+) -> BlockLists:
+    """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
+
+    lists: levels to use instead of choosing them. Returns those that were used.
+    """
+    if lists is None:
+        lists = _choose(q, k, config, query_order, key_order, scale, generator)
+    for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
+        others = (None, None) if extra_k is None else (extra_k[part], extra_v[part])
+        orders = query_order[part], key_order[part]
+        _attend_part(q[part], k[part], v[part], lists[part], config, *orders, scale, *others, out[part])
+    return lists
+
+
+def _choose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    generator: torch.Generator | None,
+) -> BlockLists:
+    if config.importance == "sampled":
+        generator = generator or default_generator(config, q.device)
+        chosen_q = _sampled(q, config.block_q, config.sample_share, generator, query_order)
+        chosen_k = summed_k = _sampled(k, config.block_kv, config.sample_share, generator, key_order)
+    else:
+        (chosen_q,) = means(q, config.block_q, (group_size(config, config.block_q),), query_order)
+        keys = means(k, config.block_kv, key_groups(config), key_order)
+        chosen_k, summed_k = keys[0], keys[-1]
+    scores = reduced_softmax_triton(chosen_q, chosen_k, scale, config.reduction, summed_k)
+    cap = None
+    if config.similarity_cap:
+        cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
+    return choose_lists_triton(scores, config, cap, k.shape[2])
+
+
+def _attend_part(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lists: BlockLists,
+    config: PyramidConfig,
+    query_order: TokenOrder,
+    key_order: TokenOrder,
+    scale: float,
+    extra_k: torch.Tensor | None,
+    extra_v: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """A function of its own, so that its copies are given back before the next part makes its own."""
+    int8 = config.precision == "int8"
+    pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
+    if int8 and extra_k is not None:
+        extra_k = (extra_k - pyramid.mean).to(q.dtype)
+    inputs, uneven = (pyramid, lists, config.block_q, scale, extra_k, extra_v), config.mode != "topk"
+    if query_order.index is None or q.shape[-1] <= FINDS_QUERIES:
+        attend_triton(q, *inputs, out, order=query_order, uneven=uneven)
+    else:
+        ordered = apply_order_triton(q, query_order)
+        attend_triton(ordered, *inputs, ordered, uneven=uneven)
+        undo_order_triton(ordered, query_order, out)
+
+
+def _parts(batch: int, heads: int, *, whole: bool) -> Iterator[tuple[slice, slice]]:
+    """What is computed at a time: everything, or one batch entry, or half the heads of the only one."""
+    if whole or batch * heads == 1:
+        yield slice(None), slice(None)
+    elif batch > 1:
+        for entry in range(batch):
+            yield slice(entry, entry + 1), slice(None)
+    else:
+        yield slice(None), slice(heads // 2)
+        yield slice(None), slice(heads // 2, None)
+
+
+def means(x: torch.Tensor, block: int, groups: tuple[int, ...], order: TokenOrder) -> list[Representatives]:
+    """As `importance.pooled` of the ordered x, for every group size."""
+    rows = pool_triton(x, groups, block, order)
+    return [
+        Representatives(part, x.shape[2], block, group, block // group)
+        for part, group in zip(rows, groups, strict=True)
+    ]
+
+
+def _sampled(
+    x: torch.Tensor, block: int, share: float, generator: torch.Generator, order: TokenOrder
+) -> Representatives:
+    """As `importance.sampled` of the ordered x."""
+    rows = sample_rows(x.shape[2], block, share, generator, x.device).flatten()
+    chosen = order.take(x, rows).contiguous()
+    return Representatives(chosen, x.shape[2], block, 1, sample_count(block, share))

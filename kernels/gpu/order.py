@@ -1,0 +1,77 @@
+"""Token orders in Triton: the kernel beside `order.TokenOrder.apply` and `undo`, whose results it reproduces."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..order import TokenOrder
+
+_ROWS = 64
+
+
+@triton.jit
+def load_rows(
+    base_ptr, index_ptr, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
+):
+    """The ordered rows first..first + ROWS of a head [ROWS, DIM], 0 where there is none.
+
+    base_ptr: the head; index_ptr: the places of its rows, None where they are in order.
+    """
+    position = first + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    exists = position < length
+    place = position.to(tl.int64)
+    if index_ptr is not None:
+        place = tl.load(index_ptr + position, mask=exists, other=0)
+    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(base_ptr + place[:, None] * stride + dims[None, :], mask=mask, other=0)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "length_index"])
+def _move(
+    x_ptr, index_ptr, out_ptr, stride_xb, stride_xh, stride_xl, stride_ob, stride_oh, stride_ol,
+    heads, length, length_index, UNDO: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows ROWS * program_id(0) and on of head program_id(1): out[i] = x[index[i]], or out[index[i]] = x[i] to undo.
+
+    length_index: entries of the index before those of the next head; 0 where all share one.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    ordered = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, DIM)
+    exists = ordered < length
+    raster = tl.load(index_ptr + head * length_index + ordered, mask=exists, other=0)
+    source, target = raster, ordered.to(tl.int64)
+    if UNDO:
+        source, target = target, source
+    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    x_ptr += (head // heads) * stride_xb + (head % heads) * stride_xh
+    out_ptr += (head // heads) * stride_ob + (head % heads) * stride_oh
+    rows = tl.load(x_ptr + source[:, None] * stride_xl + dims[None, :], mask=mask, other=0)
+    tl.store(out_ptr + target[:, None] * stride_ol + dims[None, :], rows, mask=mask)
+
+
+def apply_order_triton(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
+    """x [B, H, L, D] in this order: contiguous, or x itself in raster order."""
+    if order.index is None:
+        return x
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, order.index, out, undo=False)
+    return out
+
+
+def undo_order_triton(x: torch.Tensor, order: TokenOrder, out: torch.Tensor) -> None:
+    """Write x [B, H, L, D], which is in this order, to `out` in raster order."""
+    _launch(x, order.index, out, undo=True)
+
+
+def _launch(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, undo: bool) -> None:
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, heads, length, dim = x.shape
+    _move[(triton.cdiv(length, _ROWS), batch * heads)](
+        x, index.contiguous(), out, *x.stride()[:3], *out.stride()[:3], heads, length,
+        length if index.ndim > 1 else 0, UNDO=undo, ROWS=_ROWS, HEAD_DIM=dim, DIM=triton.next_power_of_2(dim),
+        num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,206 @@
+"""The pyramid in Triton: one pass over keys or values that puts them in order, pools them and, for int8, rounds them
+at full resolution.
+
+The kernel beside `pyramid.build_pyramid` and `int8.quantise_keys`, whose results it reproduces. A program reads some
+blocks of one head, eight neighbouring tokens to a thread, and pools them in registers in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..int8 import mean_key
+from ..order import TokenOrder
+from ..pyramid import Pyramid
+
+
+@triton.jit
+def _write(rows, ptr, first, step, there, HEAD_DIM: tl.constexpr):
+    """Write rows [N, DIM] to the rows first, first + step, ... of a level."""
+    dims = tl.arange(0, rows.shape[1])
+    address = (first + tl.arange(0, rows.shape[0]) * step)[:, None].to(tl.int64) * HEAD_DIM + dims[None, :]
+    tl.store(ptr + address, rows.to(ptr.dtype.element_ty), mask=there[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def _block_scale(largest, ptr, first_block, blocks, BLOCKS: tl.constexpr):
+    """Scale of each block from the largest value of each of its groups [GROUPS], spread over the groups again."""
+    GROUPS: tl.constexpr = largest.shape[0]
+    scale = tl.max(tl.reshape(largest, [BLOCKS, GROUPS // BLOCKS]), 1)
+    scale = tl.maximum(scale, 1e-20) / 127.0
+    block = tl.arange(0, BLOCKS)
+    tl.store(ptr + first_block + block, scale, mask=first_block + block < blocks)
+    return tl.reshape(tl.broadcast_to(scale[:, None], [BLOCKS, GROUPS // BLOCKS]), [GROUPS])
+
+
+@triton.jit
+def _shifted(rows, mean, there):
+    """Rows without the mean key, where there are any."""
+    return tl.where(there[:, None], rows - mean[None, :], 0.0)
+
+
+@triton.jit(do_not_specialize=["heads", "length", "length_index", "blocks", "coarse_rows"])
+def _pool(
+    x_ptr, index_ptr, mean_ptr, fine_ptr, coarse_ptr, scales_ptr,
+    stride_b, stride_h, stride_l, heads, length, length_index, blocks, coarse_rows,
+    FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, FINE: tl.constexpr, INT8: tl.constexpr,
+):  # fmt: skip
+    """Blocks BLOCKS * program_id(0) and on of head `program_id(1)`, read as groups of 8 neighbouring tokens.
+
+    x: [B, H, L, D] with unit stride in D. length_index: entries of the index before those of the next head; 0 where all
+    share one. FACTORS: pooling factors of the levels, finest first; those above 1 lie in
+    `coarse` [B, H, coarse_rows, D], level after level. FINE: whether level 1 is written, to `fine` [B, H, L, D].
+    INT8: the mean key is taken off all levels, and level 1 is rounded with a scale for each block.
+    """
+    GROUPS: tl.constexpr = BLOCKS * BLOCK // 8
+    first_block = tl.program_id(0) * BLOCKS
+    first = first_block * BLOCK
+    head = tl.program_id(1).to(tl.int64)
+    dims = tl.arange(0, DIM)
+    dim_exists = dims < HEAD_DIM
+    group = tl.arange(0, GROUPS)
+    base = x_ptr + (head // heads) * stride_b + (head % heads) * stride_h
+    mean = tl.zeros([DIM], tl.float32)
+    if INT8:
+        mean = tl.load(mean_ptr + head * HEAD_DIM + dims, mask=dim_exists, other=0)
+    fine_ptr += head * length * HEAD_DIM
+    coarse_ptr += head * coarse_rows * HEAD_DIM
+    scales_ptr += head * blocks
+    # Rows of the blocks behind the last one are never written.
+    inside = first + group * 8 < blocks * BLOCK
+
+    rows = ()
+    for i in tl.static_range(8):
+        token = first + group * 8 + i
+        source = token
+        if ORDERED:
+            source = tl.load(index_ptr + head * length_index + token, mask=token < length, other=0)
+        address = base + source[:, None].to(tl.int64) * stride_l + dims[None, :]
+        mask = (token < length)[:, None] & dim_exists[None, :]
+        rows = rows + (tl.load(address, mask=mask, other=0).to(tl.float32),)
+    if FINE:
+        largest = tl.zeros([GROUPS], tl.float32)
+        scale = largest
+        if INT8:
+            for i in tl.static_range(8):
+                row = _shifted(rows[i], mean, first + group * 8 + i < length)
+                largest = tl.maximum(largest, tl.max(tl.abs(row), 1))
+            scale = _block_scale(largest, scales_ptr, first_block, blocks, BLOCKS)
+        for i in tl.static_range(8):
+            there = first + group * 8 + i < length
+            row = rows[i]
+            if INT8:  # rounded half away from zero
+                row = _shifted(row, mean, there) / scale[:, None]
+                row += tl.where(row >= 0, 0.5, -0.5)
+            _write(row, fine_ptr, first + i, 8, there, HEAD_DIM)
+
+    coarse_row = 0
+    for halving in tl.static_range(3):  # factors 2, 4, 8: sums of rows of one thread
+        sums = ()
+        for i in tl.static_range(4 >> halving):
+            sums = sums + (rows[2 * i] + rows[2 * i + 1],)
+        rows = sums
+        for level in tl.static_range(LEVELS):
+            if FACTORS[level] == 2 << halving:
+                for i in tl.static_range(4 >> halving):
+                    held = _held(first, group * (4 >> halving) + i, 2 << halving, length)
+                    means = rows[i] / tl.maximum(held, 1).to(tl.float32)[:, None]
+                    if INT8:
+                        means = _shifted(means, mean, held > 0)
+                    _write(means, coarse_ptr, coarse_row + first // (2 << halving) + i, 4 >> halving, inside, HEAD_DIM)
+                coarse_row += blocks * (BLOCK // (2 << halving))
+
+    sums = rows[0]
+    for halving in tl.static_range(4):  # factors 16 to 128: sums of neighbouring groups
+        if 16 << halving <= BLOCK:
+            sums = tl.sum(tl.reshape(sums, [GROUPS >> (halving + 1), 2, DIM]), 1)
+            row = tl.arange(0, GROUPS >> (halving + 1))
+            held = _held(first, row, 16 << halving, length)
+            means = sums / tl.maximum(held, 1).to(tl.float32)[:, None]
+            row_inside = first + row * (16 << halving) < blocks * BLOCK
+            for level in tl.static_range(LEVELS):
+                if FACTORS[level] == 16 << halving:
+                    shifted = means
+                    if INT8:
+                        shifted = _shifted(means, mean, held > 0)
+                    _write(shifted, coarse_ptr, coarse_row + first // (16 << halving), 1, row_inside, HEAD_DIM)
+                    coarse_row += blocks * (BLOCK // (16 << halving))
+
+
+@triton.jit
+def _held(first, row, FACTOR: tl.constexpr, length):
+    """Tokens that exist of the FACTOR that each row stands for; `row` counts from token `first`."""
+    return tl.minimum(tl.maximum(length - first - row * FACTOR, 0), FACTOR)
+
+
+def pool_triton(x: torch.Tensor, factors: tuple[int, ...], block: int, order: TokenOrder) -> list[torch.Tensor]:
+    """As `pyramid.pool` of the ordered x [B, H, L, D], for factors from 2 to `block`, ascending, all in one pass."""
+    blocks = -(-x.shape[2] // block)
+    rows = [blocks * (block // factor) for factor in factors]
+    storage = x.new_empty(*x.shape[:2], sum(rows), x.shape[3])
+    _launch(x, order, block, factors=factors, coarse=storage)
+    return list(storage.split(rows, 2))
+
+
+def build_pyramid_triton(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    factors: tuple[int, ...],
+    block_kv: int,
+    order: TokenOrder,
+    *,
+    int8: bool = False,
+) -> Pyramid:
+    """As `pyramid.build_pyramid` of the ordered k and v [B, H, L, D]; with int8, its `int8.quantise_keys`."""
+    blocks = -(-k.shape[2] // block_kv)
+    coarse = [factor for factor in factors if factor > 1]
+    rows = [blocks * (block_kv // factor) for factor in coarse]
+
+    def level(x: torch.Tensor, dtype: torch.dtype, **more: object) -> dict[int, torch.Tensor]:
+        storage = x.new_empty(*x.shape[:2], sum(rows), x.shape[3])
+        copied = 1 in factors and (dtype != x.dtype or order.index is not None)
+        fine = torch.empty(x.shape, dtype=dtype, device=x.device) if copied else None
+        _launch(x, order, block_kv, factors=factors, fine=fine, coarse=storage, **more)
+        result = {1: x if fine is None else fine} if 1 in factors else {}
+        return result | dict(zip(coarse, storage.split(rows, 2), strict=True))
+
+    mean, scales, more = None, None, {}
+    if int8:
+        mean = mean_key(k)
+        scales = torch.empty(*k.shape[:2], blocks, dtype=torch.float32, device=k.device)
+        more = {"mean": mean, "scales": scales}
+    keys = level(k, torch.int8 if int8 else k.dtype, **more)
+    return Pyramid(keys, level(v, v.dtype), block_kv, k.shape[2], scales, mean)
+
+
+def _launch(
+    x: torch.Tensor,
+    order: TokenOrder,
+    block: int,
+    *,
+    factors: tuple[int, ...],
+    fine: torch.Tensor | None = None,
+    coarse: torch.Tensor | None = None,
+    scales: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+) -> None:
+    x = x if x.stride(3) == 1 else x.contiguous()
+    batch, heads, length, dim = x.shape
+    blocks = -(-length // block)
+    at_once = max(1, 128 // block)
+    # A tensor that is not there is never touched; any may stand in its place.
+    index = None if order.index is None else order.index.contiguous()
+    index_, mean_, fine_, coarse_, scales_ = (
+        x if tensor is None else tensor for tensor in (index, mean, fine, coarse, scales)
+    )
+    _pool[(-(-blocks // at_once), batch * heads)](
+        x, index_, mean_, fine_, coarse_, scales_,
+        *x.stride()[:3], heads, length, length if index is not None and index.ndim > 1 else 0, blocks,
+        0 if coarse is None else coarse.shape[2],
+        FACTORS=factors, LEVELS=len(factors), BLOCK=block, BLOCKS=at_once, HEAD_DIM=dim,
+        DIM=max(16, triton.next_power_of_2(dim)), ORDERED=index is not None, FINE=fine is not None,
+        INT8=scales is not None, num_warps=4,
+    )  # fmt: skip

@@ -1,0 +1,62 @@
+"""How the attention kernel is cut for a GPU: rows of a tile, warps, tiles in flight.
+
+What was measured where stands in `benchmarks/`. Other GPUs have a tile here that fits their shared memory
+(tests/kernels/test_compile.py), from which `autotune.py` begins to search on the GPU itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import torch
+
+MEASURED = ("sm90",)
+"""GPUs, named as by `gpu_of`, whose tile below is the fastest that we have found; no search there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttendTile:
+    """Shape of one program of `attend.py`.
+
+    Attributes:
+        rows: key rows of a tile; warps; stages: tiles in flight.
+        bulk: keys and values of level 1 come by the tensor memory accelerator (compute capability 9.0).
+        wait: see `attend_tile.fast_tile`.
+        halves: query blocks of 128 rows or more are computed in two halves, see there.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    bulk: bool = False
+    wait: bool = False
+    halves: bool = False
+
+
+def gpu_of(device: torch.device) -> str:
+    """What kernels are compiled for: `sm90` and the like, `hip`, or `interpreter` for a CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "hip"
+    return "sm{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def attend_tile(gpu: str, dim: int) -> AttendTile:
+    """The built-in tile for heads of `dim`, a power of two, on a GPU as named by `gpu_of`."""
+    if gpu == "interpreter":
+        return AttendTile(rows=32, warps=4, stages=1, halves=True)
+    if gpu == "hip":
+        return AttendTile(rows=64, warps=4, stages=1)
+    if gpu == "sm90":
+        bulk = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+        return AttendTile(rows=64, warps=4, stages=2, bulk=bulk, wait=True, halves=True)
+    return AttendTile(rows=64, warps=4, stages=2 if dim <= 128 else 1)
+
+
+def importance_stages(gpu: str, dim: int) -> int:
+    """Tiles in flight of the importance kernel, for heads of `dim`, a power of two, on a GPU named as by `gpu_of`."""
+    if gpu in ("interpreter", "hip"):
+        return 1
+    return 3 if gpu in ("sm80", "sm90") or dim <= 128 else 1

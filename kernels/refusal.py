@@ -1,0 +1,28 @@
+"""The one form of a refusal: what was given, what is allowed, what to do. Plain sentences, for errors of any layer."""
+
+from __future__ import annotations
+
+_MOST_LETTERS = 80
+
+
+def refusal(field: str, given: object, allowed: str) -> str:
+    """`field: 'x' was given; allowed: ...`, the one form of it; without a full stop at its end."""
+    return f"{field}: {shown(given)} was given; allowed: {allowed.rstrip('. ')}"
+
+
+def sentence(words: str) -> str:
+    """The words with a capital letter and a full stop; raises ValueError where there are none."""
+    words = words.strip().rstrip(".")
+    if not words:
+        raise ValueError("an error must say what to do")
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def shown(given: object) -> str:
+    """A value as a message shows it: plain data as Python writes it, cut where it is long, and no names of classes."""
+    if isinstance(given, str | int | float | list | tuple | dict | set | frozenset) or given is None:
+        text = repr(given)
+        return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."
+    if hasattr(given, "shape"):
+        return f"an array of {'x'.join(map(str, given.shape)) or 'one number'}"
+    return "something of another type"

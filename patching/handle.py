@@ -1,0 +1,143 @@
+"""What a patched model does while it samples: a run is made when sampling starts, told of every model call, and dropped
+at the end, whatever ended it. All of it can be sent to another process; a run cannot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from ..choices.settings import PatchSettings
+from ..sampling.figures import make_report, median_seconds, summary
+from ..sampling.findings import find, why_dense
+from ..sampling.maps import RunMaps
+from ..sampling.run import Run, log
+from . import core
+from .layout import CallReader
+from .override import RUN_KEY, PSAOverride
+
+Listener = Callable[[dict[str, Any]], None]
+
+_SCHEDULE_BEGINS = 0.005
+"""Percent before which a run counts as begun at the schedule's beginning."""
+
+
+@dataclasses.dataclass
+class PatchHandle:
+    """Attached to the patched model and shared by its clones: what was set, and the report of the last run."""
+
+    note: str
+    settings: PatchSettings | None = None
+    report: dict[str, Any] | None = None
+    maps: RunMaps | None = None
+    node: str | None = None
+
+
+@dataclasses.dataclass
+class SamplingWrapper:
+    """The wrapper around a sampling run."""
+
+    settings: PatchSettings
+    blocks: int
+    handle: PatchHandle
+    on_step: Listener | None = None
+    on_end: Listener | None = None
+
+    def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample with a run of its own among the options; its report is kept also after an error."""
+        guider = executor.class_obj
+        run = Run(
+            self.settings,
+            _sigma_start(self.settings, guider, core.run_sigmas(args, kwargs)),
+            core.percent_to_sigma(guider, self.settings.end_percent),
+            pictured_block=self.blocks // 2,
+            on_step=self.on_step,
+            blocks=self.blocks,
+            latent_size=core.latent_size(args, kwargs),
+            pixels=core.pixels_per_latent(guider.model_patcher),
+        )
+        options = core.run_options(guider)
+        options[RUN_KEY] = run
+        completed = False
+        try:
+            output = executor(*args, **kwargs)
+            completed = True
+            return output
+        finally:
+            options.pop(RUN_KEY, None)
+            self._close(run, completed)
+
+    def _close(self, run: Run, completed: bool) -> None:
+        """End a run and keep its report. It waits for the device, where an error of before may come up; a run that went
+        well must not fail by its report, and one that failed must fail by its own error."""
+        handle = self.handle
+        try:
+            run.end(completed)
+            if completed:
+                run.notes += find(run)
+            for note in run.notes:
+                log.warning("PSA: %s", note)
+            handle.report = make_report(run)
+            if completed and handle.report["steps"]:
+                log.info("PSA: %s", summary(handle.report))
+            handle.maps = None if run.maps is None else run.maps.to_host()
+            if self.on_end is not None:
+                self.on_end(figures(run, handle.report, completed))
+        except Exception:
+            handle.report = handle.maps = None
+            log.warning("PSA: the figures of this run were lost; what it sampled is not touched by that")
+            log.debug("PSA: why the figures were lost", exc_info=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class CallListener:
+    """Tells the run its step, and where the tokens of a model call are."""
+
+    read_call: CallReader
+
+    def __call__(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
+        """See `core.add_wrappers`."""
+        run: Run | None = options.get(RUN_KEY)
+        if run is None:
+            return
+        run = options[RUN_KEY] = run.part(core.worker_of(options))
+        if not run.steps:
+            run.plan(core.schedule(options), x.device)
+            run.replaced = core.replaced_forwards(network)
+        run.begin_model_call(
+            core.current_sigma(options),
+            *self.read_call(network, x, context, conds),
+            latent_size=tuple(x.shape[2:]) if x.ndim == 5 else (),
+            foreign=not isinstance(options.get(core.OVERRIDE_KEY), PSAOverride),
+        )
+
+
+def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]:
+    """What a display needs of a run that has ended: number of steps by kind (see `record.KINDS`), mean sparsity of the
+    sparse ones, share of the whole run's attention that was saved, seconds (by kind of step the median, and in all),
+    what stayed dense and why (reason -> calls), why all of it did where that is so, and sentences about the run."""
+    return {
+        "run": run.began,
+        "completed": completed,
+        "steps": run.planned_steps,
+        "kinds": dict(Counter(step.kind for step in run.steps)),
+        "sparsity": report["mean_sparsity"],
+        "saved": report["saved"],
+        "seconds": median_seconds(report),
+        "time": report["time"],
+        "dense": why_dense(run) if completed else None,
+        "reasons": dict(run.fallbacks),
+        "notes": run.notes,
+    }
+
+
+def _sigma_start(settings: PatchSettings, guider: Any, sigmas: list[float]) -> float:
+    """The noise level at which PSA begins. A preset that counts steps counts them where the schedule begins: the second
+    of two samplers that share one schedule, and an image that is only reworked, have no dense steps."""
+    if settings.dense_steps is None:
+        return core.percent_to_sigma(guider, settings.start_percent)
+    if sigmas[0] < core.percent_to_sigma(guider, _SCHEDULE_BEGINS):
+        return sigmas[0]
+    return sigmas[min(settings.dense_steps, len(sigmas) - 1)]

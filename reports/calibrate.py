@@ -1,0 +1,316 @@
+"""Calibration: from one short run, the sparsity that meets a target error or a target speed-up on this machine.
+
+The run itself is dense. In a few of its steps the model is asked again with PSA at several sparsities, on the same
+latent; error is the relative distance of the model's output from the dense one, time is that of the whole model call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..choices.errors import InputError, require_model
+from ..choices.presets import Preset
+from ..choices.settings import AUTO, AUTO_PRESETS, PatchSettings, check_one_pyramid, make_settings
+from ..choices.user_presets import find_preset, write_preset
+from ..kernels.config import ConfigError
+from ..patching import core
+from ..patching.family import Family, find_family
+from ..patching.override import RUN_KEY, PSAOverride
+from ..patching.patch import remove_patch
+from ..sampling.run import Run, is_active, log
+from ..sampling.schedule import Schedule
+
+NODE = "PSA Calibrate"
+KEY = "psa_calibrate"
+GOALS = ("error", "speed-up")
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
+MEASURED_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What one sparsity gave: relative error of the model's output, and seconds of a model call."""
+
+    sparsity: float
+    error: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The result. `sparsity` is the proposal, `reached` whether it meets the target, `note` a sentence about it."""
+
+    goal: str
+    target: float
+    sparsity: float
+    reached: bool
+    note: str
+    dense_seconds: float
+    points: tuple[Point, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+class Measuring:
+    """A DIFFUSION_MODEL wrapper that asks the model again with PSA; what it hands on is the dense output."""
+
+    def __init__(self, settings: list[PatchSettings], family: Family, pixels: tuple[int, int] | None = None) -> None:
+        self.settings, self.family, self.pixels = settings, family, pixels
+        self.schedule: Schedule | None = None
+        self.wanted: set[int] = set()
+        self.sigmas = (math.inf, 0.0)
+        self.errors: dict[float, list[float]] = defaultdict(list)
+        self.seconds: dict[float, list[float]] = defaultdict(list)
+        self.dense_seconds: list[float] = []
+        self.fallbacks: Counter[str] = Counter()
+        self._place: tuple[Any, ...] = ()
+
+    def before_call(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
+        """Called before the wrapper, where everything that the model gets has a name."""
+        self._place = self.family.read_call(network, x, context, conds)
+
+    def __call__(self, executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
+        options = core.options_of(args, kwargs)
+        sigma = core.current_sigma(options)
+        if self.schedule is None:
+            self.schedule = Schedule((core.schedule(options) or [sigma, 0.0])[:-1], self._is_active)
+            self.wanted = self._choose(self.schedule.sparse_steps)
+        step = self.schedule.move(sigma).step
+
+        def call() -> torch.Tensor:
+            return executor(x, timestep, context, *args, **kwargs)
+
+        if step not in self.wanted:
+            return call()
+        if not self.dense_seconds:
+            call()  # the first call of a shape loads and compiles
+        dense, seconds = _timed(call, x.device)
+        self.dense_seconds.append(seconds)
+        for settings in self.settings:
+            run = Run(settings, *self.sigmas, pictured_block=-1, latent_size=tuple(x.shape[2:]), pixels=self.pixels)
+            run.fallbacks = self.fallbacks
+            run.begin_model_call(sigma, *self._place, latent_size=tuple(x.shape[2:]))
+            options[RUN_KEY] = run
+            try:
+                if settings.config.sparsity not in self.errors:
+                    call()
+                output, seconds = _timed(call, x.device)
+            finally:
+                options.pop(RUN_KEY, None)
+            if self.fallbacks:  # the rest of the run would only take its time
+                raise _stays_dense(self.fallbacks)
+            error = (output.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-12)
+            self.errors[settings.config.sparsity].append(float(error))
+            self.seconds[settings.config.sparsity].append(seconds)
+        return dense
+
+    def _is_active(self, sigma: float) -> bool:
+        return is_active(sigma, *self.sigmas)
+
+    def _choose(self, active: list[int]) -> set[int]:
+        """The steps to measure: the first, the middle and the last of those in which PSA would be active."""
+        places = (round(part * (len(active) - 1) / (MEASURED_STEPS - 1)) for part in range(MEASURED_STEPS))
+        return {active[place] for place in places} if active else set()
+
+    def points(self) -> tuple[Point, ...]:
+        """Mean error and least time of every sparsity, in order."""
+        return tuple(
+            Point(sparsity, sum(errors) / len(errors), min(self.seconds[sparsity]))
+            for sparsity, errors in sorted(self.errors.items())
+        )
+
+
+def calibrate(
+    model: Any,
+    sample: Callable[[Any], object],
+    *,
+    goal: str,
+    target: float,
+    preset: str,
+    start_percent: float,
+    min_tokens: int,
+    save_as: str = "",
+    psa_pyramid: Preset | None = None,
+) -> Calibration:
+    """Measure, propose, and store the proposal as a preset of the user's where `save_as` names one.
+
+    Args:
+        model: ComfyUI's ModelPatcher; a PSA patch on it is left out.
+        sample: runs a sampler with the model that it gets; its result is not used.
+
+    Raises:
+        InputError: an input is wrong, or PSA cannot serve the model or this size; nothing could be measured then.
+    """
+    require_model(model, NODE)
+    family = find_family(model)
+    if isinstance(family, str):
+        do = "connect a Wan2.1, Wan2.2 or CogVideoX model"
+        raise InputError("model", f"a model that PSA does not serve ({family})", "one that it does", NODE, do=do)
+    if core.is_on_several_gpus(model):
+        do = "put MultiGPU CFG Split after the model that goes here"
+        raise InputError("model", "a model on several GPUs", "one on a single GPU", NODE, do=do)
+    check_one_pyramid(preset, psa_pyramid is not None, NODE)
+    if not math.isfinite(target) or target <= 0:
+        do = "set target to 0.15 for error or 2.0 for speed-up, or to a number of your own"
+        raise InputError("target", target, "a number above 0", NODE, do=do)
+    name = family.preset if preset == AUTO else preset
+    shape = check_shape(name, psa_pyramid)
+    candidates = [
+        make_settings(
+            sparsity=sparsity,
+            preset=name,
+            start_percent=start_percent,
+            end_percent=1.0,
+            min_tokens=min_tokens,
+            psa_pyramid=psa_pyramid,
+        )
+        for sparsity in SPARSITIES
+        if _reachable(shape, sparsity)
+    ]
+    measuring = _measure(model, candidates, family, start_percent, sample)
+    points = measuring.points()
+    if not points:
+        do = "lower start_percent or take more steps"
+        allowed = "a value that leaves at least one step to measure"
+        raise InputError("start_percent", start_percent, allowed, NODE, do=do)
+    _refuse_not_finite(points)
+    found = propose(points, min(measuring.dense_seconds), goal, target)
+    log.info("PSA: calibrated: sparsity %.2f; %s", found.sparsity, found.note)
+    if save_as.strip():
+        about = f"Calibrated for {goal} {target:g}: sparsity {found.sparsity:.2f}"
+        proposed = dataclasses.replace(shape, about=about, sparsity=found.sparsity)
+        write_preset(save_as, proposed, made=f"{NODE}: {found.note}", node=NODE)
+    return found
+
+
+def _stays_dense(fallbacks: Counter[str]) -> InputError:
+    why = "; ".join(fallbacks).rstrip(". ")
+    do = f"this is why: {why}. Change that, or connect a longer or larger latent, and run again"
+    return InputError("latent_image", "a video that PSA leaves dense", "one that PSA makes sparse", NODE, do=do)
+
+
+def _refuse_not_finite(points: tuple[Point, ...]) -> None:
+    """Raise InputError where an output was not finite: such an error is neither above nor below any target."""
+    bad = [f"{point.sparsity:.2f}" for point in points if not math.isfinite(point.error)]
+    if not bad:
+        return
+    where = "every sparsity or dense already" if len(bad) == len(points) else f"sparsity {', '.join(bad)}"
+    do = "load it in bf16, or check model, LoRA and latent in a run without PSA; nothing was proposed or saved"
+    raise InputError("model", f"a model whose output is NaN at {where}", "one whose output is finite", NODE, do=do)
+
+
+def check_shape(preset: str, psa_pyramid: Preset | None = None) -> Preset:
+    """The preset or the connected pyramid; raises InputError where there is none, or no sparsity to calibrate."""
+    name = AUTO_PRESETS[0] if preset == AUTO else preset
+    shape = find_preset(name, node=NODE) if psa_pyramid is None else psa_pyramid
+    if shape.as_written or shape.settings["mode"] == "threshold":
+        do = "set preset to auto, or turn as_written off and take another mode than threshold in PSA Pyramid"
+        allowed = "a preset that meets a sparsity: not threshold, not as written"
+        raise InputError("preset", shape.name, allowed, NODE, do=do)
+    return shape
+
+
+def propose(points: tuple[Point, ...], dense_seconds: float, goal: str, target: float) -> Calibration:
+    """The most sparsity within a target error, or the least that reaches a target speed-up, between the points.
+
+    Args:
+        points: in order of their sparsity.
+    """
+
+    def value(point: Point) -> float:
+        return point.error if goal == "error" else dense_seconds / point.seconds
+
+    values = [value(point) for point in points]
+    unit = "relative error" if goal == "error" else "times the dense speed"
+    below = [i for i, found in enumerate(values) if found <= target]
+    if goal == "error":
+        inside = next((i for i, found in enumerate(values) if found > target), len(values)) - 1
+        reached = inside >= 0
+        sparsity = points[0].sparsity if not reached else _between(points, values, inside, target, math.floor)
+    else:
+        first = next((i for i, found in enumerate(values) if found >= target), None)
+        reached = first is not None
+        sparsity = points[-1].sparsity if not reached else _between(points, values, first - 1, target, math.ceil)
+    at_end = values[0] if goal == "error" else values[-1]
+    if reached:
+        note = f"meets {target:g} {unit}"
+    else:
+        note = f"{target:g} {unit} is out of reach here: sparsity {sparsity:.2f} gives {at_end:.3g}"
+    if goal == "error" and len(below) == len(values):
+        note += f"; even {points[-1].sparsity:.2f}, the most that was tried, stays within it"
+    return Calibration(goal, target, sparsity, reached, note, dense_seconds, points)
+
+
+def _between(points: tuple[Point, ...], values: list[float], left: int, target: float, to_whole: Callable) -> float:
+    """The sparsity at which a line from point `left` on passes the target, rounded to 0.01 to its safe side."""
+    if left < 0:
+        return points[0].sparsity
+    if left + 1 >= len(points):
+        return points[-1].sparsity
+    (low, high), (start, end) = points[left : left + 2], values[left : left + 2]
+    part = 0.0 if end == start else min(1.0, max(0.0, (target - start) / (end - start)))
+    # The small slack keeps a hundredth that rounding has moved by a hair.
+    slack = 1e-9 if to_whole is math.floor else -1e-9
+    return to_whole((low.sparsity + part * (high.sparsity - low.sparsity)) * 100 + slack) / 100
+
+
+def _measure(
+    model: Any, settings: list[PatchSettings], family: Family, start_percent: float, sample: Callable[[Any], object]
+) -> Measuring:
+    clone = remove_patch(model)
+    core.set_override(clone, PSAOverride(core.get_override(clone)))
+    measuring = Measuring(settings, family, core.pixels_per_latent(clone))
+    sampling = clone.get_model_object("model_sampling")
+    measuring.sigmas = (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(1.0)))
+    core.add_wrappers(clone, KEY, before_call=measuring.before_call)
+    core.wrap_network(clone, KEY, measuring)
+    sample(clone)
+    return measuring
+
+
+def _reachable(shape: Preset, sparsity: float) -> bool:
+    try:
+        shape.config(sparsity)
+    except ConfigError:
+        return False
+    return True
+
+
+def _timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
+    """The result of a call and the seconds it took on its device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - started
+
+
+def sampler(
+    latent: dict[str, Any], positive: Any, negative: Any, *, seed: int, steps: int, cfg: float
+) -> Callable[[Any], object]:
+    """What `calibrate` samples with: euler on the simple schedule, as the node KSampler does it."""
+
+    def sample(model: Any) -> object:
+        import comfy.sample
+        import comfy.utils
+
+        image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+        noise = comfy.sample.prepare_noise(image, seed, latent.get("batch_index"))
+        progress = comfy.utils.ProgressBar(steps)
+        return comfy.sample.sample(
+            model, noise, steps, cfg, "euler", "simple", positive, negative, image, seed=seed, disable_pbar=True,
+            callback=lambda step, _x0, _x, total: progress.update_absolute(step + 1, total),
+        )  # fmt: skip
+
+    return sample

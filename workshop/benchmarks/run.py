@@ -1,0 +1,221 @@
+"""`python dev.py bench`: attention methods against dense attention in the same run, with error beside time.
+
+On a CPU the demo's shape, on a GPU the shapes of the models too. Data are smooth and synthetic, or captured from the
+demo model (`demo`), in bfloat16 on a GPU, for some rows in float16. Medians; ratios within one run are what counts:
+`speedup` is over dense attention in the row's own type. Errors are against float64, see `truth.py`. Rows go
+to `workshop/results/attention-gpu.csv` or `-cpu.csv`, the split of the PSA call to `stages-gpu.csv`; what a run
+measures replaces the rows of its shapes. `python dev.py bench --plot` draws error against time from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import fnmatch
+import importlib.util
+import sys
+from pathlib import Path
+
+import compile_ahead
+import methods
+import torch
+from captured import demo_qkv
+from synthetic import smooth_qkv
+from timing import extra_mb, host_ms, median_ms
+from truth import exact_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "workshop" / "results"
+COLUMNS = ["gpu", "date", "torch", "triton", "shape", "method", "precision", "density", "ms", "dense_ms", "speedup"]
+COLUMNS += ["rel_l1", "extra_mb", "setting", "host_ms"]
+STAGE_COLUMNS = ["gpu", "date", "torch", "triton", "shape", "precision", "order", "means", "pyramid", "move_q"]
+STAGE_COLUMNS += ["importance", "levels", "attend", "preparation_share"]
+LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
+
+
+def load_pack() -> None:
+    """The pack, imported as ComfyUI does it."""
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_psa", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    sys.modules["comfyui_psa"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def main() -> int:
+    """Measure what the command line asks for and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", choices=methods.SHAPES, help="shape to measure; may be repeated")
+    parser.add_argument("--runs", type=int, help="timed runs of every method (default: 10 on a GPU, 5 on a CPU)")
+    parser.add_argument("--full", action="store_true", help="also the curves of error against time")
+    parser.add_argument("--only", help="methods whose name or setting fits: 'sol-attn', '*tail*'; dense always")
+    parser.add_argument("--lengths", action="store_true", help="only cost against length, 4k to 260k tokens, 4 heads")
+    parser.add_argument("--plot", action="store_true", help="only draw the pictures from the results that are there")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.plot:
+        from plot import draw
+
+        return draw(arguments.out)
+    load_pack()
+    cuda = torch.cuda.is_available()
+    runs = arguments.runs or (10 if cuda else 5)
+    shapes = {name: methods.SHAPES[name] for name in arguments.shape or _all_shapes(cuda)}
+    if arguments.lengths:
+        lengths = LENGTHS if cuda else LENGTHS[:2]
+        shapes = {f"length-{n}": (4, (n // 1024, 32, 32), 128) for n in lengths}
+    if arguments.compile_part:
+        compile_ahead.compile_part(
+            {dim: _chosen(dim, arguments) for _, _, dim in shapes.values()}, arguments.compile_part
+        )
+        return 0
+    if cuda:
+        compile_ahead.compile_all(sys.argv[1:])
+    for name, shape in shapes.items():
+        rows, stages = _measure(name, shape, runs, _chosen(shape[2], arguments), not arguments.lengths)
+        _write(arguments.out / f"attention-{'gpu' if cuda else 'cpu'}.csv", COLUMNS, rows)
+        if stages:
+            _write(arguments.out / "stages-gpu.csv", STAGE_COLUMNS, stages)
+    return 0
+
+
+def _all_shapes(cuda: bool) -> list[str]:
+    return [name for name in methods.SHAPES if name == "demo" or (name == "synthetic") != cuda]
+
+
+def _chosen(dim: int, arguments: argparse.Namespace) -> list[methods.Method]:
+    """The methods to measure, with the dense one that each is compared with."""
+    cuda = torch.cuda.is_available()
+    every = methods.length_methods(dim, cuda) if arguments.lengths else methods.methods(dim, cuda, arguments.full)
+    fits = arguments.only or "*"
+    wanted, seen = [], set()
+    for method in every:
+        first = method.dtype not in seen
+        if first or fnmatch.fnmatch(method.name, fits) or fnmatch.fnmatch(method.setting, fits):
+            wanted.append(method)
+        seen.add(method.dtype)
+    return wanted
+
+
+def _measure(
+    name: str, shape: tuple, runs: int, chosen: list[methods.Method], stages: bool
+) -> tuple[list[dict], list[dict]]:
+    heads, grid, dim = shape
+    cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    q, k, v = demo_qkv(dtype, device) if name == "demo" else smooth_qkv(heads, grid, dim, dtype, device)
+    truth = exact_rows(q, k, v)
+    common, rows = _machine(cuda) | {"shape": name}, []
+    cast, baselines, times = {dtype: (q, k, v)}, {}, {}
+    for method in chosen:
+        kind = method.dtype or dtype
+        dense_ms = baselines.get(kind)
+        try:
+            if kind not in cast:  # the same numbers in another type, so that the truth is the same too
+                cast = {kind: tuple(x.to(kind) for x in (q, k, v))}
+            call, density = method.make(*cast[kind], grid)
+            error = truth.error(getattr(call, "restore", lambda x: x)(call()))
+            memory, ms, host = extra_mb(call), median_ms(call, runs), host_ms(call, runs)
+        except Exception as failure:  # a rival that does not run here must not end the run
+            if dense_ms is None:
+                raise
+            reason = " ".join(str(failure).split())[:140]
+            print(f"{name:16s} {method.name:15s} left out: {type(failure).__name__}: {reason}", flush=True)
+            continue
+        dense_ms = baselines.setdefault(kind, ms)
+        row = {"method": method.name, "precision": method.precision, "density": round(density(), 4), "ms": round(ms, 3)}
+        row |= {"dense_ms": round(dense_ms, 3), "speedup": round(dense_ms / ms, 3), "rel_l1": round(error, 5)}
+        row |= {"extra_mb": "" if memory is None else memory, "setting": method.setting}
+        rows.append(common | row | {"host_ms": "" if host is None else round(host, 3)})
+        figures = f"{ms:9.2f} ms {dense_ms / ms:6.2f}x  error {error:.4f}"
+        times[method.name, method.setting, method.precision] = ms
+        usual = times.get((method.name, method.setting, chosen[0].precision))
+        beside = f"  {method.precision}/{chosen[0].precision} {ms / usual:.3f}" if method.dtype and usual else ""
+        print(f"{name:16s} {method.name:15s} {figures}  {method.precision:9s} {method.setting}{beside}", flush=True)
+    return rows, _stages(q, k, v, grid, runs, common) if stages and cuda else []
+
+
+def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs: int, common: dict) -> list[dict]:
+    """Milliseconds of every stage of the Triton backend with what `auto` takes, at sparsity .85, lined up as there."""
+    from comfyui_psa.choices.presets import RANKING
+    from comfyui_psa.kernels import PyramidConfig, make_order
+    from comfyui_psa.kernels.gpu.attend import attend_triton
+    from comfyui_psa.kernels.gpu.backend import FINDS_QUERIES, means
+    from comfyui_psa.kernels.gpu.importance import reduced_softmax_triton
+    from comfyui_psa.kernels.gpu.levels import choose_lists_triton
+    from comfyui_psa.kernels.gpu.order import apply_order_triton, undo_order_triton
+    from comfyui_psa.kernels.gpu.pyramid import build_pyramid_triton
+    from comfyui_psa.kernels.importance import group_size, key_groups
+
+    rows, scale, length = [], q.shape[-1] ** -0.5, q.shape[2]
+    for order_name in ("raster", "curve"):
+        for precision in ("bf16", "int8"):
+            config = PyramidConfig(
+                shares=methods.PUBLISHED, mode="topk", sparsity=0.85, order=order_name, precision=precision, tail=False,
+                **RANKING,
+            )  # fmt: skip
+            order, out = make_order(order_name, grid, device=q.device), torch.empty_like(q)
+
+            def pool(c=config, o=order):
+                queries = means(q, c.block_q, (group_size(c, c.block_q),), o)
+                return queries + means(k, c.block_kv, key_groups(c), o)
+
+            pooled = pool()
+            inside = order.index is None or q.shape[-1] <= FINDS_QUERIES
+            queries = q if inside else apply_order_triton(q, order)
+
+            def rank(p=pooled, c=config):
+                return reduced_softmax_triton(p[0], p[1], scale, c.reduction, p[-1])
+
+            scores = rank()
+            lists = choose_lists_triton(scores, config, None, length)
+
+            def build(c=config, o=order):
+                return build_pyramid_triton(k, v, c.stored_factors, c.block_kv, o, int8=c.precision == "int8")
+
+            def attend(pyramid=build(), x=queries, li=lists, c=config, y=out, o=order if inside else None):  # noqa: B008
+                attend_triton(x, pyramid, li, c.block_q, scale, None, None, y, order=o)
+
+            def move(o=order, y=out, needed=not inside):
+                if needed:
+                    undo_order_triton(apply_order_triton(q, o), o, y)
+
+            calls = {
+                "means": pool,
+                "pyramid": build,
+                "move_q": move,
+                "importance": rank,
+                "levels": lambda s=scores, c=config: choose_lists_triton(s, c, None, length),
+                "attend": attend,
+            }
+            times = {stage: round(median_ms(call, runs), 3) for stage, call in calls.items()}
+            share = round(1 - times["attend"] / sum(times.values()), 3)
+            rows.append(common | {"precision": precision, "order": order_name} | times | {"preparation_share": share})
+            print(f"{common['shape']:16s} stages             {order_name} {precision} {times} preparation {share:.0%}")
+    return rows
+
+
+def _machine(cuda: bool) -> dict[str, object]:
+    triton = importlib.util.find_spec("triton") and __import__("triton").__version__
+    gpu = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return {"gpu": gpu, "date": datetime.date.today().isoformat(), "torch": torch.__version__, "triton": triton}
+
+
+def _write(path: Path, columns: list[str], rows: list[dict]) -> None:
+    """Put the rows into the file in place of those of the same shapes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = [row for row in csv.DictReader(file) if row["shape"] not in {r["shape"] for r in rows}]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
+        writer.writeheader()
+        writer.writerows(kept + rows)
+    print(f"written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""The demo model sampled directly: ComfyUI's numbers, with an attention function of our choice and no ComfyUI.
+
+Euler steps over the `simple` schedule at cfg 1, as `workflows/psa_demo.json` has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from ...demo.scene import Scene, conditioning
+from ..training.files import DIT_FILE, VAE_FILE, load_weights
+from ..training.latents import to_vae_space
+from ..training.wan_dit import WanTransformer, rotary_table
+from ..training.wan_vae import WanAutoencoder
+from .setting import Schedule, shifted
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "demo" / "weights"
+SHIFT = 12.0
+# Clips that are decoded at once on a GPU, and on a CPU.
+_DECODED_AT_ONCE = 4, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Size of the sampled video in pixels; frames are 1 + 4n, sides divide by 16."""
+
+    frames: int = 33
+    height: int = 512
+    width: int = 512
+
+    @property
+    def latent(self) -> tuple[int, int, int, int]:
+        """[C, T, H, W] of its latent."""
+        return 16, 1 + (self.frames - 1) // 4, self.height // 8, self.width // 8
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens in time, height and width."""
+        return self.latent[1], self.latent[2] // 2, self.latent[3] // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What is sampled: a scene, and the seed of its noise."""
+
+    scene: Scene
+    seed: int
+    name: str
+
+
+class Attention(Protocol):
+    """An attention function that is told the step it is in."""
+
+    def begin_step(self, step: int) -> None: ...
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
+
+
+class DenseAttention:
+    """Torch's own attention: what every setting is compared with."""
+
+    def begin_step(self, step: int) -> None:
+        """Dense attention knows no steps."""
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Output [B, H, L, D] of q, k, v [B, H, L, D]."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampled:
+    """Latents [steps, B, 16, T, H, W] after every step, float32 on the device, and seconds of every step."""
+
+    latents: torch.Tensor
+    seconds: list[float]
+
+
+def simple_schedule(steps: int, blocks: int, shift: float = SHIFT) -> Schedule:
+    """ComfyUI's `simple` scheduler over its table of 1000 noise levels."""
+    stride = 1000 / steps
+    times = torch.tensor([1000 - int(step * stride) for step in range(steps)]) / 1000
+    return Schedule([float(shifted(time, shift)) for time in times], shift, blocks)
+
+
+class DemoModel:
+    """Diffusion model and decoder on a device; `dtype` bfloat16 or float16 runs matrix products and attention in it."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, weights: Path = WEIGHTS) -> None:
+        self.device, self.dtype = device, dtype
+        self.network = WanTransformer()
+        load_weights(self.network, weights / DIT_FILE)
+        self.network.to(device).eval()
+        self.decoder = WanAutoencoder()
+        load_weights(self.decoder, weights / VAE_FILE)
+        self.decoder.disable_attention()
+        self.decoder.to(device).eval()
+
+    @property
+    def blocks(self) -> int:
+        """Number of transformer blocks."""
+        return len(self.network.blocks)
+
+    @torch.inference_mode()
+    def sample(self, clips: Sequence[Clip], video: Video, schedule: Schedule, attention: Attention) -> Sampled:
+        """Sample all clips as one batch."""
+        noise = [
+            torch.randn(1, *video.latent, generator=torch.Generator().manual_seed(clip.seed)).to(self.device)
+            for clip in clips
+        ]
+        x = torch.cat(noise) * schedule.sigmas[0]
+        context = conditioning([clip.scene for clip in clips]).to(self.device)
+        table = rotary_table(video.grid, self.device)
+        latents, seconds = [], []
+        for step, (now, following) in enumerate(itertools.pairwise([*schedule.sigmas, 0.0])):
+            began = self.clock()
+            attention.begin_step(step)
+            timestep = torch.full((len(clips),), now * 1000, device=self.device)
+            with self.precision():
+                velocity = self.network(x, timestep, context, table, attention).float()
+            x = x + (following - now) * velocity
+            seconds.append(self.clock() - began)
+            latents.append(x)
+        return Sampled(torch.stack(latents), seconds)
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Videos uint8 [B, 3, F, H, W] on the device, of latents [B, 16, T, H, W]."""
+        at_once = _DECODED_AT_ONCE[0 if self.device.type == "cuda" else 1]
+        videos = []
+        for part in latents.split(at_once):
+            pixels = self.decoder.decode(to_vae_space(part)).clamp(-1, 1)
+            videos.append(((pixels + 1) * 127.5).round().byte())
+        return torch.cat(videos)
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Around every call of the network: 16-bit matrix products, or nothing in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def clock(self) -> float:
+        """Seconds of the GPU's work; on a CPU processor seconds a thread, which other load hardly changes."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return time.process_time() / torch.get_num_threads()

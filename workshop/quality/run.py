@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""`python dev.py quality`: settings of PSA against dense sampling, with the same scenes and the same noise.
+
+    python dev.py quality --quick          minutes on a CPU; last line: our default minus the best published
+    python dev.py quality --workflow FILE  any ComfyUI workflow with a PSA Patch node, on a real server
+    python3 workshop/quality/run.py --out DIR   the whole matrix on a GPU; torch, triton, numpy, matplotlib, safetensors
+
+The demo model of this repository is sampled directly, without ComfyUI, through the pack's own attention override.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+
+def load_pack() -> None:
+    """The pack, imported as ComfyUI does it: the root is never on sys.path."""
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location(
+        "comfyui_psa", root / "__init__.py", submodule_search_locations=[str(root)]
+    )
+    sys.modules["comfyui_psa"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+if __name__ == "__main__":
+    load_pack()
+    from comfyui_psa.workshop.quality.command import main
+
+    sys.exit(main(__doc__))

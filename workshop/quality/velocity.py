@@ -1,0 +1,110 @@
+"""What one model call loses: the error of the velocity against dense, on noisy latents of a dense run.
+
+Whole runs part ways by chance and differ by decibels from clip to clip; a single call does not. Cheap and of little
+noise, so choices between near settings are made here and confirmed by whole runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ...demo.scene import conditioning
+from ..training.wan_dit import rotary_table
+from .attention import SparseAttention
+from .demo_model import Attention, Clip, DemoModel, DenseAttention, Video, simple_schedule
+from .setting import Setting, resolve
+
+STEPS, MEASURED = 10, (3, 5, 8)
+"""Steps of the dense run, and those of them whose call is measured."""
+FILE = "velocity.csv"
+
+
+@dataclasses.dataclass
+class VelocityRow:
+    """One setting, one scene, one noise level."""
+
+    setting: str
+    clip: str
+    sigma: float
+    sparsity: float
+    """Of this call."""
+    error: float
+    """Relative L2 error of the velocity."""
+    seconds: float
+    """Of the model call, see `DemoModel.clock`."""
+    machine: str = ""
+    precision: str = ""
+    date: str = ""
+
+
+def measure_velocity(
+    model: DemoModel,
+    clips: Sequence[Clip],
+    video: Video,
+    settings: Sequence[Setting],
+    backend: str,
+    facts: Mapping[str, str],
+    folder: Path,
+    say: Callable[[str], None],
+) -> list[VelocityRow]:
+    """Measure every setting at the sparsity of its node, write `velocity.csv` into the folder, return the rows."""
+    schedule = simple_schedule(STEPS, model.blocks)
+    table = rotary_table(video.grid, model.device)
+
+    @torch.inference_mode()
+    def call(x: torch.Tensor, step: int, clip: Clip, attention: Attention) -> torch.Tensor:
+        attention.begin_step(step)
+        timestep = torch.full((1,), schedule.sigmas[step] * 1000, device=model.device)
+        with model.precision():
+            context = conditioning([clip.scene]).to(model.device)
+            return model.network(x, timestep, context, table, attention).float()
+
+    truth = []
+    for clip in clips:
+        latents = model.sample([clip], video, schedule, DenseAttention()).latents
+        truth += [(clip, n, latents[n - 1], call(latents[n - 1], n, clip, DenseAttention())) for n in MEASURED]
+        say(f"dense: {clip.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for setting in settings:
+        resolved = resolve(setting, schedule, backend, None)
+        for clip, step, x, velocity in truth:
+            attention = SparseAttention(resolved, schedule, video.grid, setting.prototype)
+            began = model.clock()
+            found = call(x, step, clip, attention)
+            seconds = model.clock() - began
+            error = float((found - velocity).norm() / velocity.norm())
+            sparsity = 1 - attention.step_densities()[-1]
+            rows.append(VelocityRow(setting.name, clip.name, schedule.sigmas[step], sparsity, error, seconds, **facts))
+        say(f"{setting.name}: error of the velocity {mean_error(rows, setting.name):.4f}")
+        write_velocity(folder / FILE, rows)
+    return rows
+
+
+def mean_error(rows: Iterable[VelocityRow], setting: str) -> float:
+    """Mean over scenes and noise levels."""
+    errors = [row.error for row in rows if row.setting == setting]
+    return sum(errors) / len(errors)
+
+
+def write_velocity(path: Path, rows: Iterable[VelocityRow]) -> None:
+    """A new file; figures with six significant digits."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(VelocityRow)])
+        for row in rows:
+            values = dataclasses.asdict(row).values()
+            writer.writerow([format(v, ".6g") if isinstance(v, float) else v for v in values])
+
+
+def read_velocity(path: Path) -> list[VelocityRow]:
+    """The rows of a file that `write_velocity` made."""
+    with path.open(newline="", encoding="utf-8") as file:
+        entries = list(csv.DictReader(file))
+    numbers = ("sigma", "sparsity", "error", "seconds")
+    return [VelocityRow(**{k: float(v) if k in numbers else v for k, v in entry.items()}) for entry in entries]

@@ -1,0 +1,202 @@
+"""`python dev.py demo`: a real ComfyUI samples one video twice, dense and with PSA, and the two are compared.
+
+It queues `workflows/psa_demo.json` as it is, apart from the options of the command line. The figures are defined in
+`figures.py`, the pictures in `pictures.py`, the page in `report.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import urllib.parse
+from pathlib import Path
+
+from . import figures, pictures, report, thumbnails
+from .client import Client, Progress, Prompt, PromptResult
+from .paths import DEMO_WEIGHTS, OUTPUT, WORKFLOWS
+from .serve import running_server
+from .server import ComfyServer
+from .terminal import Failure, Phase
+from .workflow import graph_to_prompt, load_workflow
+
+WORKFLOW = WORKFLOWS / "psa_demo.json"
+RESULTS = OUTPUT / "psa_demo"
+WEIGHTS = ("diffusion_models/psa_demo_wan_dit.safetensors", "vae/psa_demo_wan_vae.safetensors")
+FPS = 12
+
+
+def run_demo(comfyui: Path, steps: int | None, sparsity: float | None) -> None:
+    """Run the demo, write its results to `output/psa_demo/` and print its figures.
+
+    Args:
+        comfyui: folder of ComfyUI.
+        steps, sparsity: None keeps what the workflow says.
+
+    Raises:
+        Failure: with the reason, in one sentence.
+    """
+    for name in WEIGHTS:
+        if not (DEMO_WEIGHTS / name).is_file():
+            raise Failure(f"demo/weights/{name} is missing; `python workshop/training/train_demo.py` trains it.")
+    with running_server(comfyui) as server:
+        client = Client(server.url)
+        prompt = graph_to_prompt(load_workflow(WORKFLOW), client.get("/object_info"))
+        apply_options(prompt, steps, sparsity)
+        result = _sample(server, client, prompt)
+        films = download_films(client, prompt, result)
+    told = report_of(prompt, result)
+    with Phase("Comparing the videos"):
+        measured = write_results(RESULTS, films, samplers_of(prompt), result, told)
+    print(f"\n{measured.line()}\n")
+    for name in ("report.html", "report.png", "side_by_side.mp4", "dense.webp", "psa.webp", "figures.json"):
+        print(f"  {RESULTS / name}")
+
+
+def apply_options(prompt: Prompt, steps: int | None, sparsity: float | None) -> None:
+    """Put the command line's options into the prompt; None keeps what the workflow says."""
+    if steps is not None:
+        for entry in prompt.values():
+            if entry["class_type"] == "KSampler":
+                entry["inputs"]["steps"] = steps
+    if sparsity is not None:
+        prompt[figures.find_node(prompt, "PSAPatch")]["inputs"]["sparsity"] = sparsity
+
+
+def samplers_of(prompt: Prompt) -> dict[str, str]:
+    """Node ids of the sampler behind PSA Patch ("psa") and of the other one ("dense")."""
+    psa = figures.find_node(prompt, "KSampler", model=[figures.find_node(prompt, "PSAPatch"), 0])
+    (dense,) = (node for node, entry in prompt.items() if entry["class_type"] == "KSampler" and node != psa)
+    return {"dense": dense, "psa": psa}
+
+
+def _sample(server: ComfyServer, client: Client, prompt: Prompt) -> PromptResult:
+    samplers = samplers_of(prompt)
+    classes = {"VAEDecode": "Decoding", "SaveAnimatedWEBP": "Saving"}
+    titles = {node: classes[e["class_type"]] for node, e in prompt.items() if e["class_type"] in classes}
+    titles |= {samplers["dense"]: "Sampling, dense", samplers["psa"]: "Sampling, PSA"}
+    display = _Display(titles)
+    try:
+        return client.run(prompt, display)
+    except Failure as failure:
+        display.close(failure)
+        server.check_alive()  # a server that died says more in its log
+        raise
+    finally:
+        display.close()
+
+
+class _Display:
+    """Shows one phase per sampler, with steps, seconds per step and the time that is left."""
+
+    def __init__(self, titles: dict[str, str]) -> None:
+        self._titles = titles
+        self._node: str | None = None
+        self._phase: Phase | None = None
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.node != self._node:
+            self.close()
+            self._node, self._times = progress.node, [progress.seconds]
+            title = self._titles.get(progress.node)
+            self._phase = Phase(title).__enter__() if title else None
+            return
+        self._times.append(progress.seconds)
+        if self._phase is None or not progress.step:
+            return
+        # The first step loads the model and says little about the others.
+        begin = 1 if len(self._times) > 2 else 0
+        pace = (self._times[-1] - self._times[begin]) / (len(self._times) - 1 - begin)
+        left = pace * (progress.steps - progress.step)
+        self._phase.update(f"step {progress.step}/{progress.steps}, {pace:.2f} s a step, {left:.0f} s left")
+
+    def close(self, failure: Exception | None = None) -> None:
+        """End the phase that is shown, if any."""
+        phase, self._phase = self._phase, None
+        if phase is not None:
+            phase.__exit__(type(failure) if failure else None)
+
+
+def download_films(client: Client, prompt: Prompt, result: PromptResult) -> dict[str, bytes]:
+    """The two lossless WebP files that the prompt saved, under "dense" and "psa"."""
+    films = {}
+    for name in ("dense", "psa"):
+        node = figures.find_node(prompt, "SaveAnimatedWEBP", filename_prefix=f"psa_demo/{name}")
+        try:
+            (image,) = result.outputs[node]["images"]
+        except (KeyError, ValueError):
+            raise Failure(f"Node {node} saved no video.") from None
+        films[name] = client.download("/view?" + urllib.parse.urlencode(image))
+    return films
+
+
+def report_of(prompt: Prompt, result: PromptResult) -> dict:
+    """What PSA Report said, as a dictionary."""
+    texts = result.outputs.get(figures.find_node(prompt, "PSAReport"), {}).get("text")
+    found = json.loads(texts[0]) if texts else {}
+    if not found.get("steps"):
+        raise Failure(f"PSA Report has no steps to show: {found.get('note', 'it gave no report')}.")
+    return found
+
+
+def write_results(
+    folder: Path, films: dict[str, bytes], samplers: dict[str, str], result: PromptResult, told: dict
+) -> figures.Figures:
+    """Compare the two films and write everything that the demo leaves into `folder`.
+
+    Args:
+        folder: made when missing.
+        films: lossless WebP files under "dense" and "psa".
+        samplers: node ids under the same names.
+        result: of the prompt that made both.
+        told: PSA Report's JSON.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, film in films.items():
+        (folder / f"{name}.webp").write_bytes(film)
+    dense, psa = (pictures.read_frames(films[name]) for name in ("dense", "psa"))
+    measured = figures.measure(dense, psa, samplers, result, told)
+    target = measured.report.get("target_sparsity")
+    title = f"PSA at sparsity {target:.2f}" if target is not None else "PSA"
+    pictures.write_video(pictures.side_by_side({"dense": dense, title: psa}), folder / "side_by_side.mp4", FPS)
+    caption = f"{title}: PSNR {measured.psnr:.1f} dB, SSIM {measured.ssim:.3f} against dense"
+    strip = pictures.contact_strip(dense, psa, caption)
+    (folder / "report.png").write_bytes(pictures.png(strip))
+    # The picture beside the template, workflows/psa_demo.jpg, is a copy of it.
+    thumbnails.split_frame(dense, psa, "PSA" if target is None else f"PSA {target:.2f}").save(
+        folder / "thumbnail.jpg", quality=85
+    )
+    frames, height, width = dense.shape[:3]
+    subtitle = (
+        f"Demo model of this repository, {frames} frames of {width} by {height}, {len(measured.dense_seconds)} steps, "
+        f"same noise for both; {_hardware()}."
+    )
+    video = (folder / "side_by_side.mp4").read_bytes()
+    report.write_report(folder / "report.html", measured, subtitle, video, strip, psa)
+    _write_figures(folder / "figures.json", measured, subtitle)
+    return measured
+
+
+def _write_figures(path: Path, measured: figures.Figures, subtitle: str) -> None:
+    content = {
+        "what": subtitle,
+        "psnr_db": measured.psnr,
+        "ssim": measured.ssim,
+        "sparsity_of_sparse_steps": measured.mean_sparsity,
+        "target_sparsity": measured.report.get("target_sparsity"),
+        "median_seconds_per_step": {
+            "dense": measured.dense_step,
+            "psa_sparse": measured.psa_sparse_step,
+            "psa_warm_up": measured.psa_warm_up_step,
+        },
+        "seconds_per_step": {"dense": measured.dense_seconds, "psa": measured.psa_seconds},
+        "report": {name: value for name, value in measured.report.items() if name != "level_map"},
+    }
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def _hardware() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,30 @@
+"""Where things lie. Everything that dev.py makes is in `.dev/` and `output/`, both git-ignored."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DEV = ROOT / ".dev"
+VENV = DEV / "venv"
+VENV_SCRIPTS = VENV / ("Scripts" if os.name == "nt" else "bin")
+VENV_PYTHON = VENV_SCRIPTS / ("python.exe" if os.name == "nt" else "python")
+COMFYUI = DEV / "ComfyUI"
+HOME = DEV / "home"
+SERVER_LOG = DEV / "server.log"
+OUTPUT = ROOT / "output"
+WORKFLOWS = ROOT / "workflows"
+LOCALES = ROOT / "locales"
+DEMO_WEIGHTS = ROOT / "demo" / "weights"
+
+
+def chosen_comfyui() -> Path | None:
+    """The folder of ComfyUI that COMFYUI_PATH in the environment names; None where it names none."""
+    named = os.environ.get("COMFYUI_PATH", "").strip()
+    return Path(named).expanduser().resolve() if named else None
+
+
+def comfyui_folder() -> Path:
+    """The folder of the ComfyUI that is used: the one of COMFYUI_PATH, else our own in `.dev/`."""
+    return chosen_comfyui() or COMFYUI

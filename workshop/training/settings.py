@@ -1,0 +1,79 @@
+"""Sizes and rates of the two trainings: the released setting and a tiny one that runs on a CPU in seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DitStage:
+    """One resolution of the curriculum; `until` is the share of the time budget at which it ends."""
+
+    side: int
+    batch: int
+    spatial_step: float
+    shift: float
+    until: float
+
+
+@dataclass(frozen=True)
+class VaeStage:
+    """One crop size of the autoencoder's training; `until` as above."""
+
+    frames: int
+    side: int
+    batch: int
+    until: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that `workshop/training/train_demo.py` fixes."""
+
+    width: int = 256
+    hidden: int = 1024
+    layers: int = 6
+    # Thousands of tokens share one layout, which stays visible up to sigma 0.97: a large shift trains where it is made.
+    # A quarter of the tokens carries the same picture, so equal difficulty needs half the noise ratio: 12 / 2.
+    dit_stages: tuple[DitStage, ...] = (
+        DitStage(side=256, batch=32, spatial_step=2.0, shift=6.0, until=0.45),
+        DitStage(side=512, batch=8, spatial_step=1.0, shift=12.0, until=1.0),
+    )
+    # Going on from finished weights: the same stages at a part of the learning rate.
+    resume_rate: float = 0.6
+    matrix_rate: float = 3e-3
+    other_rate: float = 1.5e-3
+    dit_decay: float = 0.998
+    vae_width: int = 12
+    vae_stages: tuple[VaeStage, ...] = (
+        VaeStage(frames=17, side=160, batch=16, until=0.6),
+        VaeStage(frames=33, side=224, batch=4, until=1.0),
+    )
+    vae_rate: float = 3e-3
+    vae_decay: float = 0.995
+    encoder_every: int = 3
+    compile: bool = True
+    basis_clips: int = 192
+    held_out: int = 8
+    sheet_side: int = 512
+    sheet_steps: int = 40
+    sheet_shift: float = 12.0
+    seed: int = 1
+
+
+TINY = Settings(
+    width=128,
+    hidden=128,
+    layers=1,
+    dit_stages=(
+        DitStage(side=32, batch=2, spatial_step=2.0, shift=1.5, until=0.5),
+        DitStage(side=64, batch=2, spatial_step=1.0, shift=3.0, until=1.0),
+    ),
+    vae_width=4,
+    vae_stages=(VaeStage(frames=5, side=32, batch=2, until=0.5), VaeStage(frames=9, side=32, batch=1, until=1.0)),
+    compile=False,
+    basis_clips=16,
+    held_out=1,
+    sheet_side=64,
+    sheet_steps=2,
+)
