@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,19 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load_package(name: str, folder: Path):
-    """Import the package in `folder` as `name`."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-load_package("comfyui_psa", ROOT)
-load_package("workshop", ROOT / "workshop")
+pack = runpy.run_path(str(ROOT / "workshop" / "pack.py"))
+pack["load_pack"]()
+pack["load_package"]("workshop", ROOT / "workshop")
 
 from workshop.tools.comfyui_source import version_of  # noqa: E402
 from workshop.tools.paths import chosen_comfyui, comfyui_folder  # noqa: E402

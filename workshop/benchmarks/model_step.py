@@ -17,6 +17,7 @@ import gc
 import importlib.util
 import itertools
 import os
+import runpy
 import statistics
 import sys
 import time
@@ -37,7 +38,7 @@ def main() -> int:
     """Build the model, time every method and print one line each."""
     arguments = _arguments()
     _import_comfyui(arguments.device)
-    _import_pack()
+    runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
     frames, height, width = arguments.latent
     tokens = frames * (height // 2) * (width // 2)
     where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
@@ -106,14 +107,6 @@ def _import_comfyui(device: str) -> None:
     comfy.cli_args.args.cpu = device == "cpu"
     comfy.cli_args.args.use_pytorch_cross_attention = True
     comfy.cli_args.args.gpu_only = device == "cuda"
-
-
-def _import_pack() -> None:
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_psa", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["comfyui_psa"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
 
 def _random_model(arguments: argparse.Namespace, dtype: torch.dtype) -> Any:

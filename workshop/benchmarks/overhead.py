@@ -8,8 +8,7 @@ step, which takes the maps too. Needs torch and triton, no ComfyUI.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import runpy
 import time
 from pathlib import Path
 
@@ -19,19 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, REPEATS = 20, 5
 
 
-def load_pack():
-    """Import the pack under a name of its own, as ComfyUI does."""
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_psa", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_psa"] = module
-    spec.loader.exec_module(module)
-
-
 def main() -> None:
     """Measure and print."""
-    load_pack()
+    runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
     from comfyui_psa.choices.settings import make_settings
     from comfyui_psa.kernels.attention import pyramid_sparse_attention
     from comfyui_psa.kernels.order import TokenLayout

@@ -14,6 +14,7 @@ import csv
 import datetime
 import fnmatch
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
@@ -34,15 +35,6 @@ STAGE_COLUMNS += ["importance", "levels", "attend", "preparation_share"]
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
 
-def load_pack() -> None:
-    """The pack, imported as ComfyUI does it."""
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_psa", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
-    )
-    sys.modules["comfyui_psa"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
 def main() -> int:
     """Measure what the command line asks for and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,7 +51,7 @@ def main() -> int:
         from plot import draw
 
         return draw(arguments.out)
-    load_pack()
+    runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
     cuda = torch.cuda.is_available()
     runs = arguments.runs or (10 if cuda else 5)
     shapes = {name: methods.SHAPES[name] for name in arguments.shape or _all_shapes(cuda)}

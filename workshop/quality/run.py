@@ -10,23 +10,12 @@ The demo model of this repository is sampled directly, without ComfyUI, through 
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import sys
 from pathlib import Path
 
-
-def load_pack() -> None:
-    """The pack, imported as ComfyUI does it: the root is never on sys.path."""
-    root = Path(__file__).resolve().parents[2]
-    spec = importlib.util.spec_from_file_location(
-        "comfyui_psa", root / "__init__.py", submodule_search_locations=[str(root)]
-    )
-    sys.modules["comfyui_psa"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-
 if __name__ == "__main__":
-    load_pack()
+    runpy.run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))["load_pack"]()
     from comfyui_psa.workshop.quality.command import main
 
     sys.exit(main(__doc__))

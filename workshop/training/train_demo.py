@@ -8,29 +8,18 @@ With two GPUs the networks train side by side, with one they take turns. Needs t
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 DIT_SHARE = 0.7
 """Share of the time that the diffusion model gets where both networks share one device."""
-
-
-def load_pack() -> ModuleType:
-    """Import the node pack the way ComfyUI does, under the name `comfyui_psa`."""
-    location = ROOT / "__init__.py"
-    spec = importlib.util.spec_from_file_location("comfyui_psa", location, submodule_search_locations=[str(ROOT)])
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_psa"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,7 +77,7 @@ def start(arguments: argparse.Namespace, network: str, device: str, deadline: fl
 def main() -> int:
     """Train what was asked for and sample the contact sheet; the exit code."""
     arguments = parse_arguments()
-    load_pack()
+    runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
     if arguments.deadline is not None:
         train_one(arguments)
         return 0
