@@ -17,7 +17,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from .paths import COMFYUI, HOME, ROOT, SERVER_LOG
 from .terminal import Failure
@@ -36,13 +38,25 @@ class ComfyServer:
         home: its base directory, made when missing.
         log: file that takes what the server prints.
         port: 0 chooses a free one.
+        environment: variables that the server gets besides ours; None takes one away.
+        pack: folder of the pack that is linked into it.
 
     Raises:
         Failure: on entering, when the server dies or does not answer; it holds the last lines of the log.
     """
 
-    def __init__(self, comfyui: Path = COMFYUI, home: Path = HOME, log: Path = SERVER_LOG, port: int = 0) -> None:
+    def __init__(
+        self,
+        comfyui: Path = COMFYUI,
+        home: Path = HOME,
+        log: Path = SERVER_LOG,
+        port: int = 0,
+        *,
+        environment: Mapping[str, str | None] = MappingProxyType({}),
+        pack: Path = ROOT,
+    ) -> None:
         self.comfyui, self.home, self.log = comfyui, home, log
+        self.environment, self.pack = environment, pack
         self.port = port or _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
@@ -57,7 +71,7 @@ class ComfyServer:
 
     def start(self) -> ComfyServer:
         """Start and wait until it answers. Whoever calls this without a `with` block must call `stop`."""
-        prepare_home(self.home)
+        prepare_home(self.home, self.pack)
         try:
             self._launch()
             self._wait_until_it_answers()
@@ -68,8 +82,9 @@ class ComfyServer:
 
     def _launch(self) -> None:
         # Only what the command says: no user's PYTHONPATH, and never the repository root on sys.path.
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        environment.update(PYTHONUNBUFFERED="1", PYTHONIOENCODING="utf-8")
+        wanted = {**os.environ, "PYTHONPATH": None, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        wanted.update(self.environment)
+        environment = {name: value for name, value in wanted.items() if value is not None}
         if os.name == "nt":
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         else:
@@ -126,26 +141,26 @@ class ComfyServer:
             process.wait()
 
 
-def prepare_home(home: Path) -> None:
+def prepare_home(home: Path, pack: Path = ROOT) -> None:
     """Make the base directory: its folders, and the pack in `custom_nodes`."""
     for name in HOME_FOLDERS:
         (home / name).mkdir(parents=True, exist_ok=True)
-    _link_pack(home / "custom_nodes" / PACK)
+    _link_pack(home / "custom_nodes" / PACK, pack)
 
 
-def _link_pack(link: Path) -> None:
-    if link.exists() and link.resolve() == ROOT:
+def _link_pack(link: Path, pack: Path) -> None:
+    if link.exists() and link.resolve() == pack:
         return
     if link.is_symlink():
         link.unlink()
     elif link.exists():
         shutil.rmtree(link)
     try:
-        link.symlink_to(ROOT, target_is_directory=True)
+        link.symlink_to(pack, target_is_directory=True)
     except OSError:  # Windows without developer mode: a junction, and where that fails a copy
-        junction = ["cmd", "/c", "mklink", "/J", str(link), str(ROOT)]
+        junction = ["cmd", "/c", "mklink", "/J", str(link), str(pack)]
         if os.name != "nt" or subprocess.run(junction, capture_output=True).returncode:
-            shutil.copytree(ROOT, link, ignore=shutil.ignore_patterns(*NOT_THE_PACK))
+            shutil.copytree(pack, link, ignore=shutil.ignore_patterns(*NOT_THE_PACK))
 
 
 def _end_group(process: subprocess.Popen, gently: bool) -> None:
