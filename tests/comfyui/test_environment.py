@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
-from comfyui_psa.devtools.client import Client, PromptFailed
-from comfyui_psa.devtools.figures import find_node
-from comfyui_psa.devtools.paths import ROOT, WORKFLOWS, comfyui_folder
-from comfyui_psa.devtools.server import NOT_THE_PACK, ComfyServer
-from comfyui_psa.devtools.workflow import graph_to_prompt, load_workflow
+from comfyui_psa.workshop.tools.client import Client, PromptFailed
+from comfyui_psa.workshop.tools.figures import find_node
+from comfyui_psa.workshop.tools.paths import ROOT, WORKFLOWS, comfyui_folder
+from comfyui_psa.workshop.tools.server import NOT_THE_PACK, ComfyServer
+from comfyui_psa.workshop.tools.workflow import graph_to_prompt, load_workflow
 
 CONSOLE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "gbk"}
 """As on a Chinese Windows, and names of files are ASCII on top."""
