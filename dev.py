@@ -28,6 +28,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from workshop.pack import load_pack
 from workshop.tools.environment import ensure_environment
 from workshop.tools.paths import DEV, ROOT, VENV, VENV_PYTHON, VENV_SCRIPTS, chosen_comfyui
 from workshop.tools.terminal import Failure
@@ -177,9 +178,11 @@ COMMANDS = {
 
 
 def _continue_in_environment() -> None:
-    """Return when this is the environment's Python; otherwise run this command line again with it, and end."""
+    """Return when this is the environment's Python, with the pack imported; otherwise run this command line again
+    with it, and end."""
     if Path(sys.prefix).resolve() != VENV.resolve():
         sys.exit(_run([VENV_PYTHON, Path(__file__).resolve(), *sys.argv[1:]]))
+    load_pack()
 
 
 def _run(command: list, environment: dict[str, str] | None = None) -> int:

@@ -10,7 +10,8 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from comfyui_psa.choices.errors import InputError
 from comfyui_psa.reports.compare import compare_images
-from comfyui_psa.reports.draw_compare import compare, ssim
+from comfyui_psa.reports.draw_compare import compare
+from comfyui_psa.reports.likeness import ssim
 
 
 def video(seed, frames=3, height=33, width=48):

@@ -1,7 +1,7 @@
-"""The demo's figures: what is measured, from what, defined once.
+"""The demo's figures: what is measured, from what.
 
-PSNR and SSIM compare the decoded, losslessly stored frames; seconds come from the server's progress messages; sparsity
-comes from PSA Report. Nothing is estimated.
+PSNR and SSIM are those of PSA Compare, of the decoded, losslessly stored frames; seconds come from the server's
+progress messages; sparsity comes from PSA Report. Nothing is estimated.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+import torch
+
+from comfyui_psa.reports.draw_compare import compare
 
 from .client import Prompt, PromptResult
 from .terminal import Failure
@@ -81,19 +84,14 @@ def measure(dense: np.ndarray, psa: np.ndarray, nodes: dict[str, str], result: P
     Raises:
         Failure: videos of different shapes, or steps that the report does not know.
     """
-    from skimage.metrics import structural_similarity
-
     if dense.shape != psa.shape:
         raise Failure(f"The two videos differ in shape: {dense.shape} and {psa.shape}.")
-    error = np.mean((dense.astype(np.float64) - psa) ** 2)
-    psnr = float(10 * np.log10(255**2 / error)) if error else float("inf")
-    pairs = zip(dense.astype(np.float32), psa.astype(np.float32), strict=True)
-    ssim = [structural_similarity(a, b, channel_axis=-1, data_range=255) for a, b in pairs]
+    found = compare(*(torch.from_numpy(frames).float() / 255 for frames in (dense, psa)))
     seconds = {name: result.step_seconds(node) for name, node in nodes.items()}
     sparsity = [step["sparsity"] for step in report.get("steps", [])]
     if len(sparsity) != len(seconds["psa"]):
         raise Failure(f"PSA Report knows {len(sparsity)} steps, the sampler showed {len(seconds['psa'])}.")
-    return Figures(psnr, float(np.mean(ssim)), seconds["dense"], seconds["psa"], sparsity, report)
+    return Figures(found.psnr, found.ssim, seconds["dense"], seconds["psa"], sparsity, report)
 
 
 def find_node(prompt: Prompt, class_type: str, **inputs: object) -> str:
