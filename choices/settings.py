@@ -1,9 +1,12 @@
-"""What the PSA Patch node was told, validated into one immutable object. No model is touched here."""
+"""What PSA Patch is told, with its defaults, and what becomes of it: one immutable object. No model is touched here."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+from collections.abc import Callable
+from typing import Any
 
 from ..kernels.backends import BACKENDS
 from ..kernels.config import BLOCK_SIZES, ConfigError, PyramidConfig
@@ -19,19 +22,71 @@ AUTO_PRESETS = ("module-default", "cogvideox-5b", "cogvideox1.5-5b")
 ANY_SPARSITY = 0.95
 """One that every pyramid reaches, to judge the other inputs where the slider is 0."""
 FROM_PRESET = "preset"
+MOST_SPARSITY = 0.97
 MOST_REUSE_STEPS = 100
 _FIELD = {"shares": "pyramid"}
 """Field of the configuration -> input of the node, where they differ."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PatchInputs:
+    """What PSA Patch was told, as its widgets say it. Every default of the node and of `apply_psa` is here alone.
+
+    Attributes:
+        preset: a name of `user_presets.preset_names`, or `auto`; psa_pyramid: the pyramid of a connected PSA Pyramid,
+            which takes the preset's place.
+        The others have the names of the node's inputs, whose tooltips say what they do.
+    """
+
+    sparsity: float = PyramidConfig.sparsity
+    preset: str = AUTO
+    start_percent: float = 0.25
+    end_percent: float = 1.0
+    mode: str = FROM_PRESET
+    pyramid: str = ""
+    tail: str = FROM_PRESET
+    order: str = FROM_PRESET
+    importance: str = FROM_PRESET
+    block_q: str = FROM_PRESET
+    block_kv: str = FROM_PRESET
+    dense_blocks: str = ""
+    min_tokens: int = 12288
+    backend: str = BACKENDS[0]
+    verbose: bool = False
+    precision: str = PyramidConfig.precision
+    reuse_steps: int = 1
+    psa_pyramid: Preset | None = None
+    falling: float = 0.0
+
+    def changes(self) -> dict[str, object]:
+        """Fields of the configuration that the inputs set, the others being the preset's.
+
+        Raises:
+            InputError: a block size or `pyramid` cannot be read.
+        """
+        changed = {name: getattr(self, name) for name in _OWN if getattr(self, name) != getattr(PatchInputs, name)}
+        for name in {"block_q", "block_kv"} & changed.keys():
+            changed[name] = _block_size(name, changed[name])
+        if "tail" in changed:
+            changed["tail"] = changed["tail"] == "on"
+        if "pyramid" in changed:
+            text = changed.pop("pyramid")
+            changed |= {"shares": parse_pyramid(text)} if text.strip() else {}
+        return changed
+
+
+_OWN = ("mode", "pyramid", "tail", "order", "importance", "block_q", "block_kv", "precision")
+"""Inputs that set a field of the configuration, where they are not left as they are."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchSettings:
-    """Settings of one patched model.
+    """Settings of one patched model, made by `make_settings`.
 
     Attributes:
         config: the pyramid; preset: the name it came from.
         start_percent, end_percent: part of the schedule in which PSA is active, as ComfyUI counts percent.
-        dense_steps: how many steps stay dense where the schedule begins, in place of start_percent; None for percent.
+        dense_steps: how many steps stay dense where the schedule begins, instead of start_percent; None for percent.
         dense_blocks: indices of transformer blocks that stay dense.
         min_tokens: shorter sequences stay dense.
         backend: auto, triton or torch; verbose: log every step.
@@ -41,15 +96,15 @@ class PatchSettings:
 
     config: PyramidConfig
     preset: str
-    start_percent: float = 0.25
-    end_percent: float = 1.0
-    dense_blocks: frozenset[int] = frozenset()
-    min_tokens: int = 12288
-    backend: str = "auto"
-    verbose: bool = False
-    dense_steps: int | None = None
-    reuse_steps: int = 1
-    falling: float = 0.0
+    start_percent: float
+    end_percent: float
+    dense_steps: int | None
+    dense_blocks: frozenset[int]
+    min_tokens: int
+    backend: str
+    verbose: bool
+    reuse_steps: int
+    falling: float
 
     def __str__(self) -> str:
         """What a user would tell another one of them."""
@@ -68,60 +123,72 @@ class PatchSettings:
         return f"{target} {part}; preset {self.preset} ({', '.join(shape)})"
 
 
-def make_settings(
-    *,
-    sparsity: float,
-    preset: str,
-    start_percent: float,
-    end_percent: float,
-    mode: str = FROM_PRESET,
-    pyramid: str = "",
-    tail: str = FROM_PRESET,
-    order: str = FROM_PRESET,
-    importance: str = FROM_PRESET,
-    block_q: str = FROM_PRESET,
-    block_kv: str = FROM_PRESET,
-    dense_blocks: str = "",
-    min_tokens: int = 12288,
-    backend: str = "auto",
-    verbose: bool = False,
-    precision: str = "auto",
-    reuse_steps: int = 1,
-    falling: float = 0.0,
-    psa_pyramid: Preset | None = None,
-    blocks: int | None = None,
-) -> PatchSettings:
-    """Settings from the inputs of the node.
+def make_settings(*, auto: str = AUTO_PRESETS[0], blocks: int | None = None, **inputs: Any) -> PatchSettings:
+    """Settings from the inputs of the node, every one of them judged.
 
     Args:
-        preset: a name of `user_presets.preset_names`; psa_pyramid: the pyramid to take in its place, from the node
-            PSA Pyramid. blocks: the model's block count, where it is known.
+        auto: the preset that `auto` is for this model; blocks: the model's block count, where it is known.
+        inputs: those of `PatchInputs`.
 
     Raises:
         InputError: an input is wrong or the combination is impossible.
     """
-    check_window(start_percent, end_percent)
-    if backend not in BACKENDS:
-        raise InputError.of_choice("backend", backend, BACKENDS)
-    if not 1 <= reuse_steps <= MOST_REUSE_STEPS:
-        raise InputError("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}", do="set reuse_steps to 1")
-    own = {"mode": mode, "pyramid": pyramid, "tail": tail, "order": order, "importance": importance}
-    own |= {"block_q": block_q, "block_kv": block_kv, "precision": precision}
-    check_place(psa_pyramid is not None, **own)
-    shape, config = make_config(sparsity, preset, psa_pyramid, falling=falling, reuse_steps=reuse_steps, **own)
+    asked = PatchInputs(**inputs)
+    check_window(asked.start_percent, asked.end_percent)
+    if asked.backend not in BACKENDS:
+        raise InputError.of_choice("backend", asked.backend, BACKENDS)
+    if not 1 <= asked.reuse_steps <= MOST_REUSE_STEPS:
+        raise InputError("reuse_steps", asked.reuse_steps, f"1 to {MOST_REUSE_STEPS}", do="set reuse_steps to 1")
+    check_one_pyramid(asked.preset, asked.psa_pyramid is not None)
+    shape, config = make_config(asked, auto)
     return PatchSettings(
         config=config,
         preset=shape.name,
-        start_percent=start_percent,
-        end_percent=end_percent,
-        dense_blocks=parse_blocks(dense_blocks, blocks),
-        min_tokens=min_tokens,
-        backend=backend,
-        verbose=verbose,
+        start_percent=asked.start_percent,
+        end_percent=asked.end_percent,
         dense_steps=shape.dense_steps,
-        reuse_steps=reuse_steps,
-        falling=falling,
+        dense_blocks=parse_blocks(asked.dense_blocks, blocks),
+        min_tokens=asked.min_tokens,
+        backend=asked.backend,
+        verbose=asked.verbose,
+        reuse_steps=asked.reuse_steps,
+        falling=asked.falling,
     )
+
+
+def make_config(asked: PatchInputs, auto: str) -> tuple[Preset, PyramidConfig]:
+    """The preset (or connected pyramid) and its configuration with the inputs that differ from it.
+
+    Raises:
+        InputError: the combination is impossible.
+    """
+    shape = asked.psa_pyramid
+    if shape is None:
+        shape = find_preset(auto if asked.preset == AUTO else asked.preset)
+    changes = asked.changes()
+    if asked.psa_pyramid is not None:
+        _refuse_beside_pyramid(changes)
+    try:
+        config = shape.config(asked.sparsity, **changes)
+        check_falling(asked.falling, config)
+    except ConfigError as error:
+        field = _FIELD.get(error.field, error.field)
+        raise InputError(field, error.given, error.allowed, do=error.do) from error
+    if asked.reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
+        allowed = f"1 with the order {config.order}, whose blocks change every step"
+        raise InputError("reuse_steps", asked.reuse_steps, allowed, do="set reuse_steps to 1 or take another order")
+    return shape, config
+
+
+def _judges(*names: str) -> Callable[[Callable], Callable]:
+    """Names the inputs that a rule of the node judges (`nodes/base.py`), where they are too many to write out."""
+
+    def mark(rule: Callable) -> Callable:
+        parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
+        rule.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return rule
+
+    return mark
 
 
 def check_window(start_percent: float, end_percent: float) -> None:
@@ -138,108 +205,34 @@ def check_one_pyramid(preset: str, psa_pyramid_given: bool, node: str = "PSA Pat
         raise InputError("preset", preset, allowed, node, do="set preset to auto or unplug PSA Pyramid")
 
 
-def check_place(
-    psa_pyramid_given: bool,
-    mode: str = FROM_PRESET,
-    pyramid: str = "",
-    tail: str = FROM_PRESET,
-    order: str = FROM_PRESET,
-    importance: str = FROM_PRESET,
-    block_q: str = FROM_PRESET,
-    block_kv: str = FROM_PRESET,
-    precision: str = "auto",
-) -> None:
+@_judges("psa_pyramid_given", *_OWN)
+def check_place(psa_pyramid_given: bool, **own: Any) -> None:
     """Raise InputError for what is set beside a connected PSA Pyramid, which says it for itself."""
-    if not psa_pyramid_given:
-        return
-    changes = _changes(mode, pyramid, tail, order, importance, block_q, block_kv, precision)
+    if psa_pyramid_given:
+        _refuse_beside_pyramid(PatchInputs(**own).changes())
+
+
+def _refuse_beside_pyramid(changes: dict[str, object]) -> None:
     for field, value in changes.items():
         field = _FIELD.get(field, field)
-        kept = {"pyramid": "empty", "precision": "auto"}.get(field, FROM_PRESET)
+        kept = getattr(PatchInputs, field) or "empty"
         allowed = f"{kept} while PSA Pyramid is connected, which has its own"
         raise InputError(field, value, allowed, do=f"set {field} to {kept} here, or unplug PSA Pyramid")
 
 
-def check_shape(
-    sparsity: float,
-    preset: str,
-    psa_pyramid: Preset | None = None,
-    mode: str = FROM_PRESET,
-    pyramid: str = "",
-    tail: str = FROM_PRESET,
-    order: str = FROM_PRESET,
-    importance: str = FROM_PRESET,
-    block_q: str = FROM_PRESET,
-    block_kv: str = FROM_PRESET,
-    precision: str = "auto",
-    falling: float = 0.0,
-    reuse_steps: int = 1,
-) -> None:
+@_judges("sparsity", "preset", "psa_pyramid", *_OWN, "falling", "reuse_steps")
+def check_shape(**inputs: Any) -> None:
     """Raise InputError for an impossible pyramid; with preset `auto` where it is so for every model."""
-    names = AUTO_PRESETS if preset == AUTO else (preset,)
-    own = {"mode": mode, "pyramid": pyramid, "tail": tail, "order": order, "importance": importance}
-    own |= {"block_q": block_q, "block_kv": block_kv, "precision": precision}
+    asked = PatchInputs(**inputs)
+    asked = dataclasses.replace(asked, sparsity=asked.sparsity or ANY_SPARSITY)
     errors: list[InputError] = []
-    for name in names:
+    for auto in AUTO_PRESETS if asked.preset == AUTO else ("",):
         try:
-            make_config(sparsity or ANY_SPARSITY, name, psa_pyramid, falling=falling, reuse_steps=reuse_steps, **own)
+            make_config(asked, auto)
             return
         except InputError as error:
             errors.append(error)
     raise errors[0]
-
-
-def make_config(
-    sparsity: float,
-    preset: str,
-    psa_pyramid: Preset | None = None,
-    *,
-    mode: str,
-    pyramid: str,
-    tail: str,
-    order: str,
-    importance: str,
-    block_q: str,
-    block_kv: str,
-    precision: str,
-    falling: float,
-    reuse_steps: int,
-) -> tuple[Preset, PyramidConfig]:
-    """The preset (or connected pyramid) and its configuration with the inputs that differ from it.
-
-    Raises:
-        InputError: the combination is impossible.
-    """
-    shape = find_preset(preset) if psa_pyramid is None else psa_pyramid
-    try:
-        changes = _changes(mode, pyramid, tail, order, importance, block_q, block_kv, precision)
-        config = shape.config(sparsity, **changes)
-        check_falling(falling, config)
-    except ConfigError as error:
-        field = _FIELD.get(error.field, error.field)
-        raise InputError(field, error.given, error.allowed, do=error.do) from error
-    if reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
-        allowed = f"1 with the order {config.order}, whose blocks change every step"
-        raise InputError("reuse_steps", reuse_steps, allowed, do="set reuse_steps to 1 or take another order")
-    return shape, config
-
-
-def _changes(
-    mode: str, pyramid: str, tail: str, order: str, importance: str, block_q: str, block_kv: str, precision: str
-) -> dict[str, object]:
-    """Fields of the configuration that the inputs set, the others being the preset's."""
-    changes: dict[str, object] = {} if precision == "auto" else {"precision": precision}
-    for field, value in (("mode", mode), ("order", order), ("importance", importance)):
-        if value != FROM_PRESET:
-            changes[field] = value
-    for field, value in (("block_q", block_q), ("block_kv", block_kv)):
-        if value != FROM_PRESET:
-            changes[field] = _block_size(field, value)
-    if tail != FROM_PRESET:
-        changes["tail"] = tail == "on"
-    if pyramid.strip():
-        changes["shares"] = parse_pyramid(pyramid)
-    return changes
 
 
 def _block_size(field: str, value: object) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..choices.presets import load_presets
+from ..choices.settings import AUTO, MOST_SPARSITY, PatchInputs
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError
 from ..kernels.falling import check_falling
@@ -94,14 +95,14 @@ class _Patch:
 
 def apply_psa(
     pipe: Any,
-    sparsity: float = 0.85,
-    preset: str = "auto",
+    sparsity: float = PatchInputs.sparsity,
+    preset: str = PatchInputs.preset,
     *,
-    warm_up: float | int = 0.25,
+    warm_up: float | int = PatchInputs.start_percent,
     dense_blocks: tuple[int, ...] = (),
-    min_tokens: int = 12288,
-    backend: str = "auto",
-    falling: float = 0.0,
+    min_tokens: int = PatchInputs.min_tokens,
+    backend: str = PatchInputs.backend,
+    falling: float = PatchInputs.falling,
     **changes: Any,
 ) -> AppliedPSA:
     """Let a diffusers pipeline attend with PSA. Applying it again replaces the setting.
@@ -128,11 +129,11 @@ def apply_psa(
     transformers = _transformers(pipe)
     if backend not in BACKENDS:
         raise _error("backend", backend, ", ".join(BACKENDS))
-    if not 0 <= sparsity <= 0.97:
-        raise _error("sparsity", sparsity, "0 to 0.97")
+    if not 0 <= sparsity <= MOST_SPARSITY:
+        raise _error("sparsity", sparsity, f"0 to {MOST_SPARSITY}")
     presets = load_presets()
-    if preset != "auto" and preset not in presets:
-        raise _error("preset", preset, f"auto, {', '.join(presets)}")
+    if preset != AUTO and preset not in presets:
+        raise _error("preset", preset, f"{AUTO}, {', '.join(presets)}")
     knows_steps = getattr(pipe, "scheduler", None) is not None
     if warm_up < 0 or (isinstance(warm_up, float) and warm_up > 1):
         raise _error("warm_up", warm_up, "a share from 0.0 to 1.0 or a step count")
@@ -141,7 +142,7 @@ def apply_psa(
     planned = []
     for transformer in transformers:
         family = type(transformer).__name__
-        chosen = presets[MODELS[family].preset(transformer) if preset == "auto" else preset]
+        chosen = presets[MODELS[family].preset(transformer) if preset == AUTO else preset]
         try:
             config = chosen.config(sparsity or 0.5, **changes)
             check_falling(falling, config)
@@ -180,5 +181,5 @@ def _transformers(pipe: Any) -> list[Any]:
     found = list({id(one): one for one in candidates if type(one).__name__ in MODELS}.values())
     if not found:
         allowed = f"a pipeline with {', '.join(MODELS)}"
-        raise TypeError(f"apply_psa, pipe: {type(pipe).__name__} was given; allowed: {allowed}")
+        raise TypeError(str(_error("pipe", type(pipe).__name__, allowed)))
     return found

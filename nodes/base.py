@@ -27,10 +27,12 @@ class PSANode(io.ComfyNode):
         rules: functions that raise InputError. The parameters of each are inputs of the node (or `NAME_given`: whether
             the input NAME is there at all); it is called where all of them are known, so before the run unless one of
             them comes over a link.
+        early_rules: the same, for what the node's own work judges when it runs: asked before a prompt is queued only.
         told: kinds of error whose message is a sentence for the user -> the input that they are about.
     """
 
     rules: ClassVar[tuple[Callable[..., object], ...]] = ()
+    early_rules: ClassVar[tuple[Callable[..., object], ...]] = ()
     told: ClassVar[dict[type[Exception], str]] = {}
 
     @classmethod
@@ -45,7 +47,7 @@ class PSANode(io.ComfyNode):
         An input that comes over a link arrives as None and is not judged.
         """
         try:
-            cls.judge({name: LINK if value is None else value for name, value in inputs.items()})
+            cls.judge({name: LINK if value is None else value for name, value in inputs.items()}, early=True)
         except InputError as error:
             return str(error)
         except Exception:  # ours; the run will end with it, and the log then has its lines
@@ -81,13 +83,19 @@ class PSANode(io.ComfyNode):
             raise unexpected(node, inputs, error) from error  # the log shows both, the second with its own lines
 
     @classmethod
-    def judge(cls, inputs: dict[str, Any]) -> None:
-        """Raise InputError for inputs that are wrong, each by itself or together; `LINK` stands for an unknown one."""
+    def judge(cls, inputs: dict[str, Any], early: bool = False) -> None:
+        """Raise InputError for inputs that are wrong, each by itself or together; `LINK` stands for an unknown one.
+
+        early: whether the node does not run yet, so that `early_rules` are asked too.
+        """
         schema = cls.define_schema()
-        alone = {next(iter(judged)) for rule in cls.rules if len(judged := inspect.signature(rule).parameters) == 1}
+        rules = cls.rules + cls.early_rules
+        alone = {next(iter(judged)) for rule in rules if len(judged := inspect.signature(rule).parameters) == 1}
         check_values(schema.display_name, schema.inputs, inputs, alone)
-        for rule in cls.rules:
-            wanted = _arguments(rule, inputs)
+        # What an old workflow does not name yet has its default.
+        defaults = {spec.id: getattr(spec, "default", None) for spec in schema.inputs if spec.optional}
+        for rule in rules if early else cls.rules:
+            wanted = _arguments(rule, defaults | inputs)
             if wanted is not None:
                 rule(**wanted)
 

@@ -8,6 +8,8 @@ from ..choices.settings import (
     AUTO,
     FROM_PRESET,
     MOST_REUSE_STEPS,
+    MOST_SPARSITY,
+    PatchInputs,
     check_blocks,
     check_one_pyramid,
     check_place,
@@ -19,20 +21,21 @@ from ..choices.user_presets import fingerprint, preset_names
 from ..kernels.backends import BACKENDS
 from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
 from ..kernels.falling import MOST_FALLING
-from ..patching.live import asked_of, patch_for_node
+from ..patching.live import asked_of, listeners, told
+from ..patching.patch import patch_model
 from .base import PSANode
 from .pyramid import Pyramid
 
 
 def _from_preset(name: str, options: tuple, tooltip: str) -> io.Combo.Input:
     values = [FROM_PRESET, *map(str, options)]
-    return io.Combo.Input(name, options=values, default=FROM_PRESET, tooltip=tooltip, advanced=True)
+    return io.Combo.Input(name, options=values, default=getattr(PatchInputs, name), tooltip=tooltip, advanced=True)
 
 
 class PSAPatch(PSANode):
     """Patch a video model with Pyramid Sparse Attention (arXiv 2512.04025)."""
 
-    rules = (check_window, check_one_pyramid, check_place, check_shape, check_blocks)
+    early_rules = (check_window, check_one_pyramid, check_place, check_shape, check_blocks)
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -51,9 +54,9 @@ class PSAPatch(PSANode):
                 io.Model.Input("model", tooltip="A loaded Wan2.1, Wan2.2 or CogVideoX model."),
                 io.Float.Input(
                     "sparsity",
-                    default=0.85,
+                    default=PatchInputs.sparsity,
                     min=0.0,
-                    max=0.97,
+                    max=MOST_SPARSITY,
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
@@ -65,7 +68,7 @@ class PSAPatch(PSANode):
                 io.Combo.Input(
                     "preset",
                     options=[AUTO, *preset_names()],
-                    default=AUTO,
+                    default=PatchInputs.preset,
                     tooltip=(
                         "Shape of the pyramid. auto takes module-default, the best so far. The entries marked "
                         "published are the paper's and its release's settings, unchanged. user/... are files of yours "
@@ -75,7 +78,7 @@ class PSAPatch(PSANode):
                 ),
                 io.Float.Input(
                     "start_percent",
-                    default=0.25,
+                    default=PatchInputs.start_percent,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -87,7 +90,7 @@ class PSAPatch(PSANode):
                 ),
                 io.Float.Input(
                     "end_percent",
-                    default=1.0,
+                    default=PatchInputs.end_percent,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -101,7 +104,7 @@ class PSAPatch(PSANode):
                 ),
                 io.String.Input(
                     "pyramid",
-                    default="",
+                    default=PatchInputs.pyramid,
                     advanced=True,
                     tooltip=(
                         "Share per pooling factor, e.g. '1: 0.10, 2: 0.05, 8: 0.20': of the blocks in topk mode, of "
@@ -131,13 +134,13 @@ class PSAPatch(PSANode):
                 _from_preset("block_kv", BLOCK_SIZES, "Tokens per key block; 64 by default, smaller is finer."),
                 io.String.Input(
                     "dense_blocks",
-                    default="",
+                    default=PatchInputs.dense_blocks,
                     advanced=True,
                     tooltip="Transformer blocks that stay dense, e.g. '0, 1, 38-39'.",
                 ),
                 io.Int.Input(
                     "min_tokens",
-                    default=12288,
+                    default=PatchInputs.min_tokens,
                     min=0,
                     max=1_000_000,
                     advanced=True,
@@ -146,16 +149,18 @@ class PSAPatch(PSANode):
                 io.Combo.Input(
                     "backend",
                     options=list(BACKENDS),
-                    default="auto",
+                    default=PatchInputs.backend,
                     advanced=True,
                     tooltip="auto: Triton on a GPU, plain torch on a CPU. Where neither serves, the model stays dense.",
                 ),
-                io.Boolean.Input("verbose", default=False, advanced=True, tooltip="Write one log line per step."),
+                io.Boolean.Input(
+                    "verbose", default=PatchInputs.verbose, advanced=True, tooltip="Write one log line per step."
+                ),
                 # New inputs come last and are optional, so that workflows and prompts saved before keep working.
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
-                    default="auto",
+                    default=PatchInputs.precision,
                     optional=True,
                     advanced=True,
                     tooltip=(
@@ -165,7 +170,7 @@ class PSAPatch(PSANode):
                 ),
                 io.Int.Input(
                     "reuse_steps",
-                    default=1,
+                    default=PatchInputs.reuse_steps,
                     min=1,
                     max=MOST_REUSE_STEPS,
                     optional=True,
@@ -184,7 +189,7 @@ class PSAPatch(PSANode):
                 ),
                 io.Float.Input(
                     "falling",
-                    default=0.0,
+                    default=PatchInputs.falling,
                     min=0.0,
                     max=MOST_FALLING,
                     step=0.05,
@@ -203,11 +208,12 @@ class PSAPatch(PSANode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, preset: str = AUTO, **_):
+    def fingerprint_inputs(cls, preset: str = PatchInputs.preset, **_):
         return fingerprint(preset)
 
     @classmethod
     def run(cls, model, **inputs) -> io.NodeOutput:
-        asked = asked_of(cls.hidden.prompt, cls.hidden.unique_id)
-        patched, told = patch_for_node(model, cls.hidden.unique_id, asked, **inputs)
-        return io.NodeOutput(patched, ui={"psa": told, "psa_asked": [asked]})
+        node = cls.hidden.unique_id
+        asked = asked_of(cls.hidden.prompt, node)
+        patched = patch_model(model, **inputs, **listeners(node, asked))
+        return io.NodeOutput(patched, ui={"psa": told(model, patched, node), "psa_asked": [asked]})

@@ -36,7 +36,7 @@ def _combo(name: str, options: tuple, default: object, tooltip: str) -> io.Combo
 class PSAPyramid(PSANode):
     """A pyramid of one's own for PSA Patch, in place of a preset."""
 
-    rules = (check_pyramid, partial(check_name, node=NODE))
+    early_rules = (check_pyramid, partial(check_name, node=NODE))
 
     @classmethod
     def define_schema(cls) -> io.Schema:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..sampling.run import log
 from .handle import PatchHandle
-from .patch import KEY, patch_model
+from .patch import KEY
 
 STEP_EVENT = "psa.step"
 RUN_EVENT = "psa.run"
@@ -52,25 +52,28 @@ def asked_of(prompt: dict[str, Any] | None, node_id: str | None) -> dict[str, An
     return asked
 
 
-def patch_for_node(
-    model: Any, node_id: str | None, asked: dict[str, Any] | None = None, **inputs: Any
-) -> tuple[Any, list[str]]:
-    """`patch_model` for the node with that id, and what its page is told: why the model stays dense ("" where it does
+def listeners(node_id: str | None, asked: dict[str, Any] | None = None) -> dict[str, Sender]:
+    """What tells the page of a node the figures of every step and run, as arguments of `patch_model`.
+
+    `asked`, see `asked_of`, goes with them: a page that was loaded since, or that queued what ComfyUI has cached, does
+    not hear of the node itself.
+    """
+    if node_id is None:
+        return {}
+    always = {"asked": asked}
+    return {"on_step": Sender(STEP_EVENT, node_id, always), "on_end": Sender(RUN_EVENT, node_id, always)}
+
+
+def told(model: Any, patched: Any, node_id: str | None) -> list[str]:
+    """What the page of a node is told when `model` has been `patched`: why the model stays dense ("" where it does
     not), and the preset that was taken, which `auto` leaves to the model ("" where none was).
 
-    `asked`, see `asked_of`, goes with the figures of every step and run: a page that was loaded since, or that queued
-    what ComfyUI has cached, does not hear of the node itself.
     Where the model comes from another PSA Patch, that node's page is told which one takes its place on this branch.
     """
-    listeners = {}
-    if node_id is not None:
-        always = {"asked": asked}
-        listeners = {"on_step": Sender(STEP_EVENT, node_id, always), "on_end": Sender(RUN_EVENT, node_id, always)}
-    patched = patch_model(model, **listeners, **inputs)
     earlier: PatchHandle | None = model.get_attachment(KEY)
     handle: PatchHandle = patched.get_attachment(KEY)
     handle.node = node_id
     if earlier is not None and None not in (earlier.node, node_id) and earlier.node != node_id:
         log.info("PSA: PSA Patch #%s is replaced by PSA Patch #%s, which follows it", earlier.node, node_id)
         Sender(REPLACED_EVENT, earlier.node)({"by": node_id})
-    return patched, [handle.note, ""] if handle.settings is None else ["", handle.settings.preset]
+    return [handle.note, ""] if handle.settings is None else ["", handle.settings.preset]

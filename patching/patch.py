@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..choices.errors import require_model
-from ..choices.settings import ANY_SPARSITY, AUTO, PatchSettings, check_one_pyramid, make_settings
+from ..choices.settings import ANY_SPARSITY, PatchSettings, make_settings
 from ..sampling.run import log
 from . import core
 from .family import Family, find_family
@@ -20,44 +20,35 @@ STOCK = "sparsity is 0: the model is the stock one"
 
 
 def patch_model(
-    model: Any,
-    *,
-    sparsity: float,
-    preset: str,
-    on_step: Listener | None = None,
-    on_end: Listener | None = None,
-    **inputs: Any,
+    model: Any, *, sparsity: float, on_step: Listener | None = None, on_end: Listener | None = None, **inputs: Any
 ) -> Any:
     """A clone of a ComfyUI MODEL that attends with PSA; unpatched, with one log line, where PSA cannot serve it.
 
     Args:
-        model: ComfyUI's ModelPatcher; sparsity 0 returns the stock model. preset: a name or `auto`.
+        model: ComfyUI's ModelPatcher; sparsity 0 returns the stock model.
         on_step: gets the figures of every step of every run, for a display. on_end: gets those of every run that
             has ended, see `sampling.figures`.
-        inputs: the other inputs of `settings.make_settings`.
+        inputs: the other inputs of PSA Patch, see `settings.PatchInputs`.
 
     Raises:
         InputError: an input is wrong, naming it.
     """
     require_model(model)
     family = find_family(model)
+    served = {"auto": family.preset, "blocks": family.blocks} if isinstance(family, Family) else {}
+    settings = make_settings(sparsity=sparsity or ANY_SPARSITY, **served, **inputs)
     if isinstance(family, str):
-        make_settings(sparsity=sparsity or ANY_SPARSITY, preset="wan2.1-14b" if preset == AUTO else preset, **inputs)
         log.warning("PSA: the model stays dense: %s", family)
         return _unpatched(model, family)
-    check_one_pyramid(preset, inputs.get("psa_pyramid") is not None)
-    preset = family.preset if preset == AUTO else preset
     if sparsity == 0:
-        make_settings(sparsity=ANY_SPARSITY, preset=preset, blocks=family.blocks, **inputs)
         log.info("PSA: %s", STOCK)
         return _unpatched(model, STOCK)
-    settings = make_settings(sparsity=sparsity, preset=preset, blocks=family.blocks, **inputs)
     if settings.config.sparsity is None:
         log.info("PSA: the levels are taken as they are written, the slider (%.2f) does not act", sparsity)
     log.info("PSA: %s: %s", family.name, settings)
     log.debug("PSA: %s", settings.config)
     if settings.dense_steps is not None:
-        log.info("PSA: preset %s: dense steps: %d; start_percent does not act", preset, settings.dense_steps)
+        log.info("PSA: preset %s: dense steps: %d; start_percent does not act", settings.preset, settings.dense_steps)
     if family.advice is not None:
         log.warning("PSA: %s", family.advice)
     return apply_patch(model, settings, family, on_step, on_end)

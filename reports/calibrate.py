@@ -162,12 +162,12 @@ def calibrate(
     if not math.isfinite(target) or target <= 0:
         do = "set target to 0.15 for error or 2.0 for speed-up, or to a number of your own"
         raise InputError("target", target, "a number above 0", NODE, do=do)
-    name = family.preset if preset == AUTO else preset
-    shape = check_shape(name, psa_pyramid)
+    shape = check_shape(family.preset if preset == AUTO else preset, psa_pyramid)
     candidates = [
         make_settings(
             sparsity=sparsity,
-            preset=name,
+            preset=preset,
+            auto=family.preset,
             start_percent=start_percent,
             end_percent=1.0,
             min_tokens=min_tokens,

@@ -210,5 +210,5 @@ def test_wrong_input_says_what_is_allowed_and_changes_nothing(pipes, arguments, 
 
 
 def test_other_models_are_named():
-    with pytest.raises(TypeError, match="Linear was given; allowed: a pipeline with WanTransformer3DModel"):
+    with pytest.raises(TypeError, match="pipe: 'Linear' was given; allowed: a pipeline with WanTransformer3DModel"):
         apply_psa(torch.nn.Linear(2, 2))

@@ -155,19 +155,21 @@ def test_wrong_choices_are_explained(run):
 
 
 def test_a_model_that_stayed_dense_gets_a_picture_that_says_why(model):
-    from comfyui_psa.patching.live import patch_for_node
+    from comfyui_psa.patching.live import told
+    from comfyui_psa.patching.patch import patch_model
     from comfyui_psa.reports.show import show_report
 
     inputs = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
-    stock, (sentence, preset) = patch_for_node(model, None, sparsity=0.0, **inputs)
+    stock = patch_model(model, sparsity=0.0, **inputs)
+    sentence, preset = told(model, stock, None)
     report, picture = show_report(stock, {}, -1, 0, None)
     assert json.loads(report)["note"] == sentence == "sparsity is 0: the model is the stock one"
     assert picture.shape[1] < 200
     unpatched = json.loads(show_report(model, {}, -1, 0, None)[0])
     assert "PSA Patch is bypassed" in unpatched["note"]
     assert preset == ""
-    fresh, told = patch_for_node(model, "1", sparsity=0.5, **inputs)
-    assert told == ["", "module-default"]
+    fresh = patch_model(model, sparsity=0.5, **inputs)
+    assert told(model, fresh, "1") == ["", "module-default"]
     assert json.loads(show_report(fresh, {}, -1, 0, None)[0]) == {"note": "the model has not sampled yet"}
 
 

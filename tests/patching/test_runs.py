@@ -571,16 +571,22 @@ def test_a_second_patch_tells_the_first(model, monkeypatch, caplog):
     import sys
     from types import SimpleNamespace
 
-    from comfyui_psa.patching.live import patch_for_node
+    from comfyui_psa.patching.live import told
+    from comfyui_psa.patching.patch import patch_model
+
+    def patch_for(node, model, **inputs):
+        patched = patch_model(model, **PATCH | inputs)
+        told(model, patched, node)
+        return patched
 
     sent = []
     server = SimpleNamespace(client_id="page", send_sync=lambda event, data, client: sent.append((event, data)))
     monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
-    first, _ = patch_for_node(model, "5", **PATCH)
+    first = patch_for("5", model)
     with caplog.at_level("INFO"):
-        second, _ = patch_for_node(first, "10", **PATCH | {"sparsity": 0.0})
+        second = patch_for("10", first, sparsity=0.0)
     assert sent == [("psa.replaced", {"node": "5", "by": "10"})]
     assert "PSA Patch #5 is replaced by PSA Patch #10" in caplog.text
-    patch_for_node(patch_for_node(model, "5", **PATCH)[0], "5", **PATCH)
-    patch_for_node(second, None, **PATCH)
+    patch_for("5", patch_for("5", model))
+    patch_for(None, second)
     assert len(sent) == 1

@@ -31,7 +31,7 @@ def main() -> None:
     grid, heads, layers = ((18, 45, 80), 12, 30) if gpu else ((9, 32, 32), 2, 6)
     torch.manual_seed(0)
     q, k, v = (smooth(grid, heads, 128, device) for _ in range(3))
-    settings = make_settings(sparsity=0.85, preset="module-default", start_percent=0.0, end_percent=1.0, min_tokens=0)
+    settings = make_settings(preset="module-default", start_percent=0.0, min_tokens=0)
     layout, schedule, told = TokenLayout(grid), torch.linspace(1, 0, STEPS + 1), []
 
     def run_of(live: bool) -> Run:

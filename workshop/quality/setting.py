@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ...choices.settings import PatchSettings, make_settings, parse_blocks
+from ...choices.settings import PatchInputs, PatchSettings, make_settings, parse_blocks
 from ...patching.family import find_family
 from ...sampling.run import is_active
 
-NODE_DEFAULTS = {"sparsity": 0.85, "preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
+NODE_DEFAULTS = {name: getattr(PatchInputs, name) for name in ("sparsity", "preset", "start_percent", "end_percent")}
+NODE_DEFAULTS |= {"min_tokens": 0}
 """Inputs of PSA Patch that a setting may leave out; `min_tokens` is 0, for the demo's videos are short."""
 
 
