@@ -17,8 +17,7 @@ from .clips import CLIP_FRAMES, render, sample_parameters
 from .files import DIT_FILE, load_weights, save_weights
 from .flow import draw_sigmas
 from .latents import LatentBasis
-from .muon import Muon
-from .schedule import Average, ClockSchedule
+from .schedule import ClockSchedule, moving_average
 from .settings import DitStage, Settings
 from .wan_dit import WanTransformer, rotary_table
 
@@ -32,6 +31,12 @@ def _split(model: WanTransformer) -> tuple[list[torch.nn.Parameter], list[torch.
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and name.startswith("blocks.") else others).append(parameter)
     return matrices, others
+
+
+def make_muon(matrices: list[torch.nn.Parameter]) -> torch.optim.Muon:
+    """Muon for the weight matrices (K. Jordan et al., https://kellerjordan.github.io/posts/muon/), whose steps are as
+    long as those of AdamW at the same rate: 0.2 * sqrt(longer side), J. Liu et al., arXiv 2502.16982."""
+    return torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
 
 class _Data:
@@ -106,13 +111,12 @@ def train_dit(
         load_weights(model, resume)
         rate = settings.resume_rate
     model.to(device)
-    parameters = list(model.parameters())
     matrices, others = _split(model)
-    muon = Muon(matrices)
+    muon = make_muon(matrices)
     adam = torch.optim.AdamW(
         others, lr=settings.other_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
     )
-    average = Average(parameters, settings.dit_decay)
+    average = moving_average(model, settings.dit_decay)
     loss_function = _make_loss(model, device)
     if settings.compile:
         # Block by block: one compiled block serves all layers, a sixth of the compilation of the whole model.
@@ -130,9 +134,11 @@ def train_dit(
         loss.backward()
         return loss.detach()
 
+    rates = {muon: settings.matrix_rate * rate, adam: settings.other_rate * rate}
+
     def clear() -> None:
-        muon.zero_grad()
-        adam.zero_grad(set_to_none=True)
+        for optimiser in rates:
+            optimiser.zero_grad()
 
     for data in reversed(stages):
         for _ in range(2):
@@ -151,12 +157,11 @@ def train_dit(
         while progress < data.stage.until:
             factor = schedule.factor(steps, progress)
             loss = backward(data)
-            for group in adam.param_groups:
-                group["lr"] = settings.other_rate * rate * factor
-            muon.step(settings.matrix_rate * rate * factor)
-            adam.step()
+            for optimiser, peak in rates.items():
+                optimiser.param_groups[0]["lr"] = peak * factor
+                optimiser.step()
             clear()
-            average.update()
+            average.update_parameters(model)
             running.lerp_(loss, 0.02 if steps > 50 else 0.2)
             steps += 1
             clips += data.stage.batch
@@ -170,14 +175,12 @@ def train_dit(
                 log(f"dit: {progress:4.0%} step {steps} loss {running.item():.4f} {milliseconds:.1f} ms/step")
             if time.time() - checkpoint > CHECKPOINT_SECONDS:
                 checkpoint = time.time()
-                average.swap()
-                save_weights(model, folder / DIT_FILE, torch.bfloat16, steps=steps, complete=False)
-                average.swap()
+                save_weights(average.module, folder / DIT_FILE, torch.bfloat16, steps=steps, complete=False)
         log(
             f"dit: side {data.stage.side}: {steps - stage_first} steps in {time.time() - stage_begin:.0f} s "
             f"(stage {number + 1} of {len(stages)})"
         )
-    average.swap()
+    model.load_state_dict(average.module.state_dict())
     save_weights(model, folder / DIT_FILE, torch.bfloat16, steps=steps, complete=True)
     return {
         "steps": steps,
@@ -187,5 +190,5 @@ def train_dit(
         "training_loss": history[-1][1] if history else None,
         "loss_history": history[:: max(1, len(history) // 24)],
         "held_out_loss_by_sigma": _held_out_loss(loss_function, stages[-1], device, max(1, settings.held_out // 2)),
-        "parameters": sum(p.numel() for p in parameters),
+        "parameters": sum(p.numel() for p in model.parameters()),
     }

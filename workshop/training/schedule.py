@@ -1,4 +1,4 @@
-"""Learning-rate schedule tied to the clock: training ends on time on any GPU.
+"""Learning-rate schedule tied to the clock: training ends on time on any GPU; and the average of the weights.
 
 Progress is the share of the time budget that has passed; the rate warms up over steps and falls as a cosine of
 progress. Not reproducible to the bit between runs, because the number of steps depends on the machine.
@@ -6,8 +6,12 @@ progress. Not reproducible to the bit between runs, because the number of steps 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class ClockSchedule:
@@ -27,26 +31,12 @@ class ClockSchedule:
         return min(1.0, (step + 1) / self.warmup_steps) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Average:
-    """Exponential moving average of a module's trainable parameters, short-sighted in the beginning."""
+def moving_average(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """Exponential moving average of a model's weights, all of one device and type; short-sighted in the beginning."""
+    update = itertools.count(2)  # the first one copies
 
-    def __init__(self, parameters: list, decay: float):
-        self.source = parameters
-        self.decay = decay
-        self.values = [p.detach().clone() for p in parameters]
-        self.count = 0
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], _: torch.Tensor) -> None:
+        number = next(update)  # reading the count that is handed over would wait for the device
+        get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(averaged, current, None)
 
-    def update(self) -> None:
-        """Take the current values in."""
-        import torch
-
-        self.count += 1
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self.values, [p.detach() for p in self.source], 1 - decay)
-
-    def swap(self) -> None:
-        """Exchange the averaged and the current values; call twice to undo."""
-        for parameter, value in zip(self.source, self.values, strict=True):
-            kept = parameter.detach().clone()
-            parameter.data.copy_(value)
-            value.copy_(kept)
+    return AveragedModel(model, multi_avg_fn=average)

@@ -17,7 +17,7 @@ from ...demo.scene import random_indices
 from .clips import CLIP_FRAMES, render, sample_parameters
 from .files import VAE_FILE, save_weights
 from .latents import CHANNELS, VAE_MEAN, VAE_STD, LatentBasis, from_vae_space, to_vae_space
-from .schedule import Average, ClockSchedule
+from .schedule import ClockSchedule, moving_average
 from .settings import Settings, VaeStage
 from .wan_vae import WanAutoencoder
 
@@ -143,7 +143,6 @@ def train_vae(
     model = WanAutoencoder(settings.vae_width)
     initialise(model, torch.Generator().manual_seed(settings.seed))
     model.to(device, memory_format=torch.preserve_format)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     fused = device.type == "cuda"
     optimisers = [
         torch.optim.AdamW(
@@ -155,7 +154,7 @@ def train_vae(
         )
         for part in (model.decoder, model.encoder)
     ]
-    average = Average(parameters, settings.vae_decay)
+    average = moving_average(model, settings.vae_decay)
     generator = torch.Generator(device).manual_seed(settings.seed + 2000)
     stages = [_Data(stage, basis, settings.compile) for stage in settings.vae_stages]
 
@@ -205,7 +204,7 @@ def train_vae(
                 group["lr"] = settings.vae_rate * factor
             optimisers[part].step()
             optimisers[part].zero_grad(set_to_none=True)
-            average.update()
+            average.update_parameters(model)
             running[part].lerp_(loss, 0.02 if steps > 50 else 0.2)
             steps += 1
             if steps % 10 == 0:
@@ -220,10 +219,8 @@ def train_vae(
                 )
             if time.time() - checkpoint > CHECKPOINT_SECONDS:
                 checkpoint = time.time()
-                average.swap()
-                save_weights(model, folder / VAE_FILE, torch.float16, steps=steps, complete=False)
-                average.swap()
-    average.swap()
+                save_weights(average.module, folder / VAE_FILE, torch.float16, steps=steps, complete=False)
+    model.load_state_dict(average.module.state_dict())
     save_weights(model, folder / VAE_FILE, torch.float16, steps=steps, complete=True)
     trained = time.time()
     side = settings.sheet_side
