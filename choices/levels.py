@@ -58,9 +58,6 @@ def check_pyramid(
     total = sum(shares.values())
     if total > 1 + 1e-6:
         raise _error(_SLIDERS, f"{total:.2f} in sum", "levels that add up to at most 1", "lower a level")
-    if mode == "budget" and as_written:
-        allowed = "off in budget mode, which always meets the sparsity slider"
-        raise _error("as_written", True, allowed, "turn as_written off, or set mode to threshold")
     similarities = dict(zip(CAPS, (similarity_half, similarity_quarter, similarity_eighth), strict=True))
     settings = {
         "mode": mode,
@@ -74,9 +71,9 @@ def check_pyramid(
         "similarity_cap": _caps(shares, similarities),
         "precision": precision,
     }
-    pyramid = Preset(NODE, "from the node PSA Pyramid", settings, as_written=as_written or mode == "threshold")
+    pyramid = Preset(NODE, "from the node PSA Pyramid", settings, as_written=as_written)
     try:
-        pyramid.check()  # the shape alone; whether it meets the slider is for PSA Patch to say
+        pyramid.unscaled()  # the shape alone; whether it meets the slider is for PSA Patch to say
     except ConfigError as error:
         raise _error(error.field, error.given, error.allowed, error.do) from error
     return pyramid

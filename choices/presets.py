@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from ..kernels.config import PyramidConfig
+from ..kernels.config import ConfigError, PyramidConfig
 
 PUBLISHED_SUFFIX = " (published)"
 _NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence")
@@ -42,21 +42,36 @@ class Preset:
     dense_steps: int | None = None
     evidence: str = ""
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether the shares are scaled to meet a target sparsity. Otherwise they are taken as they are written: in
+        threshold mode, where density follows the data, or because the preset says so."""
+        return not self.as_written and self.settings["mode"] != "threshold"
+
     def config(self, sparsity: float | None, **changes: object) -> PyramidConfig:
-        """The configuration at a target sparsity; in threshold mode density follows the data and sparsity is unused.
+        """The configuration with other settings in it, at a target sparsity where they are scaled.
 
         Raises:
             ConfigError: the combination is impossible.
         """
-        settings = {**self.settings, **changes}
-        if settings["mode"] == "threshold" or self.as_written:
-            sparsity = None
-        return PyramidConfig(sparsity=sparsity, **settings)
+        changed = dataclasses.replace(self, settings={**self.settings, **changes})
+        if changed.settings["mode"] == "budget" and self.as_written:
+            if "mode" in changes:
+                allowed = "topk or threshold with a preset whose levels are taken as written"
+                raise ConfigError("mode", "budget", allowed, "set mode to topk")
+            allowed = "off in budget mode, which always meets the sparsity slider"
+            raise ConfigError("as_written", True, allowed, "turn as_written off, or set mode to threshold")
+        return PyramidConfig(sparsity=sparsity if changed.is_scaled else None, **changed.settings)
 
-    def check(self) -> None:
-        """Raise ConfigError where the shape is impossible, whatever sparsity is asked of it."""
-        mode = "threshold" if self.settings["mode"] == "budget" else self.settings["mode"]
-        PyramidConfig(sparsity=None, **{**self.settings, "mode": mode})
+    def unscaled(self) -> PyramidConfig:
+        """The shape alone, whatever sparsity is asked of it. Budget mode, which needs one, cuts the mass as threshold
+        mode does.
+
+        Raises:
+            ConfigError: the shape is impossible.
+        """
+        mode = self.settings["mode"]
+        return self.config(None, **({"mode": "threshold"} if mode == "budget" and not self.as_written else {}))
 
 
 def load_presets(path: Path | None = None) -> dict[str, Preset]:

@@ -15,7 +15,7 @@ def preset_shapes() -> dict[str, dict]:
     shapes = {
         name: {
             **{field: preset.settings[field] for field in _DRAWN if field in preset.settings},
-            "as_written": preset.as_written or preset.settings["mode"] == "threshold",
+            "as_written": not preset.is_scaled,
             "sparsity": preset.sparsity,
             "about": preset.about,
         }

@@ -148,15 +148,13 @@ def parse_preset(stem: str, entry: object) -> Preset:
     for field in _LEVELS:
         settings[field] = {int(factor): float(share) for factor, share in settings.get(field, {}).items()}
     sparsity = entry.get("sparsity")
-    as_written = entry.get("as_written", False) or settings["mode"] == "threshold"
-    if as_written and settings["mode"] == "budget":
-        raise PresetError(refusal("as_written", True, "false in budget mode, which always meets the slider"))
+    as_written = entry.get("as_written", False)
     dense_steps = entry.get("dense_steps")
     if dense_steps is not None and not 0 <= dense_steps <= MOST_DENSE_STEPS:
         raise PresetError(refusal("dense_steps", dense_steps, f"0 to {MOST_DENSE_STEPS}"))
     preset = Preset(PREFIX + stem, str(entry.get("about", "")), settings, sparsity, as_written, dense_steps)
     try:
-        preset.check()
+        preset.unscaled()
         if sparsity is not None:
             preset.config(sparsity)
     except ConfigError as error:

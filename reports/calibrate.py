@@ -212,7 +212,7 @@ def check_shape(preset: str, psa_pyramid: Preset | None = None) -> Preset:
     """The preset or the connected pyramid; raises InputError where there is none, or no sparsity to calibrate."""
     name = AUTO_PRESETS[0] if preset == AUTO else preset
     shape = find_preset(name, node=NODE) if psa_pyramid is None else psa_pyramid
-    if shape.as_written or shape.settings["mode"] == "threshold":
+    if not shape.is_scaled:
         do = "set preset to auto, or turn as_written off and take another mode than threshold in PSA Pyramid"
         allowed = "a preset that meets a sparsity: not threshold, not as written"
         raise InputError("preset", shape.name, allowed, NODE, do=do)

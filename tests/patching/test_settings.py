@@ -51,6 +51,17 @@ def test_errors_name_node_input_given_and_allowed(changes, field):
         make_settings(**GOOD | changes)
 
 
+def test_budget_mode_on_a_preset_as_written_is_about_the_mode(tmp_path, monkeypatch):
+    from comfyui_psa.choices import user_presets
+
+    monkeypatch.setattr(user_presets, "folder", lambda: tmp_path)
+    (tmp_path / "mine.json").write_text('{"shares": {"1": 0.3}, "as_written": true}')
+    assert make_settings(preset="user/mine").config.sparsity is None
+    assert make_settings(preset="user/mine", mode="threshold").config.sparsity is None
+    with pytest.raises(InputError, match="PSA Patch, input mode: 'budget' was given; allowed: topk or threshold"):
+        make_settings(preset="user/mine", mode="budget")
+
+
 def test_lists_of_blocks():
     assert parse_blocks(" 0, 1, 38-39 ", 40) == {0, 1, 38, 39}
     assert parse_blocks("") == frozenset()
