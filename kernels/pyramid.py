@@ -38,6 +38,11 @@ class Pyramid:
         """Number of key blocks."""
         return -(-self.length // self.block_kv)
 
+    @property
+    def int8(self) -> bool:
+        """True where keys at factor 1 are there and in eight bits."""
+        return self.scales is not None and 1 in self.keys
+
     def tokens(self, factor: int) -> torch.Tensor:
         """How many tokens each row of a level stands for, 0 for padding: int32 [n_blocks * block_kv / factor]."""
         device = next(iter(self.keys.values())).device

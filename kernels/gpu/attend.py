@@ -18,10 +18,9 @@ from ..levels import BlockLists
 from ..order import TokenOrder
 from ..pyramid import Pyramid
 from .attend_tile import careful_tile, edge_tile, fast_tile, tile_logits
-from .autotune import Case, choose_tile
 from .int8 import quantise_queries_triton
 from .order import load_rows
-from .tiles import AttendTile
+from .tiles import AttendTile, attend_tile, gpu_of, padded_dim
 
 _LOG2_E = 1.4426950408889634
 # The power of two that the largest weight gets when the reference is set. float16 weights end at 2^16, lose digits
@@ -332,18 +331,17 @@ def attend_triton(
     q: [B, H, Lq, D], float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key where the
     pyramid's keys are. order: that of the query blocks, where q and `out` themselves are in raster order (with heads of
     128 the kernel then lacks registers and loses more than moving the queries first takes). uneven: rows differ in
-    cost; the longest of each head then start first. tile: by default that of the GPU.
+    cost; the longest of each head then start first. tile: by default the built-in one.
     """
     batch, heads, length_q, dim = q.shape
     n_q, n_k = lists.blocks.shape[-2:]
-    int8 = pyramid.scales is not None and 1 in pyramid.keys
     q = _unit_stride(q)
     order = order or TokenOrder(None, None)
-    q8 = quantise_queries_triton(q, block_q, order) if int8 else None
+    q8 = quantise_queries_triton(q, block_q, order) if pyramid.int8 else None
     rows = lists.density.argsort(-1, descending=True).to(torch.int32) if uneven else None
     again = torch.empty(batch, heads, n_q, dtype=torch.int32, device=q.device)
-    padded = max(32 if int8 else 16, triton.next_power_of_2(dim))
-    tile = tile or choose_tile(q.device, Case(padded, block_q, pyramid.block_kv, q.dtype, int8))
+    padded = padded_dim(dim, pyramid.int8)
+    tile = tile or attend_tile(gpu_of(q.device), padded)
     keys, values = (_unit_stride(level[1]) if 1 in level else None for level in (pyramid.keys, pyramid.values))
     # The coarse levels share one storage, in which the coarsest begin where the finest of them end.
     first = next((factor for factor in pyramid.keys if factor > 1), None)

@@ -1,4 +1,4 @@
-"""The attention kernel's tile, measured on the GPU that runs it: once per GPU and kind of call, kept in a file.
+"""The attention kernel's tile, measured on the GPU that runs it: once per GPU and kind of call, kept in Triton's cache.
 
 Not for GPUs whose tile was measured by us (`tiles.MEASURED`), nor for ROCm. The search is short by design: a handful of
 tiles on one small problem of random numbers, the built-in one first, and the fastest is kept. The environment variable
@@ -7,33 +7,37 @@ PSA_AUTOTUNE=0 switches it off.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import logging
 import os
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+import triton
+from triton.runtime import driver
+from triton.runtime.cache import CacheManager, get_cache_manager
+from triton.testing import do_bench
 
+from ..int8 import mean_key, quantise_keys
 from ..levels import BlockLists, group_by_level
 from ..pyramid import Pyramid, build_pyramid
-from .tiles import MEASURED, AttendTile, attend_tile, gpu_of
+from .attend import attend_triton
+from .tiles import MEASURED, AttendTile, attend_tile, gpu_of, padded_dim
 
 log = logging.getLogger("ComfyUI-PSA")
 
 SWITCH = "PSA_AUTOTUNE"
-FILE = "comfyui-psa-tiles.json"
+FILE = "comfyui_psa_tile.json"
 
 # No candidate begins that would probably end later, so that all of it stays under 20 s.
 _SECONDS = 16.0
-_RUNS = 5
+# About a dozen calls each on the GPUs that we know.
+_WARM_UP_MS, _MEASURED_MS = 5, 20
 # Enough programs for several waves on any GPU; the levels and the density, about .15, are those of the presets.
 _HEADS, _TOKENS = 4, 16_384
 _LEVELS = (1, 2, 8)
@@ -49,6 +53,12 @@ class Case:
     block_kv: int
     dtype: torch.dtype
     int8: bool
+
+    @classmethod
+    def of(cls, q: torch.Tensor, pyramid: Pyramid, block_q: int) -> Case:
+        """The kind of call that q [B, H, L, D] over this pyramid is."""
+        dim = padded_dim(q.shape[-1], pyramid.int8)
+        return cls(dim, block_q, pyramid.block_kv, q.dtype, pyramid.int8)
 
 
 def choose_tile(device: torch.device, case: Case) -> AttendTile:
@@ -67,12 +77,12 @@ def choose_tile(device: torch.device, case: Case) -> AttendTile:
 
 @functools.lru_cache(maxsize=64)
 def _tuned(device: torch.device, case: Case) -> AttendTile | None:
-    path, key = cache_folder() / FILE, cache_key(torch.cuda.get_device_name(device), case)
-    tile = read_tile(path, key)
+    key = cache_key(torch.cuda.get_device_name(device), case)
+    tile = read_tile(key)
     if tile is None:
         tile = tune(device, case)
         if tile is not None:
-            write_tile(path, key, tile)
+            write_tile(key, tile)
     return tile
 
 
@@ -137,8 +147,6 @@ def fastest(
 
 def _problem(device: torch.device, case: Case) -> Callable[[AttendTile], None]:
     """A call of the attention kernel on random numbers, by tile."""
-    from .attend import attend_triton
-
     generator = torch.Generator(device).manual_seed(0)
     shape = (1, _HEADS, _TOKENS, case.dim)
     q, k, v = (torch.empty(shape, dtype=case.dtype, device=device).normal_(generator=generator) for _ in range(3))
@@ -153,11 +161,7 @@ def _problem(device: torch.device, case: Case) -> Callable[[AttendTile], None]:
 
 def _pyramid(k: torch.Tensor, v: torch.Tensor, case: Case) -> Pyramid:
     pyramid = build_pyramid(k, v, _LEVELS, case.block_kv)
-    if not case.int8:
-        return pyramid
-    from ..int8 import mean_key, quantise_keys
-
-    return quantise_keys(pyramid, mean_key(k))
+    return quantise_keys(pyramid, mean_key(k)) if case.int8 else pyramid
 
 
 def _lists(generator: torch.Generator, case: Case, device: torch.device) -> BlockLists:
@@ -172,75 +176,43 @@ def _lists(generator: torch.Generator, case: Case, device: torch.device) -> Bloc
 
 def _shared_memory(device: torch.device) -> int:
     """Bytes that one program may take at most."""
-    from triton.runtime import driver
-
     return driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 def _milliseconds(run: Callable[[AttendTile], None], tile: AttendTile) -> float:
-    run(tile)  # compiles
-    times = []
-    for _ in range(_RUNS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run(tile)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def cache_folder() -> Path:
-    """Triton's cache folder where the user has set one, else the user's own."""
-    for variable, inside in (("TRITON_CACHE_DIR", ""), ("XDG_CACHE_HOME", "comfyui-psa")):
-        if os.environ.get(variable):
-            return Path(os.environ[variable]) / inside
-    return Path(os.path.expanduser("~/.cache/comfyui-psa"))  # noqa: PTH111 (pathlib's raises where there is no home)
+    """The median of a few calls, with the second-level cache flushed before each."""
+    return do_bench(lambda: run(tile), warmup=_WARM_UP_MS, rep=_MEASURED_MS, return_mode="median")
 
 
 def cache_key(gpu_name: str, case: Case) -> str:
     """Everything that a measured tile depends on: GPU, Triton, the kernel's source and the kind of call."""
-    import triton
-
     files = (Path(__file__).with_name(name) for name in ("attend.py", "attend_tile.py"))
     source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     kind = f"head_dim {case.dim}, blocks {case.block_q} {case.block_kv}, {str(case.dtype).removeprefix('torch.')}"
     return f"{gpu_name}, triton {triton.__version__}, kernel {source}, {kind}{', int8 keys' if case.int8 else ''}"
 
 
-def read_tile(path: Path, key: str) -> AttendTile | None:
-    """The tile kept under a key; None where there is none that can be read."""
-    entry = _read(path).get(key)
-    fields = dataclasses.fields(AttendTile)
-    if not isinstance(entry, dict) or set(entry) != {field.name for field in fields}:
-        return None
-    if not all(type(entry[field]) is int and entry[field] > 0 for field in ("rows", "warps", "stages")):
-        return None
-    if not all(type(entry[field]) is bool for field in ("bulk", "wait", "halves")):
-        return None
-    return AttendTile(**entry)
-
-
-def write_tile(path: Path, key: str, tile: AttendTile) -> None:
-    """Keep a tile beside those that are there; another process never sees a part of the file. Failure is no error."""
-    temporary = None
+def read_tile(key: str) -> AttendTile | None:
+    """The tile that Triton's cache keeps under a key; None where there is none that can be read."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        entries = _read(path) | {key: dataclasses.asdict(tile)}
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            temporary = Path(file.name)
-            json.dump(entries, file, indent=1, sort_keys=True)
-        temporary.replace(path)
-    except (OSError, ValueError) as failure:  # a name that the file system cannot write is a ValueError
-        log.debug("PSA could not keep its tile in %s: %s", path, failure)
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        path = _cache(key).get_file(FILE)
+        entry = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except Exception as failure:  # no folder, no text, or whatever a cache manager of the user's own raises
+        log.debug("PSA could not read its tile: %s", failure)
+        return None
+    fields = {field.name: field.type for field in dataclasses.fields(AttendTile)}
+    if not isinstance(entry, dict) or {name: type(value).__name__ for name, value in entry.items()} != fields:
+        return None
+    return AttendTile(**entry) if min(entry["rows"], entry["warps"], entry["stages"]) > 0 else None
 
 
-def _read(path: Path) -> dict[str, object]:
+def write_tile(key: str, tile: AttendTile) -> None:
+    """Keep a tile in Triton's cache; another process never sees a part of the file. Failure is no error."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return entries if isinstance(entries, dict) else {}
+        _cache(key).put(json.dumps(dataclasses.asdict(tile)), FILE, binary=False)
+    except Exception as failure:
+        log.debug("PSA could not keep its tile: %s", failure)
+
+
+def _cache(key: str) -> CacheManager:
+    return get_cache_manager(hashlib.sha256(key.encode()).hexdigest())

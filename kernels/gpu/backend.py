@@ -16,6 +16,7 @@ from ..levels import BlockLists
 from ..order import TokenOrder
 from ..similarity import similarity_cap
 from .attend import attend_triton
+from .autotune import Case, choose_tile
 from .importance import reduced_softmax_triton
 from .levels import choose_lists_triton
 from .order import apply_order_triton, undo_order_triton
@@ -94,12 +95,13 @@ def _attend_part(
     pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
     if int8 and extra_k is not None:
         extra_k = (extra_k - pyramid.mean).to(q.dtype)
-    inputs, uneven = (pyramid, lists, config.block_q, scale, extra_k, extra_v), config.mode != "topk"
+    inputs = pyramid, lists, config.block_q, scale, extra_k, extra_v
+    choices = {"uneven": config.mode != "topk", "tile": choose_tile(q.device, Case.of(q, pyramid, config.block_q))}
     if query_order.index is None or q.shape[-1] <= FINDS_QUERIES:
-        attend_triton(q, *inputs, out, order=query_order, uneven=uneven)
+        attend_triton(q, *inputs, out, order=query_order, **choices)
     else:
         ordered = apply_order_triton(q, query_order)
-        attend_triton(ordered, *inputs, ordered, uneven=uneven)
+        attend_triton(ordered, *inputs, ordered, **choices)
         undo_order_triton(ordered, query_order, out)
 
 

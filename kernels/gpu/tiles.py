@@ -43,6 +43,11 @@ def gpu_of(device: torch.device) -> str:
     return "sm{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+def padded_dim(dim: int, int8: bool) -> int:
+    """The head size that the attention kernel computes with: a power of two, at least what a matrix unit takes."""
+    return max(32 if int8 else 16, 1 << (dim - 1).bit_length())
+
+
 def attend_tile(gpu: str, dim: int) -> AttendTile:
     """The built-in tile for heads of `dim`, a power of two, on a GPU as named by `gpu_of`."""
     if gpu == "interpreter":

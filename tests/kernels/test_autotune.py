@@ -7,15 +7,19 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from comfyui_psa.kernels.attend import attend_streaming
-from comfyui_psa.kernels.gpu import autotune
 from comfyui_psa.kernels.gpu.tiles import AttendTile, attend_tile
+from comfyui_psa.kernels.int8 import mean_key, quantise_keys
+from comfyui_psa.kernels.pyramid import build_pyramid
+
+pytest.importorskip("triton")
+
+from comfyui_psa.kernels.gpu import autotune
 
 CASE = autotune.Case(dim=128, block_q=128, block_kv=64, dtype=torch.bfloat16, int8=False)
 CUDA = torch.device("cuda", 0)
@@ -39,7 +43,7 @@ def other_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     autotune._tuned.cache_clear()
-    yield SimpleNamespace(searched=searched, file=tmp_path / autotune.FILE)
+    yield SimpleNamespace(searched=searched, files=lambda: list(tmp_path.rglob(autotune.FILE)))
     autotune._tuned.cache_clear()
 
 
@@ -123,7 +127,7 @@ def test_one_search_for_a_kind_of_call_in_this_process_and_in_the_next(other_gpu
     for _ in range(2):
         assert [autotune.choose_tile(CUDA, case) for case in cases] == [TILES[3]] * len(cases)
     assert other_gpu.searched == cases
-    assert len(json.loads(other_gpu.file.read_text())) == len(cases)
+    assert len(other_gpu.files()) == len(cases)
     autotune._tuned.cache_clear()  # as in a new process
     assert autotune.choose_tile(CUDA, CASE) == TILES[3]
     assert other_gpu.searched == cases
@@ -141,41 +145,58 @@ def test_the_key_holds_all_that_a_tile_depends_on(monkeypatch):
     assert len(set(keys)) == len(keys)
 
 
+def entry(**changes):
+    return json.dumps({**dataclasses.asdict(TILES[0]), **changes})
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        "", "not json", "[1]", "null", '{"KEY": 3}', '{"KEY": {"rows": 64}}',
-        '{"KEY": {"rows": "64", "warps": 4, "stages": 2, "bulk": false, "wait": false}}',
-        '{"KEY": {"rows": -1, "warps": 4, "stages": 2, "bulk": false, "wait": false}}',
-        '{"KEY": {"rows": 64, "warps": 4, "stages": 2, "bulk": false, "wait": false, "colour": 1}}',
-        '{"KEY": {"rows": 64, "warps": 4, "stages": 2, "bulk": "no", "wait": false, "halves": false}}',
-        '{"KEY": {"rows": 64, "warps": 4, "stages": 0, "bulk": false, "wait": false, "halves": false}}',
-        '{"KEY": {"rows": 64, "warps": 4, "sta', "[" * 50_000, "\x00" * 64,
+        "", "not json", "[1]", "null", "3", '{"rows": 64}', '{"rows": 64, "warps": 4, "sta', "[" * 50_000, "\x00" * 64,
+        b"\xff\xfe\x80", entry(rows="64"), entry(rows=-1), entry(stages=0), entry(warps=4.0), entry(rows=True),
+        entry(bulk="no"), entry(halves=None), entry(colour=1),
     ],
 )  # fmt: skip
-def test_a_file_that_makes_no_sense_is_written_anew(other_gpu, content):
-    other_gpu.file.write_text(content.replace("KEY", autotune.cache_key("Some GPU", CASE)))
+def test_a_file_that_makes_no_sense_is_written_again(other_gpu, content):
     assert autotune.choose_tile(CUDA, CASE) == TILES[3]
-    assert other_gpu.searched == [CASE]
-    assert autotune.read_tile(other_gpu.file, autotune.cache_key("Some GPU", CASE)) == TILES[3]
-    assert [path.name for path in other_gpu.file.parent.iterdir()] == [autotune.FILE]
+    (file,) = other_gpu.files()
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    autotune._tuned.cache_clear()  # as in a new process
+    assert autotune.choose_tile(CUDA, CASE) == TILES[3]
+    assert other_gpu.searched == [CASE, CASE]
+    assert autotune.read_tile(autotune.cache_key("Some GPU", CASE)) == TILES[3]
+    assert [path.name for path in file.parent.iterdir()] == [autotune.FILE]
 
 
-def test_a_folder_that_cannot_be_written_costs_only_the_next_search(other_gpu, monkeypatch, tmp_path):
+@pytest.mark.parametrize("where", ["inside a file", "a name that is too long", "a home that is a file"])
+def test_a_folder_that_cannot_be_made_costs_only_the_next_search(other_gpu, monkeypatch, tmp_path, where):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(blocked / "folder"))
+    for variable in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    if where == "a home that is a file":
+        for variable in ("HOME", "USERPROFILE"):
+            monkeypatch.setenv(variable, str(blocked))
+    else:
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(blocked / "folder" if where == "inside a file" else "x" * 300))
     assert [autotune.choose_tile(CUDA, CASE) for _ in range(2)] == [TILES[3]] * 2
     assert other_gpu.searched == [CASE]
+    assert not other_gpu.files()
 
 
-def test_a_user_without_a_home_and_a_name_that_cannot_be_written_cost_only_the_next_search(other_gpu, monkeypatch):
-    for variable in ("HOME", "USERPROFILE", "TRITON_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as where no home is known
-    assert autotune.cache_folder().name == "comfyui-psa"
-    monkeypatch.setattr(autotune, "cache_folder", lambda: Path("no\ud800name"))
-    assert autotune.choose_tile(CUDA, CASE) == TILES[3]
+def test_a_cache_manager_of_the_users_own_may_fail(other_gpu, monkeypatch):
+    class Unreachable:
+        def __init__(self, key):
+            pass
+
+        def get_file(self, filename):
+            raise TimeoutError("the cache does not answer")
+
+        put = get_file
+
+    monkeypatch.setattr(autotune, "get_cache_manager", Unreachable)
+    assert [autotune.choose_tile(CUDA, CASE) for _ in range(2)] == [TILES[3]] * 2
+    assert other_gpu.searched == [CASE]
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="nothing is read-only to this user")
@@ -183,14 +204,14 @@ def test_a_read_only_folder(other_gpu, monkeypatch, tmp_path):
     tmp_path.chmod(0o500)
     assert autotune.choose_tile(CUDA, CASE) == TILES[3]
     tmp_path.chmod(0o700)
-    assert not other_gpu.file.exists()
+    assert not other_gpu.files()
 
 
 def test_a_search_without_a_result_leaves_the_built_in_tile_and_no_file(other_gpu, monkeypatch):
     """The call then fails as it would have without a search."""
     monkeypatch.setattr(autotune, "tune", lambda *_: None)
     assert autotune.choose_tile(CUDA, CASE) == attend_tile("sm86", 128)
-    assert not other_gpu.file.exists()
+    assert not other_gpu.files()
 
 
 def test_a_search_that_cannot_begin_says_so_once_and_raises_nothing(monkeypatch, caplog):
@@ -209,16 +230,13 @@ def test_a_search_that_cannot_begin_says_so_once_and_raises_nothing(monkeypatch,
     ]
 
 
-def test_the_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    assert autotune.cache_folder() == tmp_path / "triton"
-    monkeypatch.delenv("TRITON_CACHE_DIR")
-    assert autotune.cache_folder() == tmp_path / "xdg" / "comfyui-psa"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert autotune.cache_folder() == tmp_path / ".cache" / "comfyui-psa"
+@pytest.mark.parametrize(("dim", "int8", "expected"), [(80, False, 128), (16, False, 16), (8, True, 32)])
+def test_the_kind_of_a_call(dim, int8, expected):
+    q = torch.zeros(1, 2, 200, dim, dtype=torch.float16)
+    pyramid = build_pyramid(q, q, (1, 4), 64)
+    if int8:
+        pyramid = quantise_keys(pyramid, mean_key(q))
+    assert autotune.Case.of(q, pyramid, 32) == autotune.Case(expected, 32, 64, torch.float16, int8)
 
 
 def test_the_problem_has_the_density_of_the_presets(monkeypatch):

@@ -134,6 +134,7 @@ def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs
     from comfyui_psa.choices.presets import RANKING
     from comfyui_psa.kernels import PyramidConfig, make_order
     from comfyui_psa.kernels.gpu.attend import attend_triton
+    from comfyui_psa.kernels.gpu.autotune import Case, choose_tile
     from comfyui_psa.kernels.gpu.backend import FINDS_QUERIES, means
     from comfyui_psa.kernels.gpu.importance import reduced_softmax_triton
     from comfyui_psa.kernels.gpu.levels import choose_lists_triton
@@ -168,7 +169,8 @@ def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs
                 return build_pyramid_triton(k, v, c.stored_factors, c.block_kv, o, int8=c.precision == "int8")
 
             def attend(pyramid=build(), x=queries, li=lists, c=config, y=out, o=order if inside else None):  # noqa: B008
-                attend_triton(x, pyramid, li, c.block_q, scale, None, None, y, order=o)
+                tile = choose_tile(x.device, Case.of(x, pyramid, c.block_q))
+                attend_triton(x, pyramid, li, c.block_q, scale, None, None, y, order=o, tile=tile)
 
             def move(o=order, y=out, needed=not inside):
                 if needed:
