@@ -10,7 +10,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .paint import DENSE, GRID, INK, PAPER, QUIET, Sheet, font, heat, level_colour, level_name, nice_step
+from .paint import (
+    DENSE,
+    GRID,
+    INK,
+    PAPER,
+    QUIET,
+    Sheet,
+    font,
+    heat,
+    level_colour,
+    level_name,
+    level_picture,
+    nice_step,
+    over_frame,
+)
 
 WIDTH = 1200
 _OTHER = {
@@ -237,21 +251,18 @@ def _video_maps(
     tall = min(tall, 420)
 
     sheet.text(f"What one spot sees ({where}): the white square and the level at which it sees the rest", 16)
-    colours = {int(factor): level_colour(int(factor)) for factor in np.unique(spot)}
-    table = np.zeros((*spot.shape, 3), np.uint8)
-    for factor, colour in colours.items():
-        table[spot == factor] = colour
+    table = level_picture(spot)
     top = sheet.y + 4
     for column, step in enumerate(picked):
-        picture = _over(frames, table[step], step, time, side, tall)
+        picture = over_frame(frames, table[step], step, time, side, tall)
         if step == spot_at[0]:
             x, y = (spot_at[2] + 0.5) * side / width, (spot_at[1] + 0.5) * tall / height
             draw = ImageDraw.Draw(picture)
             draw.rectangle((x - 7, y - 7, x + 7, y + 7), outline=PAPER, width=4)
             draw.rectangle((x - 6, y - 6, x + 6, y + 6), outline=(255, 255, 255), width=2)
         sheet.image.paste(picture, (sheet.margin + column * (side + gap), top))
-    order = sorted(colours, key=lambda factor: factor or 1000)
-    sheet.legend([(colours[factor], level_name(factor)) for factor in order], sheet.margin, top + tall + 8)
+    order = sorted(np.unique(spot).tolist(), key=lambda factor: factor or 1000)
+    sheet.legend([(level_colour(factor), level_name(factor)) for factor in order], sheet.margin, top + tall + 8)
     sheet.y = top + tall + 36
 
     sheet.text("How well each place is seen by all: mean share of its resolution", 16)
@@ -259,7 +270,7 @@ def _video_maps(
     shown = heat((seen - low) / ((high - low) or 1.0))
     top = sheet.y + 4
     for column, step in enumerate(picked):
-        picture = _over(frames, shown[step], step, time, side, tall)
+        picture = over_frame(frames, shown[step], step, time, side, tall)
         sheet.image.paste(picture, (sheet.margin + column * (side + gap), top))
         place = (sheet.margin + column * (side + gap) + side // 2, top + tall + 4)
         sheet.draw.text(place, f"latent frame {step + 1} of {time}", QUIET, font(12), anchor="ma")
@@ -268,13 +279,3 @@ def _video_maps(
     sheet.image.paste(Image.fromarray(ramp), (sheet.margin, y))
     sheet.draw.text((sheet.margin + 170, y - 3), f"{100 * low:.0f} % to {100 * high:.0f} %", INK, font(13))
     sheet.y = y + 14
-
-
-def _over(frames: np.ndarray | None, colours: np.ndarray, step: int, time: int, side: int, tall: int) -> Image.Image:
-    """Colours [H, W, 3] of one latent frame over the frame of the video that it stands for."""
-    overlay = Image.fromarray(colours).resize((side, tall), Image.Resampling.NEAREST)
-    if frames is None:
-        return overlay
-    frame = round(step * (len(frames) - 1) / max(1, time - 1))
-    grey = Image.fromarray(frames[frame]).convert("L").convert("RGB").resize((side, tall))
-    return Image.blend(grey, overlay, 0.5)

@@ -30,6 +30,27 @@ def level_colour(factor: int) -> tuple[int, int, int]:
     return LEVELS.get(factor, COARSE) if factor else UNSEEN
 
 
+def level_picture(factors: np.ndarray) -> np.ndarray:
+    """Pooling factors [...] in their colours: uint8 [..., 3]."""
+    found, place = np.unique(factors, return_inverse=True)
+    return np.array([level_colour(int(factor)) for factor in found], np.uint8)[place.reshape(factors.shape)]
+
+
+def over_frame(
+    frames: np.ndarray | None, colours: np.ndarray, step: int, time: int, width: int, height: int
+) -> Image.Image:
+    """Colours uint8 [h, w, 3] of latent frame `step` of `time` over the frame of the video that it stands for, in grey.
+
+    frames: uint8 [F, H, W, 3]; None leaves the colours alone. width, height: of the picture.
+    """
+    overlay = Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
+    if frames is None:
+        return overlay
+    frame = round(step * (len(frames) - 1) / max(1, time - 1))
+    grey = Image.fromarray(frames[frame]).convert("L").convert("RGB").resize((width, height))
+    return Image.blend(grey, overlay, 0.5)
+
+
 def level_name(factor: int) -> str:
     """What a pooling factor is called in pictures."""
     return {0: "not at all", 1: "in full"}.get(factor, f"at 1/{factor}")

@@ -1,4 +1,4 @@
-"""The contact sheet: a few frames of two clips, dense first, each setting below with its error."""
+"""The contact sheet: a few frames of two clips, dense first, then each setting with its error."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from ...demo.scene import describe
-from ..tools.pictures import DIFFERENCE_GAIN, INK, PAPER, font
+from ..tools.pictures import DIFFERENCE_GAIN, amplified_difference, contact_sheet
 from .demo_model import Clip
 
-SIDE, GAP, MARGIN, HEAD, COLUMNS, CLIPS = 150, 4, 230, 34, 3, 2
+SIDE, COLUMNS, CLIPS = 150, 3, 2
 
 
 class Sheet:
@@ -32,23 +31,9 @@ class Sheet:
     def write(self, clips: Sequence[Clip]) -> None:
         """Write the files; per row the frames and, amplified, their difference from dense."""
         for number, clip in enumerate(clips[:CLIPS]):
-            sheet = Image.new(
-                "RGB", (MARGIN + 2 * COLUMNS * (SIDE + GAP), HEAD + len(self._rows) * (SIDE + GAP)), PAPER
-            )
-            draw = ImageDraw.Draw(sheet)
-            draw.text(
-                (8, HEAD // 2),
-                f"{describe(clip.scene)} Right: error, {DIFFERENCE_GAIN} times.",
-                INK,
-                font(15),
-                anchor="lm",
-            )
-            dense = self._rows[0][1][number].astype(int)
-            for row, (name, frames) in enumerate(self._rows):
-                y = HEAD + row * (SIDE + GAP)
-                draw.text((8, y + SIDE // 2), name, INK, font(15), anchor="lm")
-                error = (np.abs(frames[number] - dense) * DIFFERENCE_GAIN).clip(0, 255).astype(np.uint8)
-                for column, picture in enumerate([*frames[number], *error][: None if row else COLUMNS]):
-                    thumbnail = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-                    sheet.paste(thumbnail, (MARGIN + column * (SIDE + GAP), y))
-            sheet.save(self.folder / f"sheet-{number + 1}.jpg", quality=85)
+            (first, videos), *others = self._rows
+            dense = videos[number]
+            rows = [(first, dense)]
+            rows += [(name, [*of[number], *amplified_difference(dense, of[number])]) for name, of in others]
+            title = f"{describe(clip.scene)} Right: error, {DIFFERENCE_GAIN} times."
+            contact_sheet(rows, SIDE, title).save(self.folder / f"sheet-{number + 1}.jpg", quality=85)

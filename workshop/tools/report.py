@@ -14,6 +14,8 @@ from string import Template
 import numpy as np
 from PIL import Image
 
+from comfyui_psa.reports.paint import level_colour
+
 from . import pictures
 from .figures import Figures
 
@@ -109,9 +111,8 @@ def _maps(report: dict, psa: np.ndarray) -> str:
         return ""
     shares = Counter(factor for row in found["factors"] for factor in row)
     total = sum(shares.values())
-    colours = pictures.level_colours(list(shares))
     keys = " ".join(
-        f'<span class="key" style="background: rgb{colours[factor]}"></span>'
+        f'<span class="key" style="background: rgb{level_colour(factor)}"></span>'
         f"{_level_name(factor, found['block_kv'])} {shares[factor] / total:.1%}"
         for factor in sorted(shares, key=lambda factor: factor or 1_000_000)
     )

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .pictures import INK, PAPER, QUIET, font
+from comfyui_psa.reports.paint import font, level_colour
+
+from .pictures import INK, PAPER, QUIET
 
 SIZE = (512, 384)
-# The default pyramid at sparsity 0.85, with the colours of the node's picture: share of the pairs, colour.
-BAR = ((0.10, (253, 231, 37)), (0.05, (94, 201, 98)), (0.20, (59, 124, 196)), (0.65, (74, 76, 83)))
+# The default pyramid at sparsity 0.85: share of the pairs, pooling factor.
+BAR = ((0.10, 1), (0.05, 2), (0.20, 8), (0.65, 0))
 
 
 def split_frame(dense: np.ndarray, psa: np.ndarray, title: str) -> Image.Image:
@@ -45,9 +47,9 @@ def card(title: str) -> Image.Image:
         draw.text((32, y), line, PAPER, font(34))
         y += 46
     left, right, y = 32, SIZE[0] - 32, 270
-    for share, colour in BAR:
+    for share, factor in BAR:
         end = left + (SIZE[0] - 64) * share
-        draw.rectangle((left, y, min(end, right), y + 34), fill=colour)
+        draw.rectangle((left, y, min(end, right), y + 34), fill=level_colour(factor))
         left = end
     draw.text((32, y + 50), "85 % of the attention work saved in the sparse steps", PAPER, font(18))
     return picture

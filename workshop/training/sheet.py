@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from ...demo.scene import Background, Scene, SceneObject, conditioning, describe
+from ..tools.pictures import contact_sheet
 from .clips import CLIP_FRAMES
 from .files import DIT_FILE, SHEET_FILE, VAE_FILE, load_weights
 from .flow import sample_euler
@@ -48,7 +49,6 @@ SHEET_SCENES = (
     ),
 )
 TILE = 256
-CAPTION = 20
 
 
 @torch.no_grad()
@@ -75,18 +75,10 @@ def sample_clips(folder: Path, settings: Settings, device: torch.device) -> torc
 
 def write_sheet(clips: torch.Tensor, path: Path) -> None:
     """Write five frames of each clip with its sentence above as a JPEG."""
-    from PIL import Image, ImageDraw
-
     frames = [round(i * (CLIP_FRAMES - 1) / 4) for i in range(5)]
-    sheet = Image.new("RGB", (5 * TILE, len(clips) * (TILE + CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, (clip, scene) in enumerate(zip(clips, SHEET_SCENES, strict=True)):
-        top = row * (TILE + CAPTION)
-        draw.text((4, top + 4), describe(scene), fill="black")
-        for column, frame in enumerate(frames):
-            pixels = ((clip[:, frame].permute(1, 2, 0) + 1) * 127.5).round().byte().numpy()
-            sheet.paste(Image.fromarray(pixels).resize((TILE, TILE)), (column * TILE, top + CAPTION))
-    sheet.save(path, quality=84)
+    pixels = ((clips[:, :, frames].permute(0, 2, 3, 4, 1) + 1) * 127.5).round().byte().numpy()
+    rows = [(describe(scene), clip) for scene, clip in zip(SHEET_SCENES, pixels, strict=True)]
+    contact_sheet(rows, TILE).save(path, quality=84)
 
 
 def make_sheet(folder: Path, settings: Settings, device: torch.device) -> None:
