@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,11 +13,12 @@ def draw(folder: Path) -> int:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from comfyui_psa.workshop.table import read_rows
+
     by_shape: dict[str, list[dict]] = defaultdict(list)
     path = folder / "attention-gpu.csv"
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            by_shape[row["shape"]].append(row)
+    for row in read_rows(path):
+        by_shape[row["shape"]].append(row)
     lengths = {int(name.split("-")[1]): rows for name, rows in by_shape.items() if name.startswith("length-")}
     for shape, rows in by_shape.items():
         if shape.startswith("length-"):

@@ -10,7 +10,6 @@ measures replaces the rows of its shapes. `python dev.py bench --plot` draws err
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import fnmatch
 import importlib.util
@@ -47,11 +46,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
     if arguments.plot:
         from plot import draw
 
         return draw(arguments.out)
-    runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
     cuda = torch.cuda.is_available()
     runs = arguments.runs or (10 if cuda else 5)
     shapes = {name: methods.SHAPES[name] for name in arguments.shape or _all_shapes(cuda)}
@@ -198,16 +197,12 @@ def _machine(cuda: bool) -> dict[str, object]:
 
 
 def _write(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """Put the rows into the file in place of those of the same shapes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = []
-    if path.exists():
-        with path.open(newline="") as file:
-            kept = [row for row in csv.DictReader(file) if row["shape"] not in {r["shape"] for r in rows}]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="")
-        writer.writeheader()
-        writer.writerows(kept + rows)
+    """Put the rows into the file instead of those of the same shapes."""
+    from comfyui_psa.workshop.table import read_rows, write_rows
+
+    measured = {row["shape"] for row in rows}
+    kept = [row for row in read_rows(path) if row["shape"] not in measured] if path.exists() else []
+    write_rows(path, columns, kept + rows)
     print(f"written to {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}", flush=True)
 
 

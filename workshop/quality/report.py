@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, median
 
+from ..table import read_records
 from .matrix import ALL, CANDIDATES, FRONT, LEAN, MIDDLE, TAUS, WARM_UPS, Claim, choice_claims, claims
-from .results import RunRow, read_run_file
+from .results import RunRow
 from .summary import PUBLISHED, Difference, by_setting, difference, judge
-from .times import TimeRow, read_times
-from .velocity import VelocityRow, mean_error, read_velocity
+from .times import TimeRow
+from .velocity import VelocityRow, mean_error
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE, PICTURES = ROOT / "workshop" / "results", ROOT / "docs" / "quality.md", ROOT / "docs" / "quality"
@@ -44,7 +45,7 @@ def write_report() -> Path:
     Raises:
         FileNotFoundError: a CSV file is missing.
     """
-    gpu, cpu = read_run_file(RESULTS / GPU), read_run_file(RESULTS / CPU)
+    gpu, cpu = read_records(RESULTS / GPU, RunRow), read_records(RESULTS / CPU, RunRow)
     PICTURES.mkdir(parents=True, exist_ok=True)
     _plot_compute(PICTURES / "compute.png", gpu)
     _plot_time(PICTURES / "time.png", cpu)
@@ -54,9 +55,9 @@ def write_report() -> Path:
 
 def page_text() -> str:
     """The page, from the files alone."""
-    gpu_rows, cpu_rows = read_run_file(RESULTS / GPU), read_run_file(RESULTS / CPU)
-    choice_rows, noise_rows = read_run_file(RESULTS / CHOICE), read_run_file(RESULTS / NOISE)
-    velocity, times = read_velocity(RESULTS / VELOCITY), read_times(RESULTS / TIMES)
+    gpu_rows, cpu_rows = read_records(RESULTS / GPU, RunRow), read_records(RESULTS / CPU, RunRow)
+    choice_rows, noise_rows = read_records(RESULTS / CHOICE, RunRow), read_records(RESULTS / NOISE, RunRow)
+    velocity, times = read_records(RESULTS / VELOCITY, VelocityRow), read_records(RESULTS / TIMES, TimeRow)
     gpu, cpu, choice = by_setting(gpu_rows), by_setting(cpu_rows), by_setting(choice_rows)
     noise = by_setting(noise_rows)
     parts = [

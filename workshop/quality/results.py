@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
+
+from ..table import read_records, write_records
 
 RUNS, STEPS = "runs.csv", "steps.csv"
 
@@ -63,48 +64,15 @@ class Writer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, kind in ((RUNS, RunRow), (STEPS, StepRow)):
-            with (folder / name).open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerow([field.name for field in dataclasses.fields(kind)])
+        write_records(folder / RUNS, RunRow, [])
+        write_records(folder / STEPS, StepRow, [])
 
     def add(self, runs: Iterable[RunRow], steps: Iterable[StepRow] = ()) -> None:
-        """Append rows; figures with six significant digits."""
-        for name, rows in ((RUNS, runs), (STEPS, steps)):
-            with (self.folder / name).open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([[_text(v) for v in dataclasses.asdict(row).values()] for row in rows])
+        """Append rows."""
+        write_records(self.folder / RUNS, RunRow, runs, append=True)
+        write_records(self.folder / STEPS, StepRow, steps, append=True)
 
 
 def read_runs(folder: Path) -> list[RunRow]:
     """The rows of `runs.csv` of a folder."""
-    return read_run_file(folder / RUNS)
-
-
-def read_run_file(path: Path) -> list[RunRow]:
-    """The rows of a file such as `runs.csv`."""
-    numbers = ("compute", "density", "warm_up", "psnr", "ssim", "lpips", "flicker", "latent_error")
-    numbers += ("dense_step_s", "sparse_step_s", "run_s")
-    return [_row(RunRow, entry, numbers, ("steps", "clips")) for entry in _entries(path)]
-
-
-def read_steps(folder: Path) -> list[StepRow]:
-    """The rows of `steps.csv`."""
-    return [_row(StepRow, entry, ("sigma", "density", "latent_error"), ("step",)) for entry in _entries(folder / STEPS)]
-
-
-def _entries(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _row(kind: type, entry: Mapping[str, str], floats: Iterable[str], ints: Iterable[str]):
-    values: dict[str, object] = dict(entry)
-    for name in floats:
-        values[name] = float(entry[name]) if entry[name] else None
-    for name in ints:
-        values[name] = int(entry[name]) if entry[name] else None
-    return kind(**values)
-
-
-def _text(value: object) -> object:
-    return format(value, ".6g") if isinstance(value, float) else "" if value is None else value
+    return read_records(folder / RUNS, RunRow)

@@ -5,17 +5,17 @@ On a GPU only. `times.csv` is what lets two settings be compared at equal time a
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...kernels import PyramidConfig, TokenLayout, make_order, pyramid_sparse_attention
+from ..benchmarks.timing import median_ms
+from ..table import write_records
 
 SHAPES = {"wan1.3b-720p": (12, (18, 45, 80), 128), "wan14b-720p": (40, (18, 45, 80), 128)}
 """Name -> heads, grid of tokens (time, height, width), head size."""
@@ -51,14 +51,13 @@ class TimeRow:
 
 def measure_times(facts: Mapping[str, str], folder: Path, say: Callable[[str], None]) -> list[TimeRow]:
     """Time every way at every shape on random data (in topk mode time does not depend on it) and write the file."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows: list[TimeRow] = []
     for shape, (heads, grid, dim) in SHAPES.items():
         tokens = grid[0] * grid[1] * grid[2]
         q, k, v = torch.randn(3, 1, heads, tokens, dim, device="cuda", dtype=torch.bfloat16).unbind(0)
         order = make_order("curve", grid, device=q.device)
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            dense_ms = _median_ms(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v))
+            dense_ms = median_ms(lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v), RUNS)
         for name, more in WAYS.items():
             for sparsity in SPARSITIES:
                 config = PyramidConfig(
@@ -69,40 +68,13 @@ def measure_times(facts: Mapping[str, str], folder: Path, say: Callable[[str], N
                     sparsity=sparsity,
                     **more,
                 )
-                ms = _median_ms(
+                ms = median_ms(
                     lambda c=config, q=q, k=k, v=v, o=order, g=grid: pyramid_sparse_attention(
                         q, k, v, c, layout=TokenLayout(g), order=o
-                    )
+                    ),
+                    RUNS,
                 )
                 rows.append(TimeRow(shape, name, sparsity, ms, dense_ms, **facts))
                 say(f"{shape}, {name} at {sparsity}: {ms:.2f} ms, dense {dense_ms:.2f} ms")
-        with (folder / FILE).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([field.name for field in dataclasses.fields(TimeRow)])
-            writer.writerows([_text(v) for v in dataclasses.asdict(row).values()] for row in rows)
+        write_records(folder / FILE, TimeRow, rows)
     return rows
-
-
-def read_times(path: Path) -> list[TimeRow]:
-    """The rows of a file that `measure_times` wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        entries = list(csv.DictReader(file))
-    numbers = ("sparsity", "ms", "dense_ms")
-    return [TimeRow(**{k: float(v) if k in numbers else v for k, v in entry.items()}) for entry in entries]
-
-
-def _text(value: object) -> object:
-    return format(value, ".6g") if isinstance(value, float) else value
-
-
-def _median_ms(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(RUNS):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return median(times)

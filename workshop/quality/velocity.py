@@ -6,7 +6,6 @@ noise, so choices between near settings are made here and confirmed by whole run
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ...demo.scene import conditioning
+from ..table import write_records
 from ..training.wan_dit import rotary_table
 from .attention import SparseAttention
 from .demo_model import Attention, Clip, DemoModel, DenseAttention, Video, simple_schedule
@@ -69,7 +69,6 @@ def measure_velocity(
         latents = model.sample([clip], video, schedule, DenseAttention()).latents
         truth += [(clip, n, latents[n - 1], call(latents[n - 1], n, clip, DenseAttention())) for n in MEASURED]
         say(f"dense: {clip.name}")
-    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for setting in settings:
         resolved = resolve(setting, schedule, backend, None)
@@ -82,7 +81,7 @@ def measure_velocity(
             sparsity = 1 - attention.step_densities()[-1]
             rows.append(VelocityRow(setting.name, clip.name, schedule.sigmas[step], sparsity, error, seconds, **facts))
         say(f"{setting.name}: error of the velocity {mean_error(rows, setting.name):.4f}")
-        write_velocity(folder / FILE, rows)
+        write_records(folder / FILE, VelocityRow, rows)
     return rows
 
 
@@ -90,21 +89,3 @@ def mean_error(rows: Iterable[VelocityRow], setting: str) -> float:
     """Mean over scenes and noise levels."""
     errors = [row.error for row in rows if row.setting == setting]
     return sum(errors) / len(errors)
-
-
-def write_velocity(path: Path, rows: Iterable[VelocityRow]) -> None:
-    """A new file; figures with six significant digits."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(VelocityRow)])
-        for row in rows:
-            values = dataclasses.asdict(row).values()
-            writer.writerow([format(v, ".6g") if isinstance(v, float) else v for v in values])
-
-
-def read_velocity(path: Path) -> list[VelocityRow]:
-    """The rows of a file that `write_velocity` made."""
-    with path.open(newline="", encoding="utf-8") as file:
-        entries = list(csv.DictReader(file))
-    numbers = ("sigma", "sparsity", "error", "seconds")
-    return [VelocityRow(**{k: float(v) if k in numbers else v for k, v in entry.items()}) for entry in entries]
