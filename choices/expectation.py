@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..kernels.config import PyramidConfig
+from ..kernels.density import coverage_of, density_of, level_shares
 from ..kernels.levels import topk_ends
 
 # Key blocks of the sequence that is assumed. With so many, rounding to whole blocks changes no digit that is shown.
@@ -46,15 +47,10 @@ def expect(config: PyramidConfig) -> Expectation:
         sparsity = config.sparsity
         coverage = 1.0 if config.tail else None
         return Expectation(None, sparsity, coverage, None if sparsity is None else speedup(config, 1 - sparsity))
-    shares: dict[int, float] = {}
-    start = 0
-    for factor, end in zip(config.factors, topk_ends(BLOCKS, config), strict=True):
-        shares[factor] = (end - start) / BLOCKS
-        start = end
-    dropped = config.dropped_factor
-    shares[dropped] = shares.get(dropped, 0.0) + (BLOCKS - start) / BLOCKS
-    density = sum(share / factor for factor, share in shares.items() if factor)
-    return Expectation(shares, 1 - density, 1 - shares.get(0, 0.0), speedup(config, density))
+    ends = (*topk_ends(BLOCKS, config), BLOCKS)
+    shares = level_shares((*config.factors, config.dropped_factor), [end / BLOCKS for end in ends])
+    density = density_of(shares)
+    return Expectation(shares, 1 - density, coverage_of(shares), speedup(config, density))
 
 
 def speedup(config: PyramidConfig, density: float) -> tuple[float, float]:

@@ -7,6 +7,9 @@ Text and reference tokens, which stay outside the blocks at full resolution, are
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
 
@@ -48,3 +51,21 @@ def sparsity(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> t
 def coverage(factors: torch.Tensor) -> torch.Tensor:
     """Share of pairs of which anything at all is seen (paper: KV coverage), a scalar."""
     return (factors > 0).float().mean()
+
+
+def level_shares(factors: Sequence[int], ends: Sequence[float]) -> dict[int, float]:
+    """Pooling factor -> share of the pairs at it; `ends`: the shares up to the end of each level, finest first."""
+    shares = dict.fromkeys(factors, 0.0)
+    for factor, (start, end) in zip(factors, itertools.pairwise([0.0, *ends]), strict=True):
+        shares[factor] += end - start
+    return shares
+
+
+def density_of(shares: dict[int, float]) -> float:
+    """`density` of a map with these shares, 0 = dropped among them or left out."""
+    return sum(share / factor for factor, share in shares.items() if factor)
+
+
+def coverage_of(shares: dict[int, float]) -> float:
+    """`coverage` of a map with these shares."""
+    return sum(share for factor, share in shares.items() if factor)
