@@ -5,13 +5,15 @@ Impossible mixes raise an error that names the node, the input, what was given a
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from ..kernels.config import ConfigError
-from ..sampling.run import log
 from .errors import InputError
-from .presets import OWN_SHAPE, Preset
+from .presets import RANKING, Preset
 from .user_presets import write_preset
+
+log = logging.getLogger("ComfyUI-PSA")
 
 NODE = "PSA Pyramid"
 LEVELS = {"full": 1, "half": 2, "quarter": 4, "eighth": 8}
@@ -65,7 +67,7 @@ def check_pyramid(
         "tail": tail,
         "order": order,
         "importance": importance,
-        "reduction": OWN_SHAPE["reduction"],
+        "reduction": RANKING["reduction"],
         "block_q": int(block_q),
         "block_kv": int(block_kv),
         "similarity_cap": _caps(shares, similarities),
