@@ -6,6 +6,7 @@
     python dev.py serve    open ComfyUI with the pack, for trying by hand
     python dev.py bench    run the benchmarks
     python dev.py quality  measure settings against dense sampling; --quick takes minutes on a CPU
+    python dev.py check    style, the layers of the house and types; `check layers` runs one of the three
     python dev.py fuzz     random and hostile inputs and files on a real server, --cases of them
     python dev.py soak     many prompts in a row on a real server, and its memory before and after
     python dev.py setup    only make the environment in .dev/
@@ -74,6 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "serve":
             command.add_argument("--port", type=int, default=0, help="0 chooses a free one")
             command.add_argument("--no-browser", action="store_true", help="only print the address")
+        if name == "check":
+            command.add_argument("kinds", nargs="*", help="style, layers or types; without it all three")
         if name == "fuzz":
             command.add_argument("--cases", type=int, default=500, help="prompts to try, about 20 a second")
             command.add_argument("--seed", type=int, default=0, help="the same seed tries the same cases")
@@ -127,6 +130,15 @@ def _quality(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
     return _run([VENV_PYTHON, ROOT / "workshop" / "quality" / "run.py", *rest], {"COMFYUI_PATH": str(comfyui)})
 
 
+def _check(arguments: argparse.Namespace, _: Path, __: list[str]) -> int:
+    from workshop.tools.check import KINDS, run_checks
+
+    unknown = [kind for kind in arguments.kinds if kind not in KINDS]
+    if unknown:
+        raise Failure(f"There is no check named {unknown[0]}; choose among {', '.join(KINDS)}.")
+    return 0 if run_checks(arguments.kinds or list(KINDS)) else 1
+
+
 def _fuzz(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
     _continue_in_environment()
     from workshop.tools.fuzz import run_fuzz
@@ -169,6 +181,7 @@ COMMANDS = {
     "serve": _serve,
     "bench": _bench,
     "quality": _quality,
+    "check": _check,
     "fuzz": _fuzz,
     "soak": _soak,
     "setup": _setup,

@@ -139,10 +139,9 @@ class Frontend:
         return node
 
     def settle(self):
-        """Two frames, and what the server was asked is answered: what was changed is drawn."""
+        """Two frames: what was changed is drawn."""
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.wait_for_timeout(100)
-        self.page.wait_for_function("!document.querySelector('.psa-waiting')")
 
     def load(self, workflow):
         """Open a workflow."""

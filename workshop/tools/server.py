@@ -145,10 +145,11 @@ def prepare_home(home: Path, pack: Path = ROOT) -> None:
     """Make the base directory: its folders, and the pack in `custom_nodes`."""
     for name in HOME_FOLDERS:
         (home / name).mkdir(parents=True, exist_ok=True)
-    _link_pack(home / "custom_nodes" / PACK, pack)
+    link_pack(home / "custom_nodes" / PACK, pack)
 
 
-def _link_pack(link: Path, pack: Path) -> None:
+def link_pack(link: Path, pack: Path) -> None:
+    """Make `link` lead to the pack in `pack`, whatever was there before; a copy where links are not to be had."""
     if link.exists() and link.resolve() == pack:
         return
     if link.is_symlink():
