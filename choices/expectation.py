@@ -1,7 +1,7 @@
 """What a setting means before any data is seen: the figures that the nodes show while a slider moves.
 
-Nothing is measured here. `web/expectation.js` computes the same in the page; `tests/browser/test_expectation.py` holds
-the two together. Costs are those of `density.py`: a pair of blocks at pooling factor f costs 1/f.
+Nothing is measured here, and the page computes nothing: `picture.py` hands it these. Costs are those of `density.py`:
+a pair of blocks at pooling factor f costs 1/f.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..kernels.config import ConfigError
 from .errors import InputError
-from .presets import RANKING, Preset
+from .presets import OWN_SHAPE, Preset
 from .user_presets import write_preset
 
 log = logging.getLogger("ComfyUI-PSA")
@@ -67,7 +67,7 @@ def check_pyramid(
         "tail": tail,
         "order": order,
         "importance": importance,
-        "reduction": RANKING["reduction"],
+        "reduction": OWN_SHAPE["reduction"],
         "block_q": int(block_q),
         "block_kv": int(block_kv),
         "similarity_cap": _caps(shares, similarities),

@@ -20,6 +20,8 @@ PUBLISHED_SUFFIX = " (published)"
 _NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence")
 RANKING = {"importance": "pooled", "reduction": "mean"}
 """How ours rank blocks."""
+OWN_SHAPE = {"mode": "topk", "tail": False, "order": "curve", **RANKING}
+"""What a pyramid of the user's has where they do not say otherwise, in PSA Pyramid and in a preset file."""
 
 
 @dataclasses.dataclass(frozen=True)

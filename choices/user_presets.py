@@ -14,7 +14,7 @@ from pathlib import Path
 from ..kernels.config import IMPORTANCES, MODES, ORDERS, PRECISIONS, REDUCTIONS, ConfigError
 from ..kernels.refusal import refusal, shown
 from .errors import InputError
-from .presets import RANKING, Preset, load_presets
+from .presets import OWN_SHAPE, Preset, load_presets
 
 PREFIX = "user/"
 MOST_BYTES = 65536
@@ -36,7 +36,6 @@ _LEVELS = ("shares", "similarity_cap")
 _NUMBERS = ("sparsity", "sample_share")
 _NOT_SETTINGS = ("about", "made", "sparsity", "as_written", "dense_steps")
 FIELDS = ("about", "made", *_CHOICES, *_FLAGS, *_WHOLE, *_LEVELS, *_NUMBERS)
-_DEFAULTS = {"mode": "topk", "tail": False, "order": "curve", **RANKING}
 
 
 class PresetError(ValueError):
@@ -144,7 +143,7 @@ def parse_preset(stem: str, entry: object) -> Preset:
             raise PresetError(refusal(field, value, allowed))
     if "shares" not in entry:
         raise PresetError('shares is missing, for example {"1": 0.10, "2": 0.05, "8": 0.20}')
-    settings = {**_DEFAULTS, **{k: v for k, v in entry.items() if k not in _NOT_SETTINGS}}
+    settings = {**OWN_SHAPE, **{k: v for k, v in entry.items() if k not in _NOT_SETTINGS}}
     for field in _LEVELS:
         settings[field] = {int(factor): float(share) for factor, share in settings.get(field, {}).items()}
     sparsity = entry.get("sparsity")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..choices.picture import suggested_sparsities
 from ..choices.settings import (
     AUTO,
     FROM_PRESET,
@@ -16,7 +17,6 @@ from ..choices.settings import (
     check_shape,
     check_window,
 )
-from ..choices.shapes import preset_shapes
 from ..choices.user_presets import fingerprint, preset_names
 from ..kernels.backends import BACKENDS
 from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
@@ -74,7 +74,7 @@ class PSAPatch(PSANode):
                         "published are the paper's and its release's settings, unchanged. user/... are files of yours "
                         "in ComfyUI's user/psa_presets folder."
                     ),
-                    extra_dict={"psa_shapes": preset_shapes()},
+                    extra_dict={"psa_sparsities": suggested_sparsities()},
                 ),
                 io.Float.Input(
                     "start_percent",

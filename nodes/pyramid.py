@@ -7,8 +7,9 @@ from functools import partial
 from comfy_api.latest import io
 
 from ..choices.levels import NODE, check_pyramid, make_pyramid
+from ..choices.presets import OWN_SHAPE
 from ..choices.user_presets import check_name
-from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
+from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS, PyramidConfig
 from .base import PSANode
 
 Pyramid = io.Custom("PSA_PYRAMID")
@@ -63,7 +64,7 @@ class PSAPyramid(PSANode):
                 _slider("eighth", 0.20, "Share seen at an eighth, eight tokens as one. Each 0.01 costs 0.00125."),
                 io.Boolean.Input(
                     "tail",
-                    default=False,
+                    default=OWN_SHAPE["tail"],
                     tooltip=(
                         "off: blocks of no level are not seen at all; closest to dense on the demo model, by 3 dB at "
                         "sparsity 0.85. on: one mean row of each is kept, 1/64 of its work at block_kv 64; helps where "
@@ -73,7 +74,7 @@ class PSAPyramid(PSANode):
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
-                    default="topk",
+                    default=OWN_SHAPE["mode"],
                     tooltip=(
                         "topk: the levels are shares of the blocks, the same for every row. budget: they are shares of "
                         "the attention mass, so easy rows get fewer blocks, all scaled to meet the slider. threshold: "
@@ -89,11 +90,16 @@ class PSAPyramid(PSANode):
                         "Threshold mode always takes them as they stand; budget mode never."
                     ),
                 ),
-                _combo("block_q", BLOCK_SIZES, 128, "Tokens per query block: 32, 64 or 128. 128 is the fastest."),
+                _combo(
+                    "block_q",
+                    BLOCK_SIZES,
+                    PyramidConfig.block_q,
+                    "Tokens per query block: 32, 64 or 128. 128 is the fastest.",
+                ),
                 _combo(
                     "block_kv",
                     BLOCK_SIZES,
-                    64,
+                    PyramidConfig.block_kv,
                     "Tokens per key block: 32, 64 or 128. Smaller is finer and slower; 64 is the measured default.",
                 ),
                 _slider(
@@ -118,21 +124,21 @@ class PSAPyramid(PSANode):
                 _combo(
                     "order",
                     ORDERS,
-                    "curve",
+                    OWN_SHAPE["order"],
                     "How tokens are lined up before blocks are cut. curve: space-filling curve, as published. raster: "
                     "row by row, about a tenth faster. tiles: 8x8 squares.",
                 ),
                 _combo(
                     "importance",
                     IMPORTANCES,
-                    "pooled",
+                    OWN_SHAPE["importance"],
                     "How blocks are ranked. sampled: by a random quarter of the tokens, as published. pooled: by means "
                     "of 8 tokens, 4 times cheaper. means: by one mean per block, cheapest, can leave visible seams.",
                 ),
                 _combo(
                     "precision",
                     PRECISIONS,
-                    "auto",
+                    PyramidConfig.precision,
                     "bf16: queries and keys in the model's 16 bits. int8: rounded to 8 bits, 0.1 % more error, as fast "
                     "on an H100; needs Triton. auto: bf16.",
                 ),

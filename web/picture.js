@@ -2,7 +2,6 @@
  * Plain DOM; it knows nothing of ComfyUI. Text goes in as text, never as markup.
  */
 
-import { levelsOf } from "./expectation.js";
 import { percent } from "./outcome.js";
 import { say } from "./words.js";
 
@@ -29,6 +28,8 @@ const STYLE = `
 /* Mixed with the colour of the text, it can be read on a light node and on a dark one. */
 .psa-picture .psa-problem { color: color-mix(in srgb, #e8590c 60%, var(--input-text, #ddd)); font-weight: 600; }
 .psa-picture .psa-old { opacity: 0.6; }
+/* Figures of inputs that the server has not answered for; an answer within moments does not make it flicker. */
+.psa-picture.psa-waiting { opacity: 0.6; transition: opacity 0.2s 0.5s; }
 .psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; border-radius: 3px;
     background: #2a2c31; }
 `;
@@ -61,9 +62,9 @@ export class Picture {
         return row.children[1];
     }
 
-    /** Show a setting: its shape and figures of `expect`, a problem ({key, ...}) or neither; `ran`: what happened with
-     * it, see outcome.js; `measuredHere`: whether the figures of speed were measured on a machine like this one. */
-    show({ language, shape, figures, problem, stock, notes, ran, measuredHere }) {
+    /** Show a setting: its figures (choices/picture.py), the sentence of a problem, or neither; `ran`: what happened
+     * with it, see outcome.js; `measuredHere`: whether the figures of speed were measured on a machine like this one. */
+    show({ language, figures, problem, stock, notes, ran, measuredHere }) {
         const text = (key, values) => say(language, key, values);
         this.headline.classList.toggle("psa-problem", Boolean(problem || ran?.problem));
         this.bar.replaceChildren();
@@ -74,8 +75,7 @@ export class Picture {
         for (const bar of [this.bar, this.work]) bar.parentElement.style.display = "none";
         if (problem || stock || ran?.dense || !figures) {
             const said = stock ? text("stock") : (ran?.bold ?? "");
-            const wrong = problem?.sentence ?? (problem && text(problem.key, readable(problem)));
-            this.headline.textContent = wrong ?? said;
+            this.headline.textContent = problem ?? said;
             return;
         }
         const { sparsity, coverage, speedup } = figures;
@@ -86,26 +86,24 @@ export class Picture {
             const [least, most] = speedup.map((times) => times.toFixed(1));
             this.speed.textContent = most < 1.05 ? text("noFaster") : text("faster", { least, most });
         }
-        label(this.bar, figures.shares ? text("seen") : text("mass"), coverage === null ? "" : percent(coverage));
-        // Without the data only the shares of the attention mass are known, not those of the blocks.
-        const shares = figures.shares ?? massShares(shape);
-        const pairs = Object.entries(shares)
+        label(this.bar, figures.of_mass ? text("mass") : text("seen"), coverage === null ? "" : percent(coverage));
+        const pairs = Object.entries(figures.shares)
             .map(([factor, share]) => [Number(factor), share])
             .filter(([, share]) => share > 0)
             .sort(([a], [b]) => (a || Infinity) - (b || Infinity));
         for (const [factor, share] of pairs) {
             this.bar.append(segment(factor, share));
-            if (factor && figures.shares) this.work.append(segment(factor, share / factor));
-            const key = factor === 0 ? "none" : factor === 1 ? "full" : factor === shape.block_kv ? "tail" : "pooled";
+            if (factor && !figures.of_mass) this.work.append(segment(factor, share / factor));
+            const key = factor === 0 ? "none" : factor === 1 ? "full" : factor === figures.tail ? "tail" : "pooled";
             const entry = this.legend.appendChild(part("span"));
             const colour = entry.appendChild(part("span", "psa-key"));
             colour.style.background = colourOf(factor);
             entry.append(`${percent(share)} ${text(key, { factor })}`);
         }
         if (sparsity !== null) label(this.work, text("work"), percent(1 - sparsity));
-        if (!figures.shares && sparsity !== null) this.work.append(segment(WHOLE, 1 - sparsity));
-        if (!figures.shares) this.note.textContent = [text("massNote"), ...notes].join(" ");
-        else if (shape.capped) this.note.textContent = [...notes, text("capped")].join(" ");
+        if (figures.of_mass && sparsity !== null) this.work.append(segment(WHOLE, 1 - sparsity));
+        if (figures.of_mass) this.note.textContent = [text("massNote"), ...notes].join(" ");
+        else if (figures.capped) this.note.textContent = [...notes, text("capped")].join(" ");
         this.element.dataset.sparsity = sparsity === null ? "" : sparsity.toFixed(4);
         this.element.dataset.coverage = coverage === null ? "" : coverage.toFixed(4);
     }
@@ -160,21 +158,6 @@ function label(bar, before, after) {
     bar.previousSibling.textContent = before;
     bar.nextSibling.textContent = after;
     bar.parentElement.style.display = "";
-}
-
-function massShares(shape) {
-    const levels = levelsOf(shape);
-    const rest = 1 - levels.reduce((sum, [, share]) => sum + share, 0);
-    return { ...Object.fromEntries(levels), [shape.tail ? shape.block_kv : 0]: Math.max(0, rest) };
-}
-
-function readable(problem) {
-    const entries = Object.entries(problem);
-    return Object.fromEntries(entries.map(([name, value]) => [name, typeof value === "number" ? round(value) : value]));
-}
-
-function round(value) {
-    return Number.isInteger(value) && value > 1 ? String(value) : value.toFixed(2);
 }
 
 function segment(factor, share) {

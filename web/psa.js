@@ -4,7 +4,6 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { expect, problemOf, takenAsWritten } from "./expectation.js";
 import { happened, lastRun } from "./outcome.js";
 import { Picture } from "./picture.js";
 import { say as sayIn } from "./words.js";
@@ -13,15 +12,11 @@ const PATCH = "PSAPatch";
 const PYRAMID = "PSAPyramid";
 const HEIGHT = { [PATCH]: 216, [PYRAMID]: 128 };
 const WIDTH = 340;
-const SLIDERS = { full: 1, half: 2, quarter: 4, eighth: 8 };
-const CAPS = ["similarity_half", "similarity_quarter", "similarity_eighth"];
-const FROM_PRESET = "preset";
-/** Milliseconds without a change after which the server is asked about the inputs. */
-const PAUSE = 200;
 
-/** Preset name -> shape, from the node's definition. */
-let presets = {};
-/** Node -> {picture, queued: its inputs as they were in the last prompt, auto: the preset that `auto` was then, ...NO_RUN}. */
+/** Preset name -> the sparsity that it was made for, from the node's definition. */
+let suggested = {};
+/** Node -> {picture, queued: its inputs as they were in the last prompt, auto: the preset that `auto` was then, asked: what
+ * the server was last to be asked, answer: what it last said (null: nothing yet), waiting: for an answer, ...NO_RUN}. */
 const states = new WeakMap();
 /** What is known of a run before there is one: its id; its steps; what was told of it at its end; why the model was not
  * patched; id of the PSA Patch that took the node's place. */
@@ -40,11 +35,11 @@ app.registerExtension({
     },
 
     beforeRegisterNodeDef(_, definition) {
-        if (definition.name === PATCH) readPresets(definition);
+        if (definition.name === PATCH) readSuggested(definition);
     },
 
     refreshComboInNodes(definitions) {
-        if (definitions?.[PATCH]) readPresets(definitions[PATCH]);
+        if (definitions?.[PATCH]) readSuggested(definitions[PATCH]);
         everyNode(refresh);
     },
 
@@ -53,7 +48,7 @@ app.registerExtension({
         const picture = new Picture(node.comfyClass === PATCH);
         const height = HEIGHT[node.comfyClass];
         picture.element.style.minHeight = `${height}px`;
-        states.set(node, { picture, queued: null, auto: "", ...NO_RUN });
+        states.set(node, { picture, queued: null, auto: "", asked: "", answer: null, waiting: false, ...NO_RUN });
         const widget = node.addDOMWidget("psa_picture", "psa_picture", picture.element, {
             serialize: false,
             hideOnZoom: false,
@@ -92,6 +87,8 @@ app.registerExtension({
     },
 });
 
+api.addEventListener("reconnected", () => everyNode(askAgain));
+
 listen("psa.step", (state, step) => (ofRun(state, step).steps = [...state.steps, step]));
 listen("psa.run", (state, run) => (ofRun(state, run).run = run));
 listen("psa.replaced", (state, { by }) => (state.replaced = by));
@@ -112,12 +109,17 @@ function ofRun(state, { run: id, asked }) {
     return state;
 }
 
-/** Draw what the node's inputs mean now, and what ran with them, or with others before. */
+/** Draw a node, and ask what its inputs mean where that is not known. */
 function refresh(node) {
     const state = states.get(node);
     if (!state) return;
-    const means = node.comfyClass === PATCH ? ofPatch(node) : ofPyramid(node);
-    if (state.refused && !means.problem) Object.assign(means, { problem: { sentence: state.refused }, figures: null });
+    draw(node, state);
+    ask(node, state);
+}
+
+/** Draw what the node's inputs mean, as the server last said, and what ran with them, or with others before. */
+function draw(node, state) {
+    const means = meaning(node, state);
     const known = { ...state, stock: means.stock };
     const changed = !shows(node, state.queued);
     const ran = changed ? null : happened(language(), known);
@@ -126,7 +128,20 @@ function refresh(node) {
     const anything = steps.length || run || note;
     const old = changed && anything ? lastRun(language(), known) || say("lastUnfinished") : "";
     if (picture.line) picture.follow({ language: language(), steps, run, old });
-    ask(node, state);
+}
+
+function meaning(node, { answer }) {
+    const patch = node.comfyClass === PATCH;
+    const wired = patch && input(node, "sparsity")?.link != null;
+    const sparsity = patchSparsity(node);
+    const notes = wired ? [say("wired", { sparsity: sparsity.toFixed(2) })] : [];
+    const { refused: problem = null, figures = null } = answer ?? {};
+    const stock = patch && sparsity === 0 && !wired;
+    if (answer?.silent) notes.push(say("noAnswer"));
+    else if (patch && unreadable(node)) notes.push(say("unknown"));
+    else if (!patch && figures?.target != null) notes.push(say("scaled", { sparsity: figures.target.toFixed(2) }));
+    else if (!patch && figures && value(node, "mode") !== "budget") notes.push(say("asWritten"));
+    return { problem, figures, stock, notes };
 }
 
 /** Whether a node still shows the inputs that were queued (`asked_of` in patching/live.py); true where not known. */
@@ -144,27 +159,56 @@ function shows(node, asked) {
     });
 }
 
-/** Ask the server for what the node would refuse to run with, and show it; once for the same inputs. */
-function ask(node, state) {
-    const inputs = {};
-    for (const widget of node.widgets ?? []) if (widget.serialize !== false) inputs[widget.name] = widget.value;
-    for (const slot of node.inputs ?? []) if (slot.link != null) inputs[slot.name] = null;
-    const body = JSON.stringify({ node: node.comfyClass, inputs });
-    if (body === state.asked) return;
-    state.asked = body;
-    clearTimeout(state.waiting);
-    state.waiting = setTimeout(async () => {
-        let refused = null;
-        try {
-            const answer = await api.fetchApi("/psa/check", { method: "POST", body });
-            if (answer.ok) ({ refused } = await answer.json());
-        } catch {
-            // without an answer the run says it
-        }
-        if (state.asked !== body || (state.refused ?? null) === refused) return;
-        state.refused = refused;
-        refresh(node);
-    }, PAUSE);
+/** Ask the server what the node's inputs mean: one question at a time, and the last one always. */
+async function ask(node, state) {
+    state.asked = JSON.stringify(question(node, state));
+    if (state.waiting || state.asked === state.answer?.to) return;
+    state.waiting = true;
+    state.picture.element.classList.add("psa-waiting");
+    while (state.asked !== state.answer?.to) {
+        const to = state.asked;
+        state.answer = { ...(await answerTo(to)), to };
+        draw(node, state);
+    }
+    state.waiting = false;
+    state.picture.element.classList.remove("psa-waiting");
+}
+
+/** {refused, figures} as nodes/check_route.py answers, or {silent: true}. */
+async function answerTo(body) {
+    try {
+        const response = await api.fetchApi("/psa/check", { method: "POST", body });
+        return response.ok ? await response.json() : { silent: true };
+    } catch {
+        return { silent: true };
+    }
+}
+
+function question(node, { auto }) {
+    const asked = { node: node.comfyClass, ...widgetsOf(node) };
+    if (node.comfyClass === PYRAMID) {
+        const patch = targets(node).find((target) => target.comfyClass === PATCH);
+        return { ...asked, sparsity: patch ? patchSparsity(patch) : null };
+    }
+    const pyramid = source(node);
+    if (pyramid?.comfyClass !== PYRAMID) return { ...asked, auto };
+    return { ...asked, pyramid: { node: PYRAMID, ...widgetsOf(pyramid) } };
+}
+
+/** What a node's widgets show, and the names of the inputs that come over a wire. */
+function widgetsOf(node) {
+    const widgets = (node.widgets ?? []).filter((widget) => widget.serialize !== false);
+    return {
+        inputs: Object.fromEntries(widgets.map((widget) => [widget.name, widget.value])),
+        linked: (node.inputs ?? []).filter((slot) => slot.link != null).map((slot) => slot.name),
+    };
+}
+
+/** After the server was away. */
+function askAgain(node) {
+    const state = states.get(node);
+    if (state?.answer?.silent) state.answer = null;
+    refresh(node);
 }
 
 /** The node and those at the other end of its PSA_PYRAMID wire. */
@@ -174,79 +218,16 @@ function refreshWithNeighbours(node) {
     else if (source(node)) refresh(source(node));
 }
 
-function ofPyramid(node) {
-    const shape = pyramidShape(node);
-    const patch = targets(node).find((target) => target.comfyClass === PATCH);
-    const sparsity = patch && !takenAsWritten(shape) ? patchSparsity(patch) : null;
-    const scaled = sparsity !== null && sparsity > 0;
-    const notes = [];
-    if (scaled) notes.push(say("scaled", { sparsity: sparsity.toFixed(2) }));
-    else if (shape.mode !== "budget") notes.push(say("asWritten"));
-    const problem = problemOf(shape, scaled ? sparsity : null);
-    return { shape, problem, figures: problem ? null : expect(shape, scaled ? sparsity : null), notes };
-}
-
-function ofPatch(node) {
-    const notes = [];
-    const sparsity = patchSparsity(node);
-    const linked = input(node, "sparsity")?.link != null;
-    if (linked) notes.push(say("wired", { sparsity: sparsity.toFixed(2) }));
-    if (sparsity === 0 && !linked) return { stock: true, notes };
-    let shape;
-    if (input(node, "psa_pyramid")?.link != null) {
-        const pyramid = source(node);
-        if (pyramid?.comfyClass !== PYRAMID) return { notes: [...notes, say("unknown")] };
-        shape = pyramidShape(pyramid);
-    } else {
-        const name = value(node, "preset");
-        const preset = (name === "auto" && presets[states.get(node).auto]) || presets[name];
-        if (!preset) return { problem: { key: "badPreset" }, notes };
-        shape = { ...preset };
-        for (const name of ["mode", "importance"]) if (given(node, name)) shape[name] = value(node, name);
-        if (given(node, "tail")) shape.tail = value(node, "tail") === "on";
-        if (given(node, "block_kv")) shape.block_kv = Number(value(node, "block_kv"));
-        const text = value(node, "pyramid") ?? "";
-        if (text.trim()) shape.shares = parseLevels(text);
-        if (!shape.shares) return { problem: { key: "badText" }, notes };
-    }
-    const problem = problemOf(shape, sparsity);
-    return { shape, problem, figures: problem ? null : expect(shape, sparsity), notes };
-}
-
-function pyramidShape(node) {
-    const shares = Object.fromEntries(Object.entries(SLIDERS).map(([name, factor]) => [factor, value(node, name)]));
-    return {
-        shares,
-        mode: value(node, "mode"),
-        tail: Boolean(value(node, "tail")),
-        as_written: Boolean(value(node, "as_written")),
-        importance: value(node, "importance"),
-        block_kv: Number(value(node, "block_kv")),
-        capped: CAPS.some((name) => value(node, name) > 0),
-    };
-}
-
-/** "1: 0.10, 8: 0.20" -> {1: 0.1, 8: 0.2}; null where it cannot be read. As choices/settings.py parses it. */
-function parseLevels(text) {
-    const shares = {};
-    for (const piece of text.split(",")) {
-        const match = /^\s*(\d{1,3})\s*:\s*(\d*\.?\d+)\s*$/.exec(piece);
-        if (!match || Number(match[1]) in shares) return null;
-        shares[Number(match[1])] = Number(match[2]);
-    }
-    return shares;
-}
-
 /** A preset may say which sparsity it was made for: choosing it moves the slider there. */
 function suggestSparsity(node, name) {
-    const sparsity = presets[name]?.sparsity;
+    const sparsity = suggested[name];
     const slider = node.widgets.find((widget) => widget.name === "sparsity");
     if (sparsity != null && slider) slider.value = Math.min(sparsity, slider.options.max ?? 1);
 }
 
-function readPresets(definition) {
+function readSuggested(definition) {
     const [, options] = definition.input?.required?.preset ?? [];
-    presets = options?.psa_shapes ?? {};
+    suggested = options?.psa_sparsities ?? {};
 }
 
 function patchSparsity(node) {
@@ -255,10 +236,6 @@ function patchSparsity(node) {
 
 function value(node, name) {
     return node.widgets?.find((widget) => widget.name === name)?.value;
-}
-
-function given(node, name) {
-    return (value(node, name) ?? FROM_PRESET) !== FROM_PRESET;
 }
 
 function input(node, name) {
@@ -270,6 +247,11 @@ function input(node, name) {
 function source(node) {
     const slot = node.graph ? node.inputs.findIndex((found) => found.name === "psa_pyramid") : -1;
     return slot < 0 ? undefined : (node.getInputNode(slot) ?? undefined);
+}
+
+/** Whether a PSA Patch takes its pyramid from something else than a PSA Pyramid. */
+function unreadable(node) {
+    return input(node, "psa_pyramid")?.link != null && source(node)?.comfyClass !== PYRAMID;
 }
 
 /** The nodes that a PSA Pyramid feeds. */

@@ -139,9 +139,10 @@ class Frontend:
         return node
 
     def settle(self):
-        """Two frames: what was changed is drawn."""
+        """Two frames, and what the server was asked is answered: what was changed is drawn."""
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.wait_for_timeout(100)
+        self.page.wait_for_function("!document.querySelector('.psa-waiting')")
 
     def load(self, workflow):
         """Open a workflow."""

@@ -1,84 +1,14 @@
-"""The page's figures of a setting are those of Python: one table of cases, computed in both."""
+"""The page draws the figures that Python computes, at the pace of a slider, and stays useful where no answer comes."""
 
-import itertools
+import threading
 
 import pytest
 
 from comfyui_psa.choices.expectation import expect
 from comfyui_psa.choices.presets import load_presets
-from comfyui_psa.kernels.config import ConfigError, PyramidConfig
 
-SHARES = [{1: 0.1, 2: 0.05, 8: 0.2}, {1: 0.02, 4: 0.5}, {2: 0.3, 8: 0.3}, {1: 1.0}, {1: 0.6, 2: 0.6}, {}, {64: 0.5}]
 MODULE = "/extensions/ComfyUI-PSA/"
-
-
-def cases():
-    for shares, mode, tail, sparsity, block_kv, importance in itertools.product(
-        SHARES,
-        ("topk", "budget", "threshold"),
-        (False, True),
-        (None, 0.3, 0.7, 0.85, 0.97),
-        (32, 64),
-        ("pooled", "sampled"),
-    ):
-        yield {
-            "shape": {
-                "shares": {str(factor): share for factor, share in shares.items()},
-                "mode": mode,
-                "tail": tail,
-                "block_kv": block_kv,
-                "importance": importance,
-                "as_written": False,
-                "capped": False,
-            },
-            "sparsity": sparsity,
-        }
-
-
-def in_python(case):
-    """Figures, or None where the setting is impossible."""
-    shape = case["shape"]
-    try:
-        config = PyramidConfig(
-            shares={int(factor): share for factor, share in shape["shares"].items()},
-            mode=shape["mode"],
-            sparsity=None if shape["mode"] == "threshold" else case["sparsity"],
-            tail=shape["tail"],
-            block_kv=shape["block_kv"],
-            importance=shape["importance"],
-        )
-    except ConfigError:
-        return None
-    found = expect(config)
-    shares = None if found.shares is None else {str(factor): share for factor, share in found.shares.items()}
-    return {"shares": shares, "sparsity": found.sparsity, "coverage": found.coverage, "speedup": found.speedup}
-
-
-def test_the_page_and_python_agree(pages):
-    table = [case for case in cases() if not (case["shape"]["mode"] == "budget" and case["sparsity"] is None)]
-    answers = pages().page.evaluate(
-        """async ([module, table]) => {
-            const { expect, problemOf } = await import(module);
-            return table.map(({ shape, sparsity }) => problemOf(shape, sparsity) ? null : expect(shape, sparsity));
-        }""",
-        [MODULE + "expectation.js", table],
-    )
-    impossible = 0
-    for case, found in zip(table, answers, strict=True):
-        expected = in_python(case)
-        if expected is None:
-            assert found is None, case
-            impossible += 1
-            continue
-        assert found is not None, case
-        assert (found["shares"] is None) == (expected["shares"] is None)
-        if expected["shares"] is not None:
-            assert found["shares"] == pytest.approx(expected["shares"], abs=1e-12), case
-        for name in ("sparsity", "coverage"):
-            assert found[name] == (expected[name] and pytest.approx(expected[name], abs=1e-12)), case
-        if expected["speedup"] is not None:
-            assert found["speedup"] == pytest.approx(expected["speedup"], abs=1e-9), case
-    assert 100 < impossible < len(table) / 2
+ROUTE = "**/psa/check"
 
 
 def test_every_preset_is_drawn_with_its_own_figures(pages, definitions):
@@ -103,6 +33,7 @@ def test_auto_is_drawn_as_the_preset_that_the_model_was_given(pages):
     frontend.page.evaluate(
         "(id) => app.canvas.graph.getNodeById(id).onExecuted({ psa: ['', 'wan2.1-1.3b-topk'] })", node
     )
+    frontend.settle()
     expected = expect(load_presets()["wan2.1-1.3b-topk"].config(0.85)).shares
     drawn = {str(factor): share for factor, share in expected.items() if share > 0}
     assert frontend.picture(node)["bar"] == pytest.approx(drawn, abs=1e-4)
@@ -111,3 +42,58 @@ def test_auto_is_drawn_as_the_preset_that_the_model_was_given(pages):
 def test_the_words_are_complete_in_both_languages(pages):
     missing = pages().page.evaluate("async (m) => (await import(m)).missingWords()", MODULE + "words.js")
     assert missing == []
+
+
+def test_a_server_that_does_not_know_the_question_leaves_a_sentence(make_frontend):
+    frontend = make_frontend("classic", {ROUTE: lambda route: route.fulfill(status=404, body="404: Not Found")})
+    for kind in ("PSAPatch", "PSAPyramid"):
+        seen = frontend.picture(frontend.add(kind))
+        assert "The server does not answer: the figures appear with the run." in seen["text"]
+        assert (seen["problem"], seen["bar"]) == (False, {})
+    patch = frontend.add("PSAPatch")
+    frontend.choose(patch, "sparsity", 0.0)
+    assert frontend.picture(patch)["headline"].startswith("Stays dense: sparsity is 0.")
+
+
+def test_it_asks_again_when_the_server_is_back(make_frontend):
+    away = threading.Event()
+    away.set()
+    frontend = make_frontend("classic", {ROUTE: lambda route: route.abort() if away.is_set() else route.continue_()})
+    node = frontend.add("PSAPatch")
+    assert frontend.picture(node)["bar"] == {}
+    away.clear()
+    frontend.page.evaluate("() => app.api.dispatchCustomEvent('reconnected')")
+    frontend.settle()
+    assert frontend.picture(node)["sparsity"] == pytest.approx(0.85, abs=1e-3)
+    assert "does not answer" not in frontend.picture(node)["text"]
+
+
+def test_a_slow_server_is_asked_one_thing_at_a_time_and_the_last_one_is_drawn(make_frontend):
+    held = []
+    frontend = make_frontend("classic", {ROUTE: lambda route: held.append(route)})
+    node = frontend.page.evaluate(
+        "() => { const node = LiteGraph.createNode('PSAPatch'); app.canvas.graph.add(node); return node.id; }"
+    )
+
+    def move(sparsity):
+        frontend.page.evaluate(
+            """([id, value]) => {
+                const widget = app.canvas.graph.getNodeById(id).widgets.find((w) => w.name === "sparsity");
+                widget.value = value;
+                widget.callback?.(value);
+            }""",
+            [node, sparsity],
+        )
+        frontend.page.wait_for_timeout(50)
+
+    for sparsity in (0.8, 0.7, 0.6, 0.5):
+        move(sparsity)
+    assert len(held) == 1, "the first question, that of the new node, is not answered yet"
+    held.pop().continue_()
+    frontend.page.wait_for_timeout(500)
+    assert [route.request.post_data_json["inputs"]["sparsity"] for route in held] == [0.5]
+    assert frontend.page.locator(".psa-waiting").count() == 1, "what is drawn is not what the slider shows"
+    held.pop().continue_()
+    frontend.settle()
+    assert held == []
+    assert frontend.picture(node)["sparsity"] == pytest.approx(0.5, abs=1e-3)
