@@ -4,7 +4,6 @@
 the Triton kernel of the same name in `gpu/`.
 """
 
-from ..choices.presets import load_presets
 from .attention import AttentionResult, pyramid_sparse_attention
 from .config import ConfigError, PyramidConfig
 from .order import TokenLayout, TokenOrder, make_order
@@ -15,7 +14,6 @@ __all__ = [
     "PyramidConfig",
     "TokenLayout",
     "TokenOrder",
-    "load_presets",
     "make_order",
     "pyramid_sparse_attention",
 ]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from comfyui_psa.kernels import ConfigError, load_presets
+from comfyui_psa.choices.presets import load_presets
+from comfyui_psa.kernels import ConfigError
 
 # Cumulative bounds as published: mode, order, block_q, block_kv, bounds at the pooling factors 1, 2, 4, 8.
 PUBLISHED = {

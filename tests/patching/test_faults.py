@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comfyui_psa.kernels import load_presets
+from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.kernels.attention import pyramid_sparse_attention
 from comfyui_psa.patching import core, override
 from comfyui_psa.patching.override import RUN_KEY
