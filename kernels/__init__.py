@@ -1,7 +1,7 @@
 """The mathematics of Pyramid Sparse Attention (arXiv 2512.04025): torch and triton only, no ComfyUI.
 
-`pyramid_sparse_attention` is the one public entry. Every idea has a file: the plain torch reference stands in it,
-the Triton kernel of the same name in `gpu/`.
+`pyramid_sparse_attention` is the one public entry. Every idea has its own file with the plain torch reference. The
+Triton kernel is in the file of the same name in `gpu/`.
 """
 
 from .attention import AttentionResult, pyramid_sparse_attention

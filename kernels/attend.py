@@ -1,7 +1,7 @@
 """Attention over a pyramid with a given map of pooling factors, in plain torch (arXiv 2512.04025, section 3.4).
 
-`attend_reference` is the definition: a dozen lines, every logit held at once. `attend_streaming` computes the same
-over one query block at a time, reading only the rows that it sees, so that memory stays linear in the length.
+`attend_reference` is the definition: a dozen lines that hold every logit at once. `attend_streaming` computes the same
+thing one query block at a time. It reads only the rows that the block sees, so memory stays linear in the length.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def attend_streaming(
                     chosen = blocks[b, h, i, first:end, None] * rows_per_block[level] + steps[level]
                     rows = chosen.flatten()
                     some_bias.append(biases[level][rows])
-                    # The finest level has no padding: rows beyond the end read the last token and weigh nothing.
+                    # The finest level has no padding: rows past the end read the last token and get no weight.
                     rows = rows.clamp_max(len(keys[level]) - 1)
                     some_keys.append(keys[level].index_select(0, rows))
                     some_values.append(values[level].index_select(0, rows))

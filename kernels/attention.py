@@ -1,6 +1,6 @@
-"""Pyramid Sparse Attention as one call: video tokens through a backend, text and reference tokens beside them.
+"""Pyramid Sparse Attention as one call: video tokens go through a backend, text and reference tokens are added.
 
-It knows nothing of models or of sampling. The stages are lined up in `torch_backend.py` and `triton_backend.py`.
+It knows nothing about models or sampling. The stages follow one another in `torch_backend.py` and `gpu/backend.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class AttentionResult:
     """What a call did.
 
     Attributes:
-        output: [B, H, Lq, D], dtype of q; a view of [B, Lq, H, D] storage, the layout that models go on with.
+        output: [B, H, Lq, D], dtype of q; a view of [B, Lq, H, D] storage, the layout that models use next.
         lists: the levels of all block pairs, in block order.
         density: scalar tensor on the device, see `density.py`; reading it waits for the device.
         backend: the backend that computed it.
-        query_order, key_order: the token orders that the blocks are cut in.
-        centroids: where the next step begins, in the orders that follow the data; None otherwise.
+        query_order, key_order: the token orders in which the blocks were cut.
+        centroids: where the next step starts, for the orders that follow the data; None otherwise.
     """
 
     output: torch.Tensor
@@ -45,7 +45,7 @@ class AttentionResult:
 
     @property
     def unranked(self) -> torch.Tensor | None:
-        """How many pairs had a score that is not finite: a scalar on the device; None where levels were given."""
+        """How many pairs had a score that is not finite: a scalar on the device; None if the levels were given."""
         return None if self.lists.unranked is None else self.lists.unranked.sum()
 
 
@@ -64,28 +64,29 @@ def pyramid_sparse_attention(
     lists: BlockLists | None = None,
     centroids: Centroids | None = None,
 ) -> AttentionResult:
-    """Attention in which every query block sees key blocks at the resolution that their importance earns.
+    """Attention in which every query block sees each key block at the resolution that its importance earns.
 
     Args:
         q, k, v: [B, H, Lq, D], [B, Hkv, Lk, D], [B, Hkv, Lk, D]; float32, float16 or bfloat16, any strides. H must be
             a multiple of Hkv (grouped queries; keys and values are then repeated).
         config: the setting.
-        layout: video grid of the keys and the tokens before and after it, which stay at full resolution and outside
-            order and pooling: every query sees them, and as queries they see everything. None: all tokens are video,
-            left in the order they have.
-        query_layout: the same for the queries; by default `layout` where Lq == Lk, else none.
-        order: the token order of the keys' grid, made once with `make_order`; by default made from `config`. Not for
-            the orders that follow the data, which are made anew in every call.
+        layout: video grid of the keys, and the tokens before and after it. Those tokens stay at full resolution and
+            are not reordered or pooled: every query sees them, and as queries they see everything. None: all tokens
+            are video and keep their order.
+        query_layout: the same for the queries; by default `layout` if Lq == Lk, otherwise none.
+        order: the token order of the keys' grid, made once with `make_order`; by default made from `config`. Ignored
+            for the orders that follow the data, which are made again in every call.
         scale: factor of the logits, by default 1/sqrt(D).
         backend: auto, triton or torch.
-        lists: levels to use instead of choosing them, such as those of an earlier step of the same shapes and config.
+        lists: levels to use instead of choosing them, for example those of an earlier step with the same shapes and
+            config.
         centroids: those of an earlier step, for the orders that follow the data.
-        generator: random source of `sampled` importance; by default seeded with config.seed, a fresh one per call.
+        generator: random source of `sampled` importance; by default a fresh one per call, seeded with config.seed.
 
     Raises:
-        ValueError: shapes that do not fit.
-        ConfigError: a setting that this length cannot meet.
-        BackendError: the backend cannot serve the call, or gradients are asked for; the message says why.
+        ValueError: the shapes do not fit together.
+        ConfigError: a setting that cannot be met at this length.
+        BackendError: the backend cannot serve the call, or gradients were asked for; the message says why.
     """
     _check_shapes(q, k, v, layout)
     reason = gradient_reason(q, k, v)
@@ -161,7 +162,7 @@ def _others(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor | None:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, copied where its rows do not all begin at multiples of 16 bytes: torch misreads those (2.11 on an H100)."""
+    """x, copied if not all of its rows start at a multiple of 16 bytes: torch misreads those (2.11 on an H100)."""
     starts = [x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:3])]
     return x.contiguous() if any(start % 16 for start in starts) else x
 

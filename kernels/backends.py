@@ -1,6 +1,6 @@
-"""Which backend serves a call, and why another cannot: a reason is a sentence that a user can read.
+"""Which backend serves a call, and why another one cannot: a reason is a sentence that a user can read.
 
-Nothing here computes. Triton is looked for when it is asked for, never at import.
+Nothing is computed here. Triton is looked up when it is needed, never at import.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ BACKENDS = ("auto", "triton", "torch")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-NO_GRADIENTS = (
-    "gradients are asked for, and PSA computes none; call the model under torch.no_grad() where you need none"
-)
+NO_GRADIENTS = "gradients are asked for, and PSA computes none; if you need none, call the model under torch.no_grad()"
 
 
 class BackendError(RuntimeError):
@@ -29,9 +27,9 @@ class BackendError(RuntimeError):
 
 
 def gradient_reason(*tensors: torch.Tensor) -> str | None:
-    """Why no backend serves a call on these tensors, or None: none has a backward pass, nor a forward derivative.
+    """Why no backend serves a call on these tensors, or None: none has a backward pass or a forward derivative.
 
-    One that served the call would return an output without a graph, and what was to be trained would stay as it is.
+    A backend that did serve the call would return an output without a graph, and nothing would be trained.
     """
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     wanted = wanted or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

@@ -1,7 +1,7 @@
 """What a user may choose about PSA: one immutable, validated object.
 
-It knows nothing of tensors or of ComfyUI. The names follow the paper (arXiv 2512.04025, sections 3.2-3.4); a level is
-named by its pooling factor: 1 is full resolution, 2, 4, 8 are mean-pooled, 0 means dropped.
+It knows nothing about tensors or ComfyUI. The names follow the paper (arXiv 2512.04025, sections 3.2-3.4). A level is
+named after its pooling factor: 1 is full resolution; 2, 4 and 8 are mean-pooled; 0 means dropped.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ REDUCTIONS = ("max", "mean")
 PRECISIONS = ("auto", "bf16", "int8")
 BLOCK_SIZES = (32, 64, 128)
 
-# Rounding of sums of shares and of sparsities that is forgiven.
+# How much rounding error we forgive in sums of shares and in sparsities.
 _TOLERANCE = 1e-6
 
 
 class ConfigError(ValueError):
-    """An impossible setting. `field` names it; the message says what was given and what is allowed, `do` what to do."""
+    """An impossible setting. `field` names it, the message says what was given and what is allowed, `do` what to do."""
 
     def __init__(self, field: str, given: object, allowed: str, do: str | None = None) -> None:
         self.field = field
@@ -39,28 +39,28 @@ class PyramidConfig:
     """One setting of Pyramid Sparse Attention.
 
     Attributes:
-        shares: pooling factor -> share. In `topk` mode a share of the key blocks, in `threshold` and `budget` mode a
-            share of the attention mass; both are taken from the most important blocks downward, finest level first.
+        shares: pooling factor -> share. In `topk` mode it is a share of the key blocks, in `threshold` and `budget`
+            mode a share of the attention mass. Blocks are taken from the most important down, finest level first.
             Any subset of the powers of two up to `block_kv`, in any order; stored sorted by factor.
         mode: `topk` gives every query block the same number of blocks per level; `threshold` cuts each row where its
             cumulative importance passes the cumulative shares (paper's default; density follows the data);
-            `budget` is `threshold` with the cuts scaled together so that the mean density meets `sparsity`.
+            `budget` is `threshold` with all cuts scaled by one factor so that the mean density meets `sparsity`.
         sparsity: target FLOP-equivalent sparsity, tail included (see `density.py`), from 0 to below 1. None takes the
-            shares as they are written. Must be None in `threshold` mode and must be given in `budget` mode.
-        tail: True keeps one row, the mean of the whole block, of every block that would be dropped (beyond the paper).
+            shares as written. Must be None in `threshold` mode and must be given in `budget` mode.
+        tail: True keeps one row, the mean of the whole block, for every block that would be dropped (not in the paper).
         block_q, block_kv: tokens per query block and per key block.
-        order: token order before the blocks are cut, see `order.py` and, for `semantic` and `hybrid`, `semantic.py`.
+        order: token order in which the blocks are cut, see `order.py` and, for `semantic` and `hybrid`, `semantic.py`.
         tile: tokens (time, height, width) of one tile of the `tiles` order.
-        clusters: most clusters of queries and of keys in the orders that follow the data.
-        cluster_iterations: of k-means, in the first step and in every later one.
+        clusters: largest number of clusters of queries and of keys, for the orders that follow the data.
+        cluster_iterations: k-means iterations in the first step and in every later one.
         importance: `sampled` ranks blocks by a random sample of their tokens (paper), `pooled` by the means of 8
-            neighbouring tokens, `means` by one mean query and one mean key per block, cheapest and least accurate.
-        sample_share: share of the tokens of a block that `sampled` importance draws.
+            neighbouring tokens, `means` by one mean query and one mean key per block (cheapest and least accurate).
+        sample_share: share of a block's tokens that `sampled` importance draws.
         reduction: how `sampled` and `pooled` importance reduce the token pairs of a block pair.
-        similarity_cap: pooling factor -> least mean cosine similarity of neighbours in a key block that may be pooled
-            that far (paper 3.3); empty for no cap.
+        similarity_cap: pooling factor -> mean cosine similarity that the neighbours in a key block need before the
+            block may be pooled that far (paper 3.3); empty for no cap.
         precision: `bf16` keeps queries and keys in the type they come in (bfloat16 or float16), `int8` rounds them to
-            eight bits with one scale a block; `auto` is `bf16`, which is as fast where it was measured.
+            eight bits with one scale per block; `auto` is `bf16`, which was just as fast where we measured.
         seed: seed of the random sample of `sampled` importance.
 
     Raises:
@@ -119,7 +119,7 @@ class PyramidConfig:
             if not 0 <= share <= 1 or math.isnan(share):
                 allowed = "a share between 0 and 1 for every pooling factor"
                 raise ConfigError("shares", {factor: share}, allowed, "change this share")
-        # A level with no share is no level: leaving it out must not change the others.
+        # A level without a share does not count: leaving it out must not change the others.
         shares = {int(factor): float(self.shares[factor]) for factor in sorted(self.shares) if self.shares[factor] > 0}
         if not shares:
             allowed = "at least one pooling factor with a share above 0"
@@ -165,12 +165,12 @@ class PyramidConfig:
 
     @property
     def dropped_factor(self) -> int:
-        """What a block that no level takes becomes: `block_kv` (the tail row) or 0 (dropped)."""
+        """The factor of a block that no level takes: `block_kv` (the tail row) or 0 (dropped)."""
         return self.block_kv if self.tail else 0
 
     @property
     def stored_factors(self) -> tuple[int, ...]:
-        """Every pooling factor whose rows attention may read, finest first: the levels, the tail, the cap's results."""
+        """Every pooling factor whose rows attention may read, finest first: levels, tail, and what the cap can give."""
         factors = set(self.factors)
         if self.tail:
             factors.add(self.block_kv)

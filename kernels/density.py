@@ -2,7 +2,7 @@
 
 All are computed from a map of pooling factors (0 = dropped) over (query block, key block) pairs, as in the paper's
 cost model (arXiv 2512.04025, section 3.4): a pair at pooling factor f costs 1/f of its full-resolution FLOPs.
-Text and reference tokens, which stay outside the blocks at full resolution, are not counted.
+Text and reference tokens are not counted: they are outside the blocks and stay at full resolution.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def row_density(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -
 
     Args:
         factors: pooling factors [..., n_q, n_k].
-        key_tokens: tokens of each key block [n_k]; a block that is partly filled then weighs what it holds.
+        key_tokens: tokens of each key block [n_k]; a partly filled block then counts for the tokens it holds.
     """
     cost = pair_cost(factors)
     if key_tokens is None:
@@ -39,7 +39,7 @@ def row_density(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -
 
 
 def density(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cost of a pair, a scalar on the device of `factors` (reading it on the host waits for the device)."""
+    """Mean cost of a pair, a scalar on the device of `factors`; reading it on the host waits for the device."""
     return row_density(factors, key_tokens).mean()
 
 
@@ -49,7 +49,7 @@ def sparsity(factors: torch.Tensor, key_tokens: torch.Tensor | None = None) -> t
 
 
 def coverage(factors: torch.Tensor) -> torch.Tensor:
-    """Share of pairs of which anything at all is seen (paper: KV coverage), a scalar."""
+    """Share of pairs that are seen at any level (paper: KV coverage), a scalar."""
     return (factors > 0).float().mean()
 
 

@@ -1,7 +1,7 @@
-"""A density that falls over the sparse steps of a run: more in the first of them, less in the last, the same in all.
+"""A density that falls over the sparse steps of a run: more work in the first ones, less in the last, same total.
 
-The first sparse steps still settle where things are, and what they lose the later ones cannot bring back; on the demo
-model the same work is worth more there (`docs/quality.md`). Knows no sampler: a step is a place between 0 and 1.
+The first sparse steps still decide where things are, and later steps cannot bring back what they lose. On the demo
+model the same work is worth more there (`docs/quality.md`). This file knows no sampler: a step is a number from 0 to 1.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ MOST_FALLING = 0.8
 
 
 def config_at(config: PyramidConfig, falling: float, place: float) -> PyramidConfig:
-    """The pyramid at `place`, from 0 for the first sparse step to 1 for the last.
+    """The setting at `place`, which runs from 0 for the first sparse step to 1 for the last.
 
-    Its density is that of `config` times 1 + falling at 0, times 1 - falling at 1, and a line between, whose mean over
-    steps evenly apart is the density of `config`.
+    Its density is that of `config` times 1 + falling at 0 and times 1 - falling at 1, with a straight line between.
+    Over evenly spaced steps the mean is the density of `config`.
 
     Raises:
         ConfigError: that density is out of reach.
@@ -30,7 +30,7 @@ def config_at(config: PyramidConfig, falling: float, place: float) -> PyramidCon
 
 
 def check_falling(falling: float, config: PyramidConfig) -> None:
-    """Raise ConfigError where the density of this pyramid cannot fall so far."""
+    """Raise ConfigError if the density of this setting cannot fall that far."""
     if not 0 <= falling <= MOST_FALLING:
         raise ConfigError("falling", falling, f"0 to {MOST_FALLING}", f"set falling to {MOST_FALLING} or less")
     if falling and config.sparsity is None:
@@ -40,13 +40,13 @@ def check_falling(falling: float, config: PyramidConfig) -> None:
         try:
             config_at(config, falling, place)
         except ConfigError as error:
-            allowed = f"less, for a step would have a sparsity of {error.given:.3f}, which may be {error.allowed}"
+            allowed = f"less: one step would need a sparsity of {error.given:.3f}, which may be {error.allowed}"
             raise ConfigError("falling", falling, allowed, "lower falling") from error
 
 
 def place_among(sigmas: Sequence[float], sigma: float) -> float:
-    """Where noise level `sigma` lies among those of the sparse steps, first to last: 0 to 1, and in the middle where
-    fewer than two are known."""
+    """Where noise level `sigma` lies among those of the sparse steps, first to last: 0 to 1, or the middle if fewer
+    than two are known."""
     if len(sigmas) < 2:
         return 0.5
     before = sum(other > sigma * (1 + 1e-6) for other in sigmas)

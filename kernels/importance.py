@@ -1,9 +1,9 @@
 """Importance of every (query block, key block) pair: it only ranks blocks and never enters the output.
 
-Every block is spoken for by some representatives; a softmax of the queries' over all keys' gives weights, and the
+A few representative rows speak for every block. A softmax of the query rows over all key rows gives weights; the
 largest (or mean) weight of a block pair is its importance (arXiv 2512.04025, section 3.3). The paper draws the
-representatives at random (`sampled`). `pooled` takes means of 8 neighbouring tokens, a quarter of the scores; `means`
-one mean a block: with RoPE the phases of a whole block cancel, which costs accuracy.
+representatives at random (`sampled`). `pooled` takes means of 8 neighbouring tokens, which needs a quarter of the
+scores. `means` takes one mean per block: with RoPE the phases of a whole block cancel out, which costs accuracy.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .config import PyramidConfig
 from .density import block_tokens
 from .pyramid import pool
 
-# Scores that are held at once, per head: 2^24 float32 are 64 MB.
+# How many scores are held at once, per head: 2^24 float32 are 64 MB.
 _SCORES_AT_ONCE = 2**24
-# Tokens of one mean in `pooled` importance: 8 neighbours still share most of their RoPE phases.
+# Tokens per mean in `pooled` importance: 8 neighbours still share most of their RoPE phases.
 POOLED = 8
-# Tokens of one mean in the sum that a row of `pooled` weights is divided by. It only weighs the query rows of a block
-# against each other, which a quarter of the rows does nearly as well.
+# Tokens per mean in the sum that divides a row of `pooled` weights. The sum only balances the query rows of a block
+# against each other, and a quarter of the rows does that nearly as well.
 _SUMMED = 32
-# Largest power of two of a weight. Where the rows that are summed are coarser than those that are ranked, a weight can
-# pass 1, by any factor; so far above it no other block counts, and sums of weights stay finite in bfloat16.
+# Largest power of two of a weight. If the summed rows are coarser than the ranked ones, a weight can exceed 1 by any
+# factor. That far above 1 no other block counts, and with this limit sums of weights stay finite in bfloat16.
 CEILING = 64.0
 
 
@@ -34,9 +34,9 @@ class Representatives:
     """Rows that speak for the blocks of a sequence.
 
     Attributes:
-        rows: [B, H, blocks * padded, D], unit stride in D; those that stand for nothing never enter a score.
-        length: tokens of the sequence; block: tokens of a block.
-        group: tokens that a row stands for; count: rows of a block, the first of `padded`, a power of two.
+        rows: [B, H, blocks * padded, D], unit stride in D; rows that stand for no token never enter a score.
+        length: tokens of the sequence; block: tokens per block.
+        group: tokens per row; count: rows per block, the first of `padded`, a power of two.
     """
 
     rows: torch.Tensor
@@ -70,8 +70,8 @@ def importance(
 
     Args:
         q, k: [B, H, Lq, D] and [B, H, Lk, D], in block order.
-        scale: factor of the logits, 1/sqrt(D) by default of attention.
-        generator: random source of `sampled`; by default one made from `config.seed`, so that calls repeat.
+        scale: factor of the logits; attention's default is 1/sqrt(D).
+        generator: random source of `sampled`; by default one made from `config.seed`, so that calls are repeatable.
     """
     if config.importance == "sampled":
         generator = generator or default_generator(config, q.device)
@@ -83,12 +83,12 @@ def importance(
 
 
 def group_size(config: PyramidConfig, block: int) -> int:
-    """Tokens of one mean: 8 in `pooled` importance, the whole block in `means`."""
+    """Tokens per mean: 8 in `pooled` importance, the whole block in `means`."""
     return POOLED if config.importance == "pooled" else block
 
 
 def key_groups(config: PyramidConfig) -> tuple[int, ...]:
-    """Tokens of one mean of keys: of those that are ranked and, where they are others, of those that are summed."""
+    """Tokens per mean of keys: for the ranked rows and, if they differ, for the summed rows."""
     group = group_size(config, config.block_kv)
     return (group, _SUMMED) if group < _SUMMED <= config.block_kv else (group,)
 
@@ -99,7 +99,7 @@ def default_generator(config: PyramidConfig, device: torch.device) -> torch.Gene
 
 
 def pooled(x: torch.Tensor, block: int, group: int) -> Representatives:
-    """Means of `group` neighbouring tokens of x [B, H, L, D]; the last one of a short block over those that exist."""
+    """Means of `group` neighbouring tokens of x [B, H, L, D]; in a short block the last mean is over what exists."""
     return Representatives(pool(x, group, block), x.shape[2], block, group, block // group)
 
 
@@ -110,14 +110,14 @@ def sampled(x: torch.Tensor, block: int, share: float, generator: torch.Generato
 
 
 def sample_count(block: int, share: float) -> int:
-    """Tokens drawn of a whole block."""
+    """How many tokens are drawn from a whole block."""
     return max(1, round(block * share))
 
 
 def sample_rows(
     length: int, block: int, share: float, generator: torch.Generator, device: torch.device
 ) -> torch.Tensor:
-    """Which tokens are drawn: int64 [blocks, padded], those that exist first."""
+    """Which tokens are drawn: int64 [blocks, padded], existing tokens first."""
     tokens = block_tokens(length, block, device)
     count = sample_count(block, share)
     position = torch.arange(block, device=device)
@@ -134,8 +134,8 @@ def reduced_softmax(
 ) -> torch.Tensor:
     """Softmax of every query row over all key rows, then max or mean over the rows of each block pair.
 
-    A key row counts for the tokens it stands for: bias ln(tokens). norm: the key rows whose sum the weights are divided
-    by, in place of k. Result float32 [B, H, n_q, n_k].
+    A key row counts for the tokens it stands for: bias ln(tokens). norm: the key rows whose sum divides the weights,
+    instead of k. Result float32 [B, H, n_q, n_k].
     """
     q_there, k_tokens = q.tokens() > 0, k.tokens()
     (n_q, m), (n_k, s) = q_there.shape, k_tokens.shape
@@ -160,6 +160,6 @@ def reduced_softmax(
 
 
 def _bias(k: Representatives) -> torch.Tensor:
-    """ln of the tokens that each key row stands for, -inf for none: float32 [blocks * padded]."""
+    """ln of the number of tokens that each key row stands for, -inf for none: float32 [blocks * padded]."""
     tokens = k.tokens().flatten()
     return torch.where(tokens > 0, tokens.clamp_min(1).float().log(), -math.inf)

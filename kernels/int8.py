@@ -1,10 +1,10 @@
-"""Keys and queries in eight bits at full resolution: symmetric rounding with one scale a block, the mean key taken off
-first.
+"""Keys and queries in eight bits at full resolution: the mean key is subtracted first, then rounding is symmetric with
+one scale per block.
 
-Taking any vector off all keys shifts the logits of a query equally at every level, so that the softmax does not change;
-what is left of smooth keys is small and rounds well (J. Zhang et al., SageAttention, arXiv 2410.02367, section 4.2).
-Values, weights and pooled keys keep their type: pooled blocks do not fill a tile each, so that every column of a tile
-would have a scale of its own, which costs more than the shorter numbers save.
+Subtracting one vector from all keys shifts the logits of a query equally at every level, so the softmax does not
+change. What is left of smooth keys is small and rounds well (J. Zhang et al., SageAttention, arXiv 2410.02367,
+section 4.2). Values, weights and pooled keys keep their type: a pooled block does not fill a tile, so every column of a
+tile would need its own scale, which costs more than the shorter numbers save.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .pyramid import Pyramid
 
-# Keys that the mean is taken over: one in sixteen. It need not be exact, only the same for all keys.
+# The mean is taken over one key in sixteen. It need not be exact, only the same for all keys.
 _STRIDE = 16
 
 
@@ -28,7 +28,7 @@ def mean_key(k: torch.Tensor) -> torch.Tensor:
 def quantise(x: torch.Tensor, rows_per_block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x [B, H, R, D] -> int8 of the same shape and float32 scales [B, H, blocks]; the last block may be short.
 
-    Rounded half away from zero; the largest absolute value of a block becomes 127.
+    Halves are rounded away from zero; the largest absolute value of a block becomes 127.
     """
     blocks = -(-x.shape[2] // rows_per_block)
     padded = F.pad(x.float(), (0, 0, 0, blocks * rows_per_block - x.shape[2])).unflatten(2, (blocks, rows_per_block))
@@ -44,7 +44,7 @@ def dequantise(rows: torch.Tensor, scales: torch.Tensor, rows_per_block: int) ->
 
 
 def quantise_keys(pyramid: Pyramid, mean: torch.Tensor) -> Pyramid:
-    """The pyramid with `mean` [B, H, 1, D] taken off every key that stands for a token, and int8 keys at level 1."""
+    """The pyramid with `mean` [B, H, 1, D] subtracted from every key that is not padding, and int8 keys at level 1."""
     rows, scales = {}, None
     for factor, keys in pyramid.keys.items():
         there = (pyramid.tokens(factor) > 0)[: keys.shape[2], None]
@@ -59,7 +59,7 @@ def quantise_keys(pyramid: Pyramid, mean: torch.Tensor) -> Pyramid:
 
 
 def dequantise_keys(pyramid: Pyramid) -> Pyramid:
-    """The pyramid with the float32 keys that its int8 keys stand for, still without their mean."""
+    """The pyramid with its int8 keys turned back into float32, the mean still subtracted."""
     keys = dict(pyramid.keys)
     if 1 in keys:
         keys[1] = dequantise(keys[1], pyramid.scales, pyramid.block_kv)

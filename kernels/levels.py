@@ -1,7 +1,7 @@
 """Levels from importance: which pooling factor each (query block, key block) pair gets.
 
-Rules `topk` and `threshold` are the paper's (arXiv 2512.04025, section 3.3); `budget` is ours: the threshold rule with
-its cuts scaled together until the mean density is the target. Ties are broken by block index, lower first.
+The rules `topk` and `threshold` are the paper's (arXiv 2512.04025, section 3.3). `budget` is ours: the threshold rule
+with all cuts scaled by one factor until the mean density is the target. In a tie the lower block index comes first.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .config import ConfigError, PyramidConfig
 from .density import row_density
 
 # Spread over all blocks of a row in budget mode, so that blocks whose importance underflows still have an order and
-# a place; far below any importance that matters.
+# a depth; far below any importance that matters.
 FLOOR = 1e-6
 # The histogram of depths in budget mode: log2(depth) from -_LOG_RANGE to _LOG_RANGE.
 _LOG_RANGE = 24.0
@@ -30,13 +30,13 @@ class BlockLists:
     """The levels of all pairs as lists that a kernel walks.
 
     Attributes:
-        blocks: int32 [B, H, n_q, n_k], the key blocks of every row grouped by level, ascending inside a level; what
-            follows the last level's group is undefined.
+        blocks: int32 [B, H, n_q, n_k], the key blocks of every row grouped by level, ascending within a level; entries
+            after the last group are undefined.
         ends: int32 [B, H, n_q, n_levels], exclusive end of each level's group.
         levels: pooling factor of each group, finest first.
         density: float32 [B, H, n_q], see `density.py`.
-        unranked: int32 [B, H, n_q], blocks of every row whose score was not finite; None where no scores were given.
-        best: int32 [B, H, n_q], the most important block of every row, likewise.
+        unranked: int32 [B, H, n_q], number of blocks per row whose score was not finite; None if no scores were given.
+        best: int32 [B, H, n_q], the most important block of every row; None if no scores were given.
     """
 
     blocks: torch.Tensor
@@ -61,7 +61,7 @@ class BlockLists:
         group = (place >= self.ends[..., None]).sum(-2)  # [B, H, n_q, n_k], number of levels that end before
         by_level = torch.tensor([*self.levels, 0], dtype=torch.int16, device=self.blocks.device)
         listed = group < len(self.levels)
-        # One column more takes what is not listed.
+        # One extra column collects the blocks that are not listed.
         index = torch.where(listed, self.blocks, len(place)).long()
         result = by_level.new_zeros(*self.blocks.shape[:-1], len(place) + 1)
         return result.scatter_(-1, index, by_level[group])[..., :-1]
@@ -70,15 +70,15 @@ class BlockLists:
 def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None = None) -> torch.Tensor:
     """Pooling factors int16 [B, H, n_q, n_k] for importance `scores` [B, H, n_q, n_k]; 0 = dropped.
 
-    A score that is not finite weighs nothing and comes after all others.
+    A score that is not finite has no weight and ranks after all others.
 
     Args:
         cap: coarsest factor per key block int16 [B, H, n_k] (`similarity_cap`). A chosen level is refined to it;
-            blocks that no level takes stay dropped, or at the tail. In budget mode its cost is inside the budget.
+            blocks that no level takes stay dropped, or at the tail. In budget mode the budget includes its cost.
 
     Raises:
-        ConfigError: in topk mode, `sparsity` cannot be met with this number of key blocks. Budget mode comes as close
-            as the one block that every row keeps in full allows.
+        ConfigError: in topk mode, `sparsity` cannot be met with this number of key blocks. Budget mode gets as close
+            as it can: every row keeps one block in full.
     """
     scores = torch.where(scores.isfinite(), scores, -1.0)
     if config.mode == "topk":
@@ -91,7 +91,7 @@ def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor
         return _place(by_rank.expand_as(ranked), ranked, config, _by_rank(cap, ranked))
 
     remaining, ranked = remaining_mass(scores, floor=FLOOR if config.mode == "budget" else 0.0)
-    depth = -remaining.log()  # 0 for the first block, growing; a cut tau is the depth -ln(1 - tau)
+    depth = -remaining.log()  # 0 for the first block, then rising; a cut tau is the depth -ln(1 - tau)
     cap_ranked = _by_rank(cap, ranked)
     cuts = depth_cuts(config)
     scale = budget_scale(depth, cuts, config, cap_ranked) if config.mode == "budget" else 1.0
@@ -102,15 +102,15 @@ def depth_cuts(config: PyramidConfig) -> tuple[float, ...]:
     """The bounds tau of threshold and budget mode as depths -ln(1 - tau)."""
     if config.mode == "budget":
         return tuple(-math.log(max(1 - bound, 1e-12)) for bound in config.bounds)
-    # A bound of 1 takes every block, whatever rounding leaves of its cumulative importance.
+    # A bound of 1 takes every block, whatever rounding does to its cumulative importance.
     return tuple(math.inf if bound >= 1 - 1e-6 else -math.log(1 - bound) for bound in config.bounds)
 
 
 def remaining_mass(scores: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Share of the row's importance that is left after each block, and the block at each rank.
 
-    It is 1 - E of the paper (E: cumulative importance up to and with the block), summed from the small end so that it
-    keeps its precision near zero. The first block counts as if nothing lay before it: it is always taken.
+    It is 1 - E in the paper (E: cumulative importance up to and including the block), summed from the small end to
+    keep precision near zero. The first block counts as if nothing came before it: it is always taken.
     """
     ranked_scores, ranked = torch.where(scores.isfinite(), scores, -1.0).sort(dim=-1, descending=True, stable=True)
     ranked_scores = ranked_scores.clamp_min(0)
@@ -128,8 +128,8 @@ def budget_scale(
 ) -> torch.Tensor:
     """Factor [B, 1, 1, 1] of the cuts at which the mean density of each batch entry is 1 - sparsity.
 
-    The density at a factor c follows from how many blocks lie within depth c * cut of every level, which one histogram
-    of log2(depth) tells for all c at once; nothing is read back to the host. With a cap, one histogram per cap.
+    The density at a factor c follows from how many blocks lie within depth c * cut of every level. One histogram of
+    log2(depth) gives that for all c at once, and nothing is read back to the host. With a cap: one histogram per cap.
     """
     caps = [None] if cap_ranked is None else sorted({1, *config.similarity_cap})
     log_depth = depth.log2().clamp(-_LOG_RANGE, _LOG_RANGE)
@@ -140,7 +140,7 @@ def budget_scale(
     for b in range(depth.shape[0]):
         density = torch.full_like(candidates, dropped_cost)
         for cap in caps:
-            # Values outside the range are not counted: that is how the histogram of one cap leaves out the others.
+            # Values outside the range are not counted: this is how the histogram of one cap leaves out the others.
             values = log_depth[b] if cap is None else torch.where(cap_ranked[b] == cap, log_depth[b], math.inf)
             counts = torch.histc(values, _BINS, -_LOG_RANGE, _LOG_RANGE)
             share_within = F.pad(counts.cumsum(0, dtype=torch.float64) / depth[b].numel(), (1, 0)).float()
@@ -163,7 +163,7 @@ def _cut(
     """Level of each ranked block: the first (finest) one whose scaled cut is not below the block's depth; else 0."""
     factors = torch.zeros_like(depth, dtype=torch.int16)
     for factor, cut in reversed(list(zip(config.factors, cuts, strict=True))):
-        # The small slack keeps a block whose cumulative importance equals the bound, in spite of rounding.
+        # The small slack keeps a block whose cumulative importance equals the bound despite rounding.
         factors = torch.where(depth <= cut * scale * (1 + 1e-6), factor, factors)
     return factors.to(torch.int16)
 
@@ -184,10 +184,10 @@ def _place(
 
 
 def topk_ends(blocks: int, config: PyramidConfig) -> tuple[int, ...]:
-    """Where the ranks of each level end in topk mode, the same for every row; later ranks are taken by no level.
+    """Where the ranks of each level end in topk mode, the same for every row; no level takes later ranks.
 
-    With `sparsity` given, the cumulative shares are multiplied by one number (and held at 1) so that the density meets
-    it as closely as whole blocks allow. At least one block, the most important, is at the finest level.
+    If `sparsity` is given, the cumulative shares are multiplied by one number (and capped at 1) so that the density
+    meets it as closely as whole blocks allow. At least the most important block is at the finest level.
 
     Raises:
         ConfigError: the sequence has too few blocks to come within 0.05 of the sparsity.
@@ -198,11 +198,11 @@ def topk_ends(blocks: int, config: PyramidConfig) -> tuple[int, ...]:
     return ends
 
 
-@functools.lru_cache(maxsize=64)  # asked for in every attention call
+@functools.lru_cache(maxsize=64)  # needed in every attention call
 def _searched_ends(
     blocks: int, factors: tuple[int, ...], bounds: tuple[float, ...], dropped: int, sparsity: float | None
 ) -> tuple[tuple[int, ...], float]:
-    """The ends and by how much the density misses 1 - sparsity."""
+    """The ends, and how far the density misses 1 - sparsity."""
     if sparsity is None:
         return _scaled_ends(blocks, bounds, 1.0), 0.0
     costs = [*(1 / factor for factor in factors), 1 / dropped if dropped else 0.0]
@@ -221,7 +221,7 @@ def _searched_ends(
 
 
 def _scaled_ends(blocks: int, bounds: tuple[float, ...], scale: float) -> tuple[int, ...]:
-    # Bounds ascend, so only the one block that the finest level keeps at least can overtake the levels behind it.
+    # Bounds ascend, so only the one block that the finest level always keeps can overtake the levels after it.
     return tuple(max(1, min(blocks, math.floor(bound * scale * blocks + 0.5))) for bound in bounds)
 
 

@@ -1,9 +1,9 @@
 """Token orders: how the tokens of a video grid are lined up before they are cut into blocks.
 
-A block of neighbouring positions should be a compact cell of space and time, because it is ranked and pooled as one.
-Orders are permutations of the raster order (time, height, width), the same for all heads here; those that follow the
-data are in `semantic.py`. The space-filling curve of any grid is the
-generalised Hilbert curve (J. Cerveny, "gilbert", 2018), here evaluated for all boxes of one generation at once.
+A block is ranked and pooled as one, so it should be a compact cell of space and time. Orders are permutations of the
+raster order (time, height, width). Here they are the same for all heads; the orders that follow the data are in
+`semantic.py`. The space-filling curve for any grid is the generalised Hilbert curve (J. Cerveny, "gilbert", 2018),
+evaluated here for all boxes of one generation at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .refusal import refusal
 class TokenLayout:
     """Where the video tokens lie in a sequence: `before` other tokens, then the grid, then `after` others.
 
-    The others (text, references) take no part in order and pooling: they are attended at full resolution.
+    The others (text, references) are not reordered or pooled: every query sees them at full resolution.
     """
 
     grid: tuple[int, int, int]
@@ -43,8 +43,7 @@ class TokenLayout:
 class TokenOrder:
     """A permutation and its inverse, int64: ordered[i] = raster[index[i]], raster[j] = ordered[inverse[j]].
 
-    Both are [L], or [B, H, L] where every head has an order of its own, or None for the raster order, which moves
-    nothing.
+    Both are [L], or [B, H, L] if every head has its own order, or None for the raster order, which moves nothing.
     """
 
     index: torch.Tensor | None
@@ -58,7 +57,7 @@ class TokenOrder:
 
     @property
     def length(self) -> int | None:
-        """Tokens that it puts in order; None for the raster order, which fits any number."""
+        """How many tokens it orders; None for the raster order, which fits any number."""
         return None if self.index is None else self.index.shape[-1]
 
     def __getitem__(self, part: tuple) -> TokenOrder:
@@ -68,7 +67,7 @@ class TokenOrder:
         return TokenOrder(self.index[part], self.inverse[part])
 
     def of_head(self, batch: int, head: int) -> TokenOrder:
-        """The order of one head, with an index of one dimension."""
+        """The order of one head, with a one-dimensional index."""
         return self[batch, head]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +103,7 @@ def make_order(
     if name not in ("curve", "tiles"):
         raise ValueError(refusal("order", name, "raster, curve, tiles"))
     index = curve_index(grid) if name == "curve" else tiles_index(grid, tuple(tile))
-    return TokenOrder.of(index.clone().to(device))  # the cached tensor itself is never handed out
+    return TokenOrder.of(index.clone().to(device))  # never hand out the cached tensor itself
 
 
 def raster_index(grid: tuple[int, int, int]) -> torch.Tensor:
@@ -116,7 +115,7 @@ def raster_index(grid: tuple[int, int, int]) -> torch.Tensor:
 def tiles_index(grid: tuple[int, int, int], tile: tuple[int, int, int]) -> torch.Tensor:
     """3-D tiles in raster order, raster order inside each tile: int64 [T*H*W].
 
-    Every axis is cut into equal parts of at most the tile's size, so that no sliver is left at the edge.
+    Every axis is cut into equal parts no larger than the tile, so that no sliver is left at the edge.
     """
     axes = []
     for size, part in zip(grid, tile, strict=True):
@@ -132,8 +131,8 @@ def curve_index(grid: tuple[int, int, int]) -> torch.Tensor:
     """Generalised Hilbert curve through any grid: int64 [T*H*W]. Neighbours on the curve are neighbours in the grid.
 
     A box is a corner and three edge vectors (a, b, c): the curve enters at the corner and leaves at the far end of a.
-    It is split into two to five boxes whose curves join up, until one cell is left. Longest side first, so that the
-    first `a` is the longest axis.
+    It is split into two to five boxes whose curves join up, until one cell is left. The longest side goes first, so
+    the first `a` is the longest axis.
     """
     size = np.array(grid[::-1])  # x, y, z = width, height, time
     axes = np.argsort(-size, kind="stable")
@@ -150,10 +149,10 @@ def curve_index(grid: tuple[int, int, int]) -> torch.Tensor:
 
 
 def _split(boxes: np.ndarray, sides: np.ndarray) -> np.ndarray:
-    """Split every box of more than one cell; children take the place of their parent, in the curve's order."""
+    """Split every box that has more than one cell; its children replace it, in the order of the curve."""
     w, h, d = sides.T
     many = (sides > 1).sum(1)
-    # A row of cells is halved along itself; a long box is halved along a; a flat box is split in its own plane.
+    # A row of cells is halved along its length, a long box along a; a flat box is split in its own plane.
     along_a = (w > 1) & ((many == 1) | ((2 * w > 3 * h) & (2 * w > 3 * d)))
     along_b = (h > 1) & (many == 1)
     along_c = (d > 1) & (many == 1)
@@ -176,19 +175,19 @@ def _split(boxes: np.ndarray, sides: np.ndarray) -> np.ndarray:
             corner, a, b, c = boxes[mask].transpose(1, 0, 2)
             for i, child in enumerate(split(corner, a, b, c, np.sign(a), np.sign(b), np.sign(c))):
                 children[mask, i] = np.stack(child, 1)
-    # A half of length zero (a side of one cell) makes an empty child.
+    # A half of length zero (from a side of one cell) makes an empty child.
     present = (np.abs(children[:, :, 1:]).sum(3) > 0).all(2)
     return children[present]
 
 
 def _half(vector: np.ndarray) -> np.ndarray:
-    """Half of each vector, made even where the vector is longer than two: even boxes join without jumps."""
+    """Half of each vector, made even if the vector is longer than two: even boxes join without jumps."""
     side = np.abs(vector).sum(1, keepdims=True)
     half = side // 2
     return np.sign(vector) * (half + ((half % 2 == 1) & (side > 2)))
 
 
-# The children of one box each: (corner, a, b, c), in the order of the curve; ua, ub, uc are the unit vectors.
+# Each returns the children of one box as (corner, a, b, c), in the order of the curve; ua, ub, uc are unit vectors.
 
 
 def _halve_a(corner, a, b, c, ua, ub, uc):

@@ -1,7 +1,7 @@
 """The pyramid: keys and values mean-pooled inside each key block (arXiv 2512.04025, section 3.2).
 
-A row at pooling factor f stands for up to f neighbouring tokens of one block; in a partly filled tail it is the mean of
-the tokens that exist. Its logit carries the bias ln(number of tokens it stands for), which is (h-1) ln 2 in the paper.
+A row at pooling factor f stands for up to f neighbouring tokens of one block. At the end of a partly filled block it is
+the mean of the tokens that exist. Its logit gets the bias ln(number of tokens), which is (h-1) ln 2 in the paper.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Pyramid:
 
     Attributes:
         keys, values: pooling factor f -> [B, H, R_f, D], block_kv/f rows per block. At factor 1 these are the tokens
-            themselves, so the last block may end early; coarser levels end with padding rows of zeros, and lie behind
-            each other in one storage.
+            themselves, so the last block may end early. Coarser levels end with padding rows of zeros and follow each
+            other in one storage.
         block_kv: tokens per key block.
         length: number of key tokens.
-        scales, mean: where the keys at factor 1 are int8 (`int8.py`): float32 [B, H, n_blocks], and the key
-            [B, H, 1, D] that was taken off all levels; else None.
+        scales, mean: if the keys at factor 1 are int8 (`int8.py`): float32 [B, H, n_blocks], and the key
+            [B, H, 1, D] that was subtracted from all levels; otherwise None.
     """
 
     keys: dict[int, torch.Tensor]
@@ -52,7 +52,7 @@ class Pyramid:
 def pool(x: torch.Tensor, factor: int, block: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of every `factor` neighbouring tokens: [B, H, L, D] -> [B, H, n_blocks * block / factor, D].
 
-    Means are taken in float32 (float64 for float64) over the tokens that exist; rows beyond the last token are zero.
+    Means are taken in float32 (float64 for float64) over the tokens that exist; rows after the last token are zero.
     """
     batch, heads, length, dim = x.shape
     if out is None:
@@ -63,7 +63,7 @@ def pool(x: torch.Tensor, factor: int, block: int, out: torch.Tensor | None = No
         groups = x[:, :, :whole].unflatten(2, (-1, factor))
         out[:, :, : whole // factor] = groups.mean(3, dtype=work)
     if whole < length:
-        # Only the last block is padded, so that a long sequence is not copied for its sake.
+        # Only the last block is padded, so that a long sequence is not copied.
         groups = F.pad(x[:, :, whole:].to(work), (0, 0, 0, whole + block - length)).unflatten(2, (-1, factor))
         tokens = row_tokens(length - whole, factor, block, x.device).clamp_min(1)
         out[:, :, whole // factor :] = groups.sum(3) / tokens[:, None]
@@ -79,7 +79,7 @@ def row_tokens(length: int, factor: int, block_kv: int, device: torch.device | s
 def build_pyramid(k: torch.Tensor, v: torch.Tensor, factors: tuple[int, ...], block_kv: int) -> Pyramid:
     """Pool k and v [B, H, L, D] to every factor of `factors` (ascending powers of two up to block_kv).
 
-    The coarse levels of one tensor lie behind each other in one storage, row after row of blocks.
+    The coarse levels of one tensor follow each other in one storage, row after row of blocks.
     """
     blocks = -(-k.shape[2] // block_kv)
     coarse = [factor for factor in factors if factor > 1]

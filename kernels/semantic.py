@@ -1,9 +1,9 @@
-"""Token orders that follow the data: tokens of a head lie beside each other when their queries, or keys, are alike.
+"""Token orders that follow the data: tokens of a head are neighbours if their queries, or keys, are alike.
 
 k-means per head, as in the release of Pyramid Sparse Attention (arXiv 2512.04025): 200 clusters of queries and 1000 of
-keys, 50 iterations in the first step and 2 from the centroids of the step before in every later one. `semantic` orders
-queries and keys this way, `hybrid` the keys alone, with the queries on the curve. Inside a cluster the raster order
-stays. Beginning with tokens evenly spread over the sequence instead of random ones makes a run repeatable.
+keys, 50 iterations in the first step. Every later step does 2, starting from the centroids of the step before.
+`semantic` orders queries and keys this way; `hybrid` only the keys, with the queries on the curve. Within a cluster
+tokens keep the raster order. k-means starts from evenly spaced tokens, not random ones, so a run is repeatable.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from .config import PyramidConfig
 from .order import TokenOrder, make_order
 
 SEMANTIC_ORDERS = ("semantic", "hybrid")
-# Similarities of tokens and centroids that are held at a time: 64 MB.
+# How many similarities of tokens and centroids are held at a time: 64 MB.
 _AT_ONCE = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
 class Centroids:
-    """Where a later step begins: cluster centres float32 [B, H, clusters, D]; queries None in the hybrid order."""
+    """Where a later step starts: cluster centres float32 [B, H, clusters, D]; queries None in the hybrid order."""
 
     queries: torch.Tensor | None
     keys: torch.Tensor
@@ -35,18 +35,18 @@ def semantic_orders(
     grid: tuple[int, int, int],
     centroids: Centroids | None = None,
 ) -> tuple[TokenOrder, TokenOrder, Centroids]:
-    """Orders of the queries and of the keys, and where the next step begins.
+    """Orders of the queries and of the keys, and where the next step starts.
 
     Args:
-        q: [B, H, Lq, D], k: [B, H, Lk, D], video tokens alone.
+        q: [B, H, Lq, D], k: [B, H, Lk, D], video tokens only.
         grid: of the queries, for the curve of the hybrid order.
-        centroids: those of the step before; of other shapes they are as good as none.
+        centroids: those of the step before; ignored if their shapes do not fit.
     """
     first, later = config.cluster_iterations
     old_q, old_k = (None, None) if centroids is None else (centroids.queries, centroids.keys)
 
     def order(x: torch.Tensor, old: torch.Tensor | None, clusters: int, block: int) -> tuple[TokenOrder, torch.Tensor]:
-        # Fewer tokens than a block in a cluster would only scatter them.
+        # Clusters smaller than a block would only scatter the tokens.
         clusters = max(1, min(clusters, x.shape[2] // block))
         centres, iterations = old, later
         if old is None or old.shape != (*x.shape[:2], clusters, x.shape[3]) or old.device != x.device:
@@ -62,12 +62,12 @@ def semantic_orders(
 
 
 def spread_tokens(x: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` tokens at even distances of x [B, H, L, D]: float32 [B, H, count, D]."""
+    """`count` evenly spaced tokens of x [B, H, L, D]: float32 [B, H, count, D]."""
     return x[:, :, torch.arange(count, device=x.device) * x.shape[2] // count].float()
 
 
 def nearest(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
-    """The centre [B, H, C, D] that is nearest to each token of x [B, H, L, D]: int64 [B, H, L]."""
+    """Index of the centre [B, H, C, D] nearest to each token of x [B, H, L, D]: int64 [B, H, L]."""
     # |x - c|^2 is smallest where x c - |c|^2 / 2 is largest.
     half = centres.square().sum(-1)[:, :, None] / 2
     step = max(1, _AT_ONCE // (centres.shape[0] * centres.shape[1] * centres.shape[2]))
@@ -77,7 +77,7 @@ def nearest(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
 
 
 def k_means(x: torch.Tensor, centres: torch.Tensor, iterations: int) -> torch.Tensor:
-    """Lloyd's algorithm for every head of x [B, H, L, D] from centres float32 [B, H, C, D]; an empty cluster stays."""
+    """Lloyd's algorithm per head of x [B, H, L, D] from centres float32 [B, H, C, D]; an empty cluster stays put."""
     values = x.float()
     for _ in range(iterations):
         labels = nearest(x, centres)

@@ -10,8 +10,9 @@ from .density import block_tokens
 def similarity_cap(k: torch.Tensor, thresholds: dict[int, float], block_kv: int) -> torch.Tensor:
     """Coarsest pooling factor that each key block of k [B, H, L, D] may take: int16 [B, H, n_k].
 
-    For factor f it is the mean cosine similarity of the tokens 0 and f-1 of every group of f in the block. A block may
-    be pooled to the largest f up to which every threshold is passed, else it stays at full resolution.
+    The similarity at factor f is the mean cosine similarity of tokens 0 and f-1 over all groups of f in the block. A
+    block may be pooled to the largest f for which it passes every threshold up to f; otherwise it stays at full
+    resolution.
     """
     batch, heads, length, dim = k.shape
     blocks = len(block_tokens(length, block_kv))

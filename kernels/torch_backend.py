@@ -1,6 +1,6 @@
 """PSA on the video tokens in plain torch: any device and type, memory linear in the length.
 
-The same stages as `triton_backend.py`, one line each.
+The same stages as `gpu/backend.py`, one line each.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def attend_video(
 ) -> BlockLists:
     """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
 
-    lists: levels to use instead of choosing them. Returns those that were used.
+    lists: levels to use instead of choosing them. Returns the ones that were used.
     """
     q, k, v = query_order.apply(q), key_order.apply(k), key_order.apply(v)
     if lists is None:

@@ -1,1 +1,1 @@
-"""The Triton half of the mathematics: each file stands beside the plain torch one of the same name above."""
+"""The Triton half of the mathematics: each file matches the plain torch file of the same name one folder up."""

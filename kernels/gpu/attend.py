@@ -1,11 +1,11 @@
-"""Attention over a pyramid in Triton: the kernel beside `attend.attend_reference`, whose result it reproduces.
+"""Attention over a pyramid in Triton: the kernel for `attend.attend_reference`, whose result it reproduces.
 
-One program serves one query block of one head. For every level it walks the list of the blocks that the row sees at
-that level and gathers as many of them as fill a tile, so that a block of 8 pooled rows does not starve the tensor
-cores (arXiv 2512.04025, section 3.5). Importing this module needs triton; `backends.py` says whether that is so.
+One program serves one query block of one head. For every level it walks the list of blocks that the row sees at that
+level and gathers enough of them to fill a tile, so that a block of 8 pooled rows does not starve the tensor cores
+(arXiv 2512.04025, section 3.5). Importing this module needs triton; `backends.py` checks whether it is there.
 
-The streaming softmax is that of `attend_tile.py`: a launch with fixed references computes everything, a second
-one, `CAREFUL`, the query blocks in which something overflowed.
+The streaming softmax is in `attend_tile.py`. A first launch with fixed references computes everything; a second one,
+`CAREFUL`, repeats the query blocks in which something overflowed.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .tiles import AttendTile, attend_tile, gpu_of, padded_dim
 
 _LOG2_E = 1.4426950408889634
 # The power of two that the largest weight gets when the reference is set. float16 weights end at 2^16, lose digits
-# below 2^-14 and are 0 below 2^-25. With a fixed reference 13 powers are left for keys above those that set it; with a
-# running maximum none are needed.
+# below 2^-14 and are 0 below 2^-25. A fixed reference leaves 13 powers for keys above the ones that set it; a running
+# maximum needs none.
 _PEAK, _PEAK_CAREFUL = tl.constexpr(3), tl.constexpr(15)
-# The least that the weights of a row must add up to, per key row: float16 loses at most 2^-25 of each, so that at most
-# 2^-11 of the sum is lost, as much as rounding the output costs. A row of less is computed again.
+# The least that the weights of a row must add up to, per key row: float16 loses at most 2^-25 of each, so at most 2^-11
+# of the sum is lost, as much as rounding the output costs. A row with less is computed again.
 _LEAST = tl.constexpr(2.0**-14)
 
 
 @triton.jit
 def _offsets(row, stride, dims, FACTOR: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """Places of rows [N] in a head: pooled ones lie close together, so that 32 bits hold them and spare registers."""
+    """Offsets of rows [N] in a head: pooled rows lie close together, so 32 bits are enough and save registers."""
     if FACTOR == 1:
         return row[:, None].to(tl.int64) * stride + dims[None, :]
     else:
@@ -48,13 +48,13 @@ def _attend_level(
     CAREFUL: tl.constexpr, PEAK: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
     SETS_TOP: tl.constexpr,
 ):  # fmt: skip
-    """The rows of one level: entries start..end of the row's list, as many blocks to a tile as fill it.
+    """The rows of one level: entries start..end of the row's list, with enough blocks per tile to fill it.
 
     q: queries of both halves [ROWS, DIM]; pointers, strides: of the head's keys and values at the level; place: batch
-    entry and head; a, b: what both halves have summed, as in `careful_tile`.
+    entry and head; a, b: what both halves have summed so far, as in `careful_tile`.
 
-    Blocks are listed in ascending order, so that only the last one can be short: the tiles that hold it, at least one,
-    go the careful way and come first; all others are full.
+    Blocks are listed in ascending order, so only the last one can be short. The tiles that hold it (at least one) come
+    first and go through `careful_tile`; all others are full.
     """
     k_ptr, v_ptr = pointers
     stride_k, stride_v = strides
@@ -129,9 +129,9 @@ def _attend_level(
 
 @triton.jit
 def _store_output(half, base_ptr, to_ptr, first, length_q, stride, write, HEAD_DIM: tl.constexpr):
-    """Write weighted values / weights [ROWS, DIM] to the places of the queries first..first + ROWS of a head.
+    """Write weighted values / weights [ROWS, DIM] to the rows of queries first..first + ROWS of a head.
 
-    to_ptr: the head's index of places, None where queries are in order.
+    to_ptr: the head's index of output rows, None if queries are in order.
     """
     _, total, acc = half
     position = first + tl.arange(0, acc.shape[0])
@@ -147,7 +147,7 @@ def _store_output(half, base_ptr, to_ptr, first, length_q, stride, write, HEAD_D
 
 @triton.jit
 def _is_right(half, least, LEAST: tl.constexpr):
-    """1 where all sums are finite and those of the weights no less than `least`, else 0: a scalar."""
+    """1 if all sums are finite and no sum of weights is below `least`, otherwise 0: a scalar."""
     _, total, acc = half
     summed = total < float("inf")
     if LEAST > 0:
@@ -158,7 +158,7 @@ def _is_right(half, least, LEAST: tl.constexpr):
 
 @triton.jit
 def _first_total(q, q8):
-    """The sum that a softmax row begins with: NaN where eight bits cannot say that the query is not finite."""
+    """The sum that a softmax row starts with: NaN if the query is not finite, which eight bits cannot express."""
     total = tl.zeros([q.shape[0]], tl.float32)
     if q8 is not None:
         finite = tl.abs(q.to(tl.float32)) < float("inf")
@@ -168,7 +168,7 @@ def _first_total(q, q8):
 
 @triton.jit
 def _head_of(pointer, strides, b, h):
-    """Where head h of batch entry b begins."""
+    """Where head h of batch entry b starts."""
     return pointer + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
 
 
@@ -180,18 +180,18 @@ def _attend(
     FACTORS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Query block `program_id(0)` of head `program_id(1)`; its rows are a, or the first half of them a and the rest b.
+    """Query block `program_id(0)` of head `program_id(1)`; a is all of its rows, or the first half, and b the rest.
 
-    Strides are those of batch entry, head and token; a tensor that is not there is None.
+    Strides are those of batch entry, head and token; a missing tensor is None.
 
-    q_ptr: queries [B, H, Lq, D]. q8: them in int8, in block order, and a scale for each block, for level 1 alone.
-    fine: keys and values [B, H, Lk, D] at level 1, and the scales of int8 keys for each block; k_desc, v_desc: for bulk
+    q_ptr: queries [B, H, Lq, D]. q8: the queries in int8, in block order, with one scale per block, for level 1 only.
+    fine: keys and values [B, H, Lk, D] at level 1, and one scale per block of int8 keys; k_desc, v_desc: for bulk
     copies of them. coarse: keys and values of all other levels. extra: those outside the blocks [B, H, E, D].
     lists: `BlockLists.blocks`, `best` and `ends`, and the rows of a head, the longest first.
     again_ptr: int32 [B, H, n_q], blocks that the careful launch computes again.
-    order: the index of the queries' order, twice: the places that queries are read from, were they known to be those
-    that the output goes to, would be kept through the loops, whose own values then do not fit the registers.
-    length_order: entries of the index before those of the next head; 0 where all share one.
+    order: the index of the queries' order, passed twice. If the compiler knew that queries are read from the same rows
+    that the output goes to, it would keep them through the loops, whose own values would then not fit the registers.
+    length_order: entries of the index from one head to the next; 0 if all heads share one.
     """
     blocks_ptr, best_ptr, ends_ptr, rows_ptr = lists
     LEVELS: tl.constexpr = len(FACTORS)
@@ -230,8 +230,8 @@ def _attend(
         fine_scale = scale * tl.load(q8[1] + row)
 
     if HALF and not CAREFUL and FACTORS[0] == 1:
-        # float16 has no room for a reference far below the maximum, which is likely to lie at the query's own place or
-        # in its most important block.
+        # float16 has no room for a reference far below the maximum. The maximum is likely to be at the query's own
+        # position or in its most important block.
         INT8: tl.constexpr = q8 is not None
         own: tl.constexpr = BLOCK_Q // TILE
         best = tl.load(best_ptr + row) * BLOCK_KV
@@ -299,7 +299,7 @@ def _attend(
 
     write = 1
     if not CAREFUL:
-        # A block that must be computed again is not written: its output may take the place of its queries.
+        # A block that must be computed again is not written: its output could overwrite its queries.
         write = _is_right(half_a, least, LEAST)
         if HALVES:
             write = tl.minimum(write, _is_right(half_b, least, LEAST))
@@ -328,10 +328,10 @@ def attend_triton(
 ) -> None:
     """As `attend.attend_reference`, written to `out` [B, H, Lq, D], which may be q itself.
 
-    q: [B, H, Lq, D], float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key where the
-    pyramid's keys are. order: that of the query blocks, where q and `out` themselves are in raster order (with heads of
-    128 the kernel then lacks registers and loses more than moving the queries first takes). uneven: rows differ in
-    cost; the longest of each head then start first. tile: by default the built-in one.
+    q: [B, H, Lq, D], float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key if the pyramid's
+    keys are without it. order: the order of the query blocks, if q and `out` themselves are in raster order (with heads
+    of 128 the kernel then runs out of registers and loses more time than moving the queries first would take). uneven:
+    rows differ in cost, so the longest rows of each head start first. tile: by default the built-in one.
     """
     batch, heads, length_q, dim = q.shape
     n_q, n_k = lists.blocks.shape[-2:]
@@ -343,13 +343,13 @@ def attend_triton(
     padded = padded_dim(dim, pyramid.int8)
     tile = tile or attend_tile(gpu_of(q.device), padded)
     keys, values = (_unit_stride(level[1]) if 1 in level else None for level in (pyramid.keys, pyramid.values))
-    # The coarse levels share one storage, in which the coarsest begin where the finest of them end.
+    # The coarse levels share one storage, in which each level starts where the next finer one ends.
     first = next((factor for factor in pyramid.keys if factor > 1), None)
     coarse = None if first is None else (pyramid.keys[first], pyramid.values[first])
     extra = (extra_k.contiguous(), extra_v.contiguous()) if extra_k is not None and extra_k.shape[2] else None
     index = None if order.index is None else order.index.contiguous()
     best = lists.best
-    if best is None:  # levels that were given; any block of the finest level will do
+    if best is None:  # the levels were given: any block of the finest level will do
         best = lists.blocks[..., 0].contiguous()
     for careful in (False, True):
         bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows and keys is not None
@@ -373,7 +373,7 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int, int] | None:
 
 
 def _descriptor(x: torch.Tensor, rows: int, columns: int) -> object | None:
-    """A descriptor for bulk copies of `rows` rows of x [B, H, L, D]; None where x is not aligned as they ask."""
+    """A descriptor for bulk copies of `rows` rows of x [B, H, L, D]; None if x is not aligned as they require."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:3]):

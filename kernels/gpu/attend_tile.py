@@ -1,15 +1,15 @@
 """One tile of keys in the attention kernel in Triton: products and streaming softmax, in base 2.
 
-The running maximum of the streaming softmax moves only in the first tile. The other tiles subtract what it
-was then: any reference gives the same softmax as long as nothing overflows, and bfloat16 weights span as many powers
-of two as float32. A query block in which something did overflow is known by its result, and a second launch computes
-it again with a running maximum in every tile (`CAREFUL`). float16 weights span 40 powers of two alone: there the
-reference also comes from the keys that are likely to have the largest logits, and a row whose weights add up to so
-little that what rounding took from them would count is computed again too.
+The running maximum of the streaming softmax moves only in the first tile. The other tiles subtract the value from
+there: any reference gives the same softmax as long as nothing overflows, and bfloat16 weights span as many powers of
+two as float32. If something did overflow, the result of the query block shows it, and a second launch computes the
+block again with a running maximum in every tile (`CAREFUL`). float16 weights span only 40 powers of two. There the
+reference also comes from the keys that are likely to have the largest logits. A row whose weights add up to so little
+that rounding errors would matter is computed again too.
 
 On compute capability 9.0 a query block is computed in two halves (`HALVES`): while the tensor cores multiply the
-weights of one with the values, the exponentials of the other are taken (as J. Shah et al., FlashAttention-3, arXiv
-2407.08608, section 3.1, do with two warp groups; here one warp group serves both halves).
+weights of one half with the values, the exponentials of the other half are computed. J. Shah et al. (FlashAttention-3,
+arXiv 2407.08608, section 3.1) do this with two warp groups; here one warp group serves both halves.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def tile_logits(q, k, INT8: tl.constexpr):
 def _raw_logits(q, k, INT8: tl.constexpr):
     """`tile_logits` for a full tile; with INT8 too large by _MAGIC.
 
-    Sums that begin at the magic number are floats when they are done; converting them would take as long as a quarter
-    of the exponentials. What they are too large by goes into the reference.
+    Sums that start at the magic number are floats when they are done; converting them would take as long as a quarter
+    of the exponentials. The reference absorbs the excess.
     """
     if INT8:
         start = tl.full([q.shape[0], k.shape[0]], _MAGIC_BITS, tl.int32)
@@ -48,13 +48,13 @@ def _raw_logits(q, k, INT8: tl.constexpr):
 def careful_tile(q, k, v, scale, bias, half, PEAK: tl.constexpr, INT8: tl.constexpr):
     """One tile of the streaming softmax in base 2; `bias` is -inf for lanes without a row.
 
-    half: what has been summed for the rows of q: the reference [M], which is subtracted from the logits, so that the
-    largest weight is 2^PEAK; the sum of the weights [M]; and of the weighted values [M, D].
+    half: what has been summed for the rows of q so far. The reference [M], which is subtracted from the logits so that
+    the largest weight is 2^PEAK; the sum of the weights [M]; and the sum of the weighted values [M, D].
     """
     top, total, acc = half
     logits = tile_logits(q, k, INT8) * scale + bias[None, :]
     new_top = tl.maximum(top, tl.max(logits, 1) - PEAK)
-    # A row that has seen nothing yet has top = -inf; 0 instead keeps -inf - -inf out.
+    # A row that has seen nothing yet has top = -inf; using 0 instead avoids -inf - -inf.
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     weights = tl.exp2(logits - base[:, None])
     decay = tl.exp2(top - base)
@@ -65,7 +65,7 @@ def careful_tile(q, k, v, scale, bias, half, PEAK: tl.constexpr, INT8: tl.conste
 
 @triton.jit
 def edge_tile(q, k, v, scale, tokens, half, INT8: tl.constexpr):
-    """One tile with a fixed reference whose rows stand for `tokens` tokens each, 0 where there is none."""
+    """One tile with a fixed reference; its rows stand for `tokens` tokens each, 0 if there is no row."""
     top, total, acc = half
     weights = tl.exp2(tile_logits(q, k, INT8) * scale - top[:, None]) * tokens[None, :].to(tl.float32)
     total += tl.sum(weights, 1)
@@ -94,12 +94,12 @@ def fast_tile(q, k, v, scale, shifts, a, b, INT8: tl.constexpr, WAIT: tl.constex
         weights = tl.exp2(logits_b * scale - reference_b)
         total_b += tl.sum(weights, 1)
         acc_b = tl.dot(weights.to(v.dtype), v, acc_b, input_precision="ieee")
-    # Products must end inside the iteration: with one still under way when the next begins, the loops spill, and in
-    # other cuts of this kernel ptxas ran all products one after the other (its notes C7514 and C7515).
+    # Products must finish within the iteration: if one is still running when the next iteration starts, the loops
+    # spill. In other versions of this kernel ptxas then ran all products in sequence (its notes C7514 and C7515).
     if WAIT and HALVES:
         wait: tl.constexpr = "wgmma.wait_group.sync.aligned 0;"
         total_b = tl.inline_asm_elementwise(wait, "=f,0", [total_b], dtype=tl.float32, is_pure=False, pack=1)
     elif WAIT:
-        # No instruction: that its result is used is enough.
+        # This adds no instruction: it is enough that the result is used.
         acc_a = tl.inline_asm_elementwise("", "=f,0", [acc_a], dtype=tl.float32, is_pure=True, pack=1)
     return (top_a, total_a, acc_a), (top_b, total_b, acc_b)

@@ -1,7 +1,7 @@
 """PSA on the video tokens in Triton, for GPUs: one pass over k and v, one over q, levels without a sort.
 
-The same stages as `torch_backend.py`. What needs copies of keys, values and queries goes through the heads in parts, so
-that no more than a part of them is held twice.
+The same stages as `torch_backend.py`. Stages that copy keys, values and queries go through the heads in parts, so that
+only one part is held twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def attend_video(
 ) -> BlockLists:
     """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
 
-    lists: levels to use instead of choosing them. Returns those that were used.
+    lists: levels to use instead of choosing them. Returns the ones that were used.
     """
     if lists is None:
         lists = _choose(q, k, config, query_order, key_order, scale, generator)
@@ -90,7 +90,7 @@ def _attend_part(
     extra_v: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """A function of its own, so that its copies are given back before the next part makes its own."""
+    """A separate function, so that its copies are freed before the next part makes its own."""
     int8 = config.precision == "int8"
     pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
     if int8 and extra_k is not None:
@@ -106,7 +106,7 @@ def _attend_part(
 
 
 def _parts(batch: int, heads: int, *, whole: bool) -> Iterator[tuple[slice, slice]]:
-    """What is computed at a time: everything, or one batch entry, or half the heads of the only one."""
+    """What is computed at a time: everything, one batch entry, or half the heads if there is only one entry."""
     if whole or batch * heads == 1:
         yield slice(None), slice(None)
     elif batch > 1:

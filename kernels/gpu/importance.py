@@ -1,7 +1,7 @@
-"""Importance in Triton: the kernel beside `importance.reduced_softmax`, without a map of scores in memory.
+"""Importance in Triton: the kernel for `importance.reduced_softmax`, without a map of scores in memory.
 
-A program serves the representatives of some query blocks. It walks over the keys twice: first for the sum that every
-softmax row is divided by, then for the largest (or mean) weight of every block pair.
+A program serves the representatives of some query blocks. It walks over the keys twice: first for the sum that divides
+every softmax row, then for the largest (or mean) weight of every block pair.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _logits(
     PADDED: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    """Logits in base 2 of q [M, D] and the keys first..first + TILE; -inf where there is none. FULL: all are whole."""
+    """Logits in base 2 of q [M, D] and keys first..first + TILE; -inf if there is no key. FULL: all are whole."""
     dims = tl.arange(0, DIM)
     row = first + tl.arange(0, TILE)
     address = k_ptr + row[:, None].to(tl.int64) * stride_k + dims[None, :]
@@ -58,7 +58,7 @@ def _reduce_tile(
     COLUMNS: tl.constexpr = max(BLOCKS_K, 16) if MEAN else BLOCKS_K
     column = tl.arange(0, COLUMNS)
     out_k = first // PADDED_K + column
-    # Not a number stays what it is.
+    # NaN stays NaN.
     logits = tl.minimum(logits, _CEILING, propagate_nan=tl.PropagateNan.ALL)
     if MEAN:
         # Tensor cores add the keys of a block.
@@ -101,7 +101,7 @@ def _reduce(
     norm_ptr += (head // heads) * stride_nb + (head % heads) * stride_nh
     q = tl.load(q_ptr + row[:, None].to(tl.int64) * stride_q + dims[None, :], mask=mask, other=0)
 
-    # The last tile, in which rows may be short or missing, comes first and sets the reference of the sums.
+    # The last tile may have short or missing rows; it comes first and sets the reference of the sums.
     last = (rows_n - 1) // TILE * TILE
     logits = _logits(q, norm_ptr, last, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
                      TILE, HEAD_DIM, DIM, False)  # fmt: skip
@@ -111,7 +111,7 @@ def _reduce(
     for first in range(0, last, TILE):
         logits = _logits(q, norm_ptr, first, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
                          TILE, HEAD_DIM, DIM, whole)  # fmt: skip
-        # Held at 2^100 so that no sum overflows; so far above the reference nothing else counts.
+        # Capped at 2^100 so that no sum overflows; that far above the reference nothing else counts.
         total += tl.sum(tl.exp2(tl.minimum(logits - top[:, None], 100.0)), 1)
     norm = tl.where(there, top + tl.log2(total), float("inf"))
 
@@ -154,6 +154,6 @@ def reduced_softmax_triton(
 
 
 def _weight_type(rows: torch.Tensor) -> tl.dtype:
-    """What weights are added in: they end at 2^CEILING, which float16 cannot hold."""
+    """The type in which weights are added: they reach up to 2^CEILING, which float16 cannot hold."""
     exact = rows.dtype == torch.float32 or gpu_of(rows.device) == "interpreter"  # which mishandles bfloat16
     return tl.float32 if exact else tl.bfloat16

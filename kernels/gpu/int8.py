@@ -1,7 +1,7 @@
-"""Queries in eight bits in Triton: the kernel beside `int8.quantise`, whose result it reproduces.
+"""Queries in eight bits in Triton: the kernel for `int8.quantise`, whose result it reproduces.
 
-The attention kernel could round its queries itself, but the tensor cores of compute capability 9.0 would then read them
-from registers, of which it has none to spare.
+The attention kernel could round its queries itself. But then the tensor cores of compute capability 9.0 would read them
+from registers, and it has none to spare.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ def _quantise(
     x_ptr, index_ptr, out_ptr, scales_ptr, stride_b, stride_h, stride_l, heads, length, length_index, blocks,
     BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr,
 ):  # fmt: skip
-    """Block `program_id(0)` of head `program_id(1)`: out [B, H, L, D] in block order, one scale a block.
+    """Block `program_id(0)` of head `program_id(1)`: out [B, H, L, D] in block order, one scale per block.
 
-    length_index: entries of the index before those of the next head; 0 where all share one.
+    length_index: entries of the index from one head to the next; 0 if all heads share one.
     """
     head = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK
     base = x_ptr + (head // heads) * stride_b + (head % heads) * stride_h
     index_ptr += head * length_index
     rows = load_rows(base, index_ptr if ORDERED else None, first, length, stride_l, BLOCK, HEAD_DIM, DIM).to(tl.float32)
-    # What is not finite becomes 0, so that the scale is that of the others.
+    # Numbers that are not finite become 0, so that the others decide the scale.
     rows = tl.where(tl.abs(rows) < float("inf"), rows, 0.0)
     scale = tl.maximum(tl.max(tl.max(tl.abs(rows), 1), 0), 1e-20) / 127.0
     rows /= scale

@@ -1,7 +1,7 @@
-"""Levels in Triton: the kernel beside `levels.choose_levels` and `levels.group_by_level`, without a sort.
+"""Levels in Triton: the kernel for `levels.choose_levels` and `levels.group_by_level`, without a sort.
 
-A program holds one row of importance. Non-negative floats order like their bits, so the cut of a level is found bit by
-bit: the count (topk) or the sum (threshold, budget) on one side of a trial value says whether the bit stays.
+A program holds one row of importance. Non-negative floats sort like their bits, so the cut of a level is found bit by
+bit: the count (topk) or the sum (threshold, budget) on one side of a trial value decides whether the bit stays.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _BUDGET_ROWS = 1024
 
 @triton.jit
 def _by_count(keys, wanted):
-    """Mask of the `wanted` largest keys, among equals the lower index first; keys are non-negative, padding is -1."""
+    """Mask of the `wanted` largest keys, ties broken by lower index; keys are non-negative, padding is -1."""
     cut, count, bit = tl.full([], 0, tl.int32), tl.full([], -1, tl.int32), tl.full([], 1 << 30, tl.int32)
-    while (bit > 0) & (count != wanted):  # where the count is met exactly no further bit matters
+    while (bit > 0) & (count != wanted):  # once the count is met exactly, no further bit matters
         trial_count = tl.sum((keys >= (cut | bit)).to(tl.int32), 0)
         stays = trial_count >= wanted
         cut = tl.where(stays, cut | bit, cut)
@@ -36,7 +36,7 @@ def _by_count(keys, wanted):
 
 @triton.jit
 def _by_mass(keys, weights, least, FLOORED: tl.constexpr):
-    """Mask of the keys after which, from the largest down, at least `least` of the weight remains."""
+    """Mask of the keys, counted from the largest down, after which at least `least` of the weight remains."""
     cut = 0
     for step in range(31):
         trial = cut | (1 << (30 - step))
@@ -48,7 +48,7 @@ def _by_mass(keys, weights, least, FLOORED: tl.constexpr):
     one = tl.sum(tl.where(equal, weights, 0.0), 0) / tl.maximum(count, 1).to(tl.float32)
     after = below + (count - tl.cumsum(equal.to(tl.int32), 0)).to(tl.float32) * one
     if FLOORED:
-        after = tl.maximum(after, one)  # the last block counts as if a part of it were left
+        after = tl.maximum(after, one)  # the last block counts as if some of it were left
     return tl.where(least <= 0, keys >= 0, above | (equal & (after >= least)))
 
 
@@ -67,7 +67,7 @@ def _choose(
     scores = tl.load(scores_ptr + row * n_k + lanes, mask=exists, other=0.0)
     finite = tl.abs(scores) < float("inf")
     scores = tl.where(finite, scores, 0.0)
-    # One is added to the bits of every score, so that what is not finite, 0, comes after all of them.
+    # The bits of every score are raised by one, so that scores that are not finite (0) rank after all others.
     keys = tl.where(exists, tl.where(finite, scores.to(tl.int32, bitcast=True) + 1, 0), -1)
     tl.store(unranked_ptr + row, tl.sum((exists & ~finite).to(tl.int32), 0))
     largest = tl.max(keys, 0)
@@ -85,7 +85,7 @@ def _choose(
         if RULE == 0:
             taken = _by_count(keys, cuts[LEVELS - 1 - step])
         else:
-            # The small slack keeps a block whose cumulative importance equals the bound, in spite of rounding.
+            # The small slack keeps a block whose cumulative importance equals the bound despite rounding.
             least = tl.exp(-cuts[LEVELS - 1 - step] * scale * (1.0 + 1e-6)) - 1e-37
             taken = _by_mass(keys, weights, least, FLOOR > 0)
         factors = tl.where(taken, FACTORS[LEVELS - 1 - step], factors)
@@ -113,7 +113,7 @@ def choose_lists_triton(
 ) -> BlockLists:
     """As `levels.group_by_level` of `levels.choose_levels`. Scores float32 [B, H, n_q, n_k], contiguous.
 
-    In budget mode the scale of the cuts is learnt from a part of the rows, evenly spread over every head.
+    In budget mode the scale of the cuts is learnt from some of the rows, evenly spread over every head.
     """
     batch, heads, n_q, n_k = scores.shape
     stored = config.stored_factors

@@ -1,4 +1,4 @@
-"""Token orders in Triton: the kernel beside `order.TokenOrder.apply` and `undo`, whose results it reproduces."""
+"""Token orders in Triton: the kernel for `order.TokenOrder.apply` and `undo`, whose results it reproduces."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _ROWS = 64
 def load_rows(
     base_ptr, index_ptr, first, length, stride, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr
 ):
-    """The ordered rows first..first + ROWS of a head [ROWS, DIM], 0 where there is none.
+    """The ordered rows first..first + ROWS of a head [ROWS, DIM], 0 if there is no row.
 
-    base_ptr: the head; index_ptr: the places of its rows, None where they are in order.
+    base_ptr: the head; index_ptr: where its rows are, None if they are in order.
     """
     position = first + tl.arange(0, ROWS)
     dims = tl.arange(0, DIM)
@@ -34,9 +34,9 @@ def _move(
     x_ptr, index_ptr, out_ptr, stride_xb, stride_xh, stride_xl, stride_ob, stride_oh, stride_ol,
     heads, length, length_index, UNDO: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Rows ROWS * program_id(0) and on of head program_id(1): out[i] = x[index[i]], or out[index[i]] = x[i] to undo.
+    """Rows from ROWS * program_id(0) of head program_id(1): out[i] = x[index[i]], or out[index[i]] = x[i] to undo.
 
-    length_index: entries of the index before those of the next head; 0 where all share one.
+    length_index: entries of the index from one head to the next; 0 if all heads share one.
     """
     head = tl.program_id(1).to(tl.int64)
     ordered = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -54,7 +54,7 @@ def _move(
 
 
 def apply_order_triton(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
-    """x [B, H, L, D] in this order: contiguous, or x itself in raster order."""
+    """x [B, H, L, D] in this order: a contiguous copy, or x itself for the raster order."""
     if order.index is None:
         return x
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -63,7 +63,7 @@ def apply_order_triton(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
 
 
 def undo_order_triton(x: torch.Tensor, order: TokenOrder, out: torch.Tensor) -> None:
-    """Write x [B, H, L, D], which is in this order, to `out` in raster order."""
+    """Write x [B, H, L, D] from this order to `out` in raster order."""
     _launch(x, order.index, out, undo=True)
 
 

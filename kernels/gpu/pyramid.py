@@ -1,8 +1,8 @@
-"""The pyramid in Triton: one pass over keys or values that puts them in order, pools them and, for int8, rounds them
-at full resolution.
+"""The pyramid in Triton: one pass over keys or values puts them in order, pools them and, for int8, rounds them at full
+resolution.
 
-The kernel beside `pyramid.build_pyramid` and `int8.quantise_keys`, whose results it reproduces. A program reads some
-blocks of one head, eight neighbouring tokens to a thread, and pools them in registers in float32.
+The kernel for `pyramid.build_pyramid` and `int8.quantise_keys`, whose results it reproduces. A program reads a few
+blocks of one head, eight neighbouring tokens per thread, and pools them in registers in float32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _block_scale(largest, ptr, first_block, blocks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _shifted(rows, mean, there):
-    """Rows without the mean key, where there are any."""
+    """The rows that exist, with the mean key subtracted."""
     return tl.where(there[:, None], rows - mean[None, :], 0.0)
 
 
@@ -48,12 +48,12 @@ def _pool(
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, FINE: tl.constexpr, INT8: tl.constexpr,
 ):  # fmt: skip
-    """Blocks BLOCKS * program_id(0) and on of head `program_id(1)`, read as groups of 8 neighbouring tokens.
+    """Blocks from BLOCKS * program_id(0) of head `program_id(1)`, read as groups of 8 neighbouring tokens.
 
-    x: [B, H, L, D] with unit stride in D. length_index: entries of the index before those of the next head; 0 where all
-    share one. FACTORS: pooling factors of the levels, finest first; those above 1 lie in
+    x: [B, H, L, D] with unit stride in D. length_index: entries of the index from one head to the next; 0 if all heads
+    share one. FACTORS: pooling factors of the levels, finest first; levels above 1 go to
     `coarse` [B, H, coarse_rows, D], level after level. FINE: whether level 1 is written, to `fine` [B, H, L, D].
-    INT8: the mean key is taken off all levels, and level 1 is rounded with a scale for each block.
+    INT8: the mean key is subtracted from all levels, and level 1 is rounded with one scale per block.
     """
     GROUPS: tl.constexpr = BLOCKS * BLOCK // 8
     first_block = tl.program_id(0) * BLOCKS
@@ -69,7 +69,7 @@ def _pool(
     fine_ptr += head * length * HEAD_DIM
     coarse_ptr += head * coarse_rows * HEAD_DIM
     scales_ptr += head * blocks
-    # Rows of the blocks behind the last one are never written.
+    # Rows of the blocks after the last one are never written.
     inside = first + group * 8 < blocks * BLOCK
 
     rows = ()
@@ -92,7 +92,7 @@ def _pool(
         for i in tl.static_range(8):
             there = first + group * 8 + i < length
             row = rows[i]
-            if INT8:  # rounded half away from zero
+            if INT8:  # halves are rounded away from zero
                 row = _shifted(row, mean, there) / scale[:, None]
                 row += tl.where(row >= 0, 0.5, -0.5)
             _write(row, fine_ptr, first + i, 8, there, HEAD_DIM)
@@ -132,7 +132,7 @@ def _pool(
 
 @triton.jit
 def _held(first, row, FACTOR: tl.constexpr, length):
-    """Tokens that exist of the FACTOR that each row stands for; `row` counts from token `first`."""
+    """How many of the FACTOR tokens of each row exist; `row` counts from token `first`."""
     return tl.minimum(tl.maximum(length - first - row * FACTOR, 0), FACTOR)
 
 
@@ -191,7 +191,7 @@ def _launch(
     batch, heads, length, dim = x.shape
     blocks = -(-length // block)
     at_once = max(1, 128 // block)
-    # A tensor that is not there is never touched; any may stand in its place.
+    # A missing tensor is never touched, so any other can be passed for it.
     index = None if order.index is None else order.index.contiguous()
     index_, mean_, fine_, coarse_, scales_ = (
         x if tensor is None else tensor for tensor in (index, mean, fine, coarse, scales)

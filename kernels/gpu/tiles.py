@@ -1,7 +1,7 @@
-"""How the attention kernel is cut for a GPU: rows of a tile, warps, tiles in flight.
+"""How the attention kernel is cut for a GPU: rows per tile, warps, tiles in flight.
 
-What was measured where stands in `benchmarks/`. Other GPUs have a tile here that fits their shared memory
-(tests/kernels/test_compile.py), from which `autotune.py` begins to search on the GPU itself.
+The measurements are in `workshop/benchmarks/`. Other GPUs have a tile here that fits their shared memory
+(tests/kernels/test_compile.py); `autotune.py` starts its search on the GPU from there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.util
 import torch
 
 MEASURED = ("sm90",)
-"""GPUs, named as by `gpu_of`, whose tile below is the fastest that we have found; no search there."""
+"""GPUs (as `gpu_of` names them) whose tile below is the fastest we have found; no search there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class AttendTile:
     """Shape of one program of `attend.py`.
 
     Attributes:
-        rows: key rows of a tile; warps; stages: tiles in flight.
-        bulk: keys and values of level 1 come by the tensor memory accelerator (compute capability 9.0).
+        rows: key rows per tile; warps; stages: tiles in flight.
+        bulk: keys and values of level 1 are loaded by the tensor memory accelerator (compute capability 9.0).
         wait: see `attend_tile.fast_tile`.
-        halves: query blocks of 128 rows or more are computed in two halves, see there.
+        halves: query blocks of 128 rows or more are computed in two halves, see the same place.
     """
 
     rows: int
@@ -49,7 +49,7 @@ def padded_dim(dim: int, int8: bool) -> int:
 
 
 def attend_tile(gpu: str, dim: int) -> AttendTile:
-    """The built-in tile for heads of `dim`, a power of two, on a GPU as named by `gpu_of`."""
+    """The built-in tile for heads of `dim`, a power of two, on a GPU as `gpu_of` names it."""
     if gpu == "interpreter":
         return AttendTile(rows=32, warps=4, stages=1, halves=True)
     if gpu == "hip":
@@ -61,7 +61,7 @@ def attend_tile(gpu: str, dim: int) -> AttendTile:
 
 
 def importance_stages(gpu: str, dim: int) -> int:
-    """Tiles in flight of the importance kernel, for heads of `dim`, a power of two, on a GPU named as by `gpu_of`."""
+    """Tiles in flight of the importance kernel, for heads of `dim`, a power of two, on a GPU as `gpu_of` names it."""
     if gpu in ("interpreter", "hip"):
         return 1
     return 3 if gpu in ("sm80", "sm90") or dim <= 128 else 1
