@@ -1,4 +1,4 @@
-"""What ComfyUI's native CogVideoX needs to be right: positions, noise schedule, sampler, image conditioning.
+"""What ComfyUI's native CogVideoX needs to be correct: positions, noise schedule, sampler, image conditioning.
 
-Knows nothing of files and of PSA. diffusers is the reference; it takes seconds to import, so only functions import it.
+Knows nothing about files or PSA. diffusers is the reference; it takes seconds to import, so only functions import it.
 """

@@ -1,6 +1,6 @@
-"""Makes a native CogVideoX MODEL compute what diffusers computes: a clone is changed, unloading it undoes everything.
+"""Makes a native CogVideoX MODEL compute what diffusers computes. Only a clone is changed; unloading it undoes it all.
 
-Only ComfyUI's own means are used (object patches and one keyed wrapper). Weights are never touched.
+It uses only ComfyUI's own means (object patches and one keyed wrapper). Weights are never touched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .schedule import make_sampling
 from .variant import Variant, find_variant
 
 KEY = "psa_cogvideox"
-# Of the latent, and of latent and start image. Inpainting models (VOID) have more, and a sampler of the core.
+# Channels of the latent, and of latent plus start image. Inpainting models (VOID) have more, and use a core sampler.
 _RELEASED_CHANNELS = (16, 32)
 
 log = logging.getLogger("ComfyUI-PSA")
@@ -30,18 +30,18 @@ def is_corrected(model: Any) -> bool:
 
 
 def missing_corrections(model: Any) -> str | None:
-    """A sentence for the user of a CogVideoX MODEL that should have the corrections and does not; otherwise None."""
+    """A sentence for the user if a CogVideoX MODEL should have the corrections and does not; otherwise None."""
     channels = model.model.model_config.unet_config.get("in_channels")
     if is_corrected(model) or channels not in _RELEASED_CHANNELS:
         return None
-    return "this CogVideoX model has ComfyUI's own positions and schedule; put PSA CogVideoX Fix behind its loader"
+    return "this CogVideoX model has ComfyUI's own positions and schedule; put PSA CogVideoX Fix after its loader"
 
 
 def correct_model(model: Any, variant: Variant | None = None, node: str = "PSA CogVideoX Fix") -> Any:
-    """A clone of a CogVideoX MODEL with the positions, noise schedule and frame padding that it was trained with.
+    """A clone of a CogVideoX MODEL with the positions, noise schedule and frame padding from its training.
 
     Args:
-        model: ComfyUI's ModelPatcher. variant: None takes it from the sizes of the model. node: for the error.
+        model: ComfyUI's ModelPatcher. variant: None works it out from the model's sizes. node: named in the error.
 
     Raises:
         InputError: the model is not CogVideoX.
@@ -76,7 +76,7 @@ def _correct_positions(patched: Any, network: Any, variant: Variant) -> None:
         embedder = rotary_embedder(variant, network.patch_size, network.attention_head_dim)
         patched.add_object_patch(prefix + "_get_rotary_emb", embedder)
     if variant.learned_positions or not variant.rotary:
-        # ComfyUI's own positions are switched off, ours come in their place.
+        # ComfyUI's own positions are switched off and ours are used instead.
         patched.add_object_patch(prefix + "patch_embed.use_positional_embeddings", False)
         patched.add_object_patch(prefix + "patch_embed.use_learned_positional_embeddings", False)
         embedding = positioned_patch_embed(type(network.patch_embed), variant)
@@ -98,7 +98,7 @@ def _add_run_wrapper(patched: Any, variant: Variant, config: dict[str, Any]) -> 
 
 
 def float16_warning(model: Any, variant: Variant) -> str | None:
-    """A sentence where a model that was trained in bfloat16 will be computed in float16, which its numbers exceed.
+    """A sentence if a model trained in bfloat16 will run in float16, whose range its numbers exceed; otherwise None.
 
     2B, the one without rotary positions, was trained in float16.
     """

@@ -1,8 +1,8 @@
-"""CogVideoX 1.5 takes latent frames in pairs: an odd number is made even by one frame in front, as diffusers does it.
+"""CogVideoX 1.5 takes latent frames in pairs: an odd number is made even by one extra frame in front, as in diffusers.
 
-ComfyUI pads at the end inside the model, with a copy of the first frame, which disturbs the end of the video. The frame
-in front is sampled like the others and dropped afterwards (diffusers' CogVideoXPipeline). Also here, because it too
-changes what goes into a sampling run: the image latent of 1.5 I2V, which was trained without the latent scale.
+ComfyUI pads inside the model, at the end, with a copy of the first frame, which disturbs the end of the video. Our
+extra frame is sampled like the others and dropped afterwards (diffusers' CogVideoXPipeline). The image latent of 1.5
+I2V, which was trained without the latent scale, is handled here too, because it also changes a run's input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pad_odd_frames(
     seed: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """OUTER_SAMPLE wrapper: samples [B, C, T, H, W] with T even and gives back the T that came in."""
+    """OUTER_SAMPLE wrapper: samples [B, C, T, H, W] with an even T and returns the T that came in."""
     guider = executor.class_obj
     if variant.inverted_image_scale:
         scale = guider.model_patcher.model.latent_format.scale_factor
@@ -53,13 +53,13 @@ def pad_odd_frames(
 
 
 def front_noise(shape: tuple[int, ...], seed: int | None) -> torch.Tensor:
-    """Noise of the frame in front, [B, C, 1, H, W] of a shape [B, C, T, H, W]; not the noise that `seed` makes."""
+    """Noise of the extra frame, [B, C, 1, H, W] for a shape [B, C, T, H, W]; not the noise that `seed` makes."""
     generator = torch.Generator().manual_seed((seed or 0) + 1)
     return torch.randn((*shape[:2], 1, *shape[3:]), generator=generator)
 
 
 def _noise_in_front(noise: torch.Tensor, seed: int | None) -> torch.Tensor:
-    # Noise that is all zero continues a latent that is noisy already (DisableNoise); so must the frame in front.
+    # All-zero noise (DisableNoise) means the latent is noisy already; then the extra frame must get none either.
     front = front_noise(noise.shape, seed).to(noise) if noise.any() else torch.zeros_like(noise[:, :, :1])
     return torch.cat([front, noise], 2)
 
@@ -69,6 +69,6 @@ def _repeat_first(x: torch.Tensor) -> torch.Tensor:
 
 
 def _unscaled_image(cond: dict[str, Any], scale: float) -> dict[str, Any]:
-    """ComfyUI will multiply the image latent by the latent scale; the model wants it divided by it."""
+    """ComfyUI will multiply the image latent by the latent scale; the model needs it divided by that scale."""
     image = cond.get("concat_latent_image")
     return cond if image is None else {**cond, "concat_latent_image": image / scale**2}

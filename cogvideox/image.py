@@ -1,4 +1,4 @@
-"""Conditioning of the CogVideoX image-to-video models: the start image as a latent, beside an empty video latent."""
+"""Conditioning of the CogVideoX image-to-video models: the start image as a latent, and an empty video latent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .run_inputs import LATENT_CHANNELS
 
 NODE = "PSA CogVideoX Image To Video"
 _SIZES = {"width": (16, 16384, 8, 0), "height": (16, 16384, 8, 0), "length": (1, 16384, 4, 1)}
-"""The least, the most, and the step: 8 pixels a latent pixel; 4 frames a latent frame, and one alone at the start."""
+"""Minimum, maximum and step: 8 pixels per latent pixel; 4 frames per latent frame, plus a single one at the start."""
 
 
 def size_error(name: str, value: object) -> InputError | None:
-    """What is wrong with a value of `width`, `height` or `length`: nothing (None), or an error with the nearest."""
+    """What is wrong with a value of `width`, `height` or `length`: None, or an error that names the nearest values."""
     least, most, step, rest = _SIZES[name]
     if type(value) is not int or not least <= value <= most:
         allowed = f"{least} to {most}"
@@ -28,7 +28,7 @@ def size_error(name: str, value: object) -> InputError | None:
 
 
 def check_width(width: int) -> None:
-    """Raise InputError for a width that the VAE has no latent for."""
+    """Raise InputError if the VAE has no latent for this width."""
     _check_size("width", width)
 
 
@@ -38,7 +38,7 @@ def check_height(height: int) -> None:
 
 
 def check_length(length: int) -> None:
-    """Raise InputError for a number of frames that the VAE has no latent for."""
+    """Raise InputError if the VAE has no latent for this number of frames."""
     _check_size("length", length)
 
 
@@ -51,13 +51,13 @@ def _check_size(name: str, value: int) -> None:
 def image_to_video(
     positive: Any, negative: Any, vae: Any, start_image: torch.Tensor, width: int, height: int, length: int, batch: int
 ) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """Both conditionings with the image in their first latent frame, and zeros [B, 16, T, height/8, width/8] to sample.
+    """Both conditionings with the image in the first latent frame, and zeros [B, 16, T, height/8, width/8] to sample.
 
     Args:
-        start_image: [B, H, W, 3], resized to fill width x height, its first picture alone; length: frames.
+        start_image: [B, H, W, 3], only its first picture, resized to fill width x height; length: frames.
 
     Raises:
-        InputError: a size that the VAE has no latent for, or something else than an input's kind.
+        InputError: the VAE has no latent for this size, or an input is of the wrong kind.
     """
     import comfy.model_management
     import comfy.utils
@@ -78,7 +78,7 @@ def image_to_video(
     check_height(height)
     check_length(length)
     pixels = comfy.utils.common_upscale(start_image[:1, :, :, :3].movedim(-1, 1), width, height, "lanczos", "center")
-    # The frames after the first are left to the model, which pads them with zeros as diffusers does.
+    # The model pads the frames after the first with zeros, as diffusers does.
     image = vae.encode(pixels.movedim(1, -1))
     if image.ndim != 5 or image.shape[1] != LATENT_CHANNELS:
         given = f"a VAE with {image.shape[1]} channels"

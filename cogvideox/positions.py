@@ -1,7 +1,7 @@
 """Position tables of CogVideoX, made by diffusers' own functions: rotary (5B, 1.5) and sin-cos (2B).
 
-ComfyUI's 1.0 tables differ from the ones the models were trained with: there the grid of a video is fitted into the
-grid of the training size, aspect kept and centred, and positions run over that region (diffusers' CogVideoX pipelines).
+ComfyUI's 1.0 tables differ from those used in training. In training the grid of a video was fitted into the grid of the
+training size, centred and with its aspect kept; positions cover that region (diffusers' CogVideoX pipelines).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rotary_table(
     """Cosines and sines of the rotary positions of 1.0 models, each float32 [T*H*W, head_size].
 
     Args:
-        grid: of the video; base: height and width of the training grid.
+        grid: the video's; base: height and width of the training grid.
     """
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
@@ -36,7 +36,7 @@ def rotary_table(
 
 
 def fitted_region(size: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Top-left and bottom-right corner of `size` (height, width) fitted into `base`, aspect kept and centred."""
+    """Top-left and bottom-right corner of `size` (height, width) fitted into `base`, centred, aspect kept."""
     (height, width), (base_height, base_width) = size, base
     if height / width > base_height / base_width:
         fitted = base_height, round(base_height / height * width)
@@ -47,7 +47,7 @@ def fitted_region(size: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[i
 
 
 def sincos_table(grid: Grid, size: int, spatial_scale: float, temporal_scale: float) -> torch.Tensor:
-    """Sin-cos positions that are added to the video tokens: float32 [T*H*W, size], size divisible by 16."""
+    """Sin-cos positions to add to the video tokens: float32 [T*H*W, size], size divisible by 16."""
     from diffusers.models.embeddings import get_3d_sincos_pos_embed
 
     frames, height, width = grid
@@ -56,7 +56,7 @@ def sincos_table(grid: Grid, size: int, spatial_scale: float, temporal_scale: fl
 
 
 def rotary_embedder(variant: Variant, patch_size: int, head_size: int):
-    """A replacement of the native `_get_rotary_emb(h, w, t, device)`; it remembers the table of the last size."""
+    """A replacement for the native `_get_rotary_emb(h, w, t, device)` that remembers the table of the last size."""
     base = variant.sample_height // patch_size, variant.sample_width // patch_size
 
     @functools.lru_cache(maxsize=1)
@@ -69,7 +69,7 @@ def rotary_embedder(variant: Variant, patch_size: int, head_size: int):
 def positioned_patch_embed(native: type[torch.nn.Module], variant: Variant) -> type[torch.nn.Module]:
     """A subclass of the native patch embedding that adds the right positions to the video tokens.
 
-    A class and not a function, so that nothing holds on to one model: ComfyUI gives clones of a model other modules.
+    A class, not a function, so that nothing is tied to one model: ComfyUI gives clones of a model other modules.
     """
 
     @functools.lru_cache(maxsize=1)
@@ -85,7 +85,7 @@ def positioned_patch_embed(native: type[torch.nn.Module], variant: Variant) -> t
             grid = frames // (self.patch_size_t or 1), height // self.patch_size, width // self.patch_size
             text = text_embeds.shape[1]
             if variant.learned_positions and (frames - 1) * 4 + 1 == variant.sample_frames:
-                # Text has trained positions too; a prompt that ComfyUI repeats to a longer one repeats them.
+                # Text has trained positions too; if ComfyUI repeats a prompt to make it longer, they repeat with it.
                 most = self.max_text_seq_length
                 rows = [torch.arange(text) % most, torch.arange(most, self.pos_embedding.shape[1])]
                 return embeds + self.pos_embedding[:, torch.cat(rows)].to(embeds.device, embeds.dtype)

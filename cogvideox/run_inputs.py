@@ -1,6 +1,6 @@
-"""What a sampling run of CogVideoX is given, checked before the model is loaded: sizes, prompt, start image.
+"""Checks what a sampling run of CogVideoX gets before the model is loaded: sizes, prompt, start image.
 
-What cannot work is an error that says what does; what ComfyUI replaces or leaves out on its own is named in the log.
+What cannot work raises an error that says what does. What ComfyUI replaces or drops on its own is logged.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ log = logging.getLogger("ComfyUI-PSA")
 
 
 def check_run(variant: Variant, config: dict[str, Any], noise: torch.Tensor, conds: dict[str, list[dict]]) -> None:
-    """Check what a run starts from.
+    """Check the inputs of a run.
 
     Args:
-        config: what ComfyUI found out from the weights. noise: [B, 16, T, H, W] in latent rows and columns.
+        config: what ComfyUI worked out from the weights. noise: [B, 16, T, H, W] in latent rows and columns.
         conds: ComfyUI's conditionings by name, positive and negative.
 
     Raises:
-        InputError: the latent or a prompt cannot be CogVideoX's, or the model does not do this size.
+        InputError: the latent or a prompt cannot be CogVideoX's, or the model cannot make this size.
     """
     if noise.ndim != 5 or noise.shape[1] != LATENT_CHANNELS:
         allowed = f"a latent with {LATENT_CHANNELS} channels and frames, rows, columns"
@@ -72,7 +72,7 @@ def _note_images(variant: Variant, noise: torch.Tensor, conds: list[dict]) -> No
         if image.shape[-2:] != noise.shape[-2:]:
             given, wanted = (f"{size[-1] * 8}x{size[-2] * 8}" for size in (image.shape, noise.shape))
             log.warning(
-                "PSA: the start image is %s and the video %s; ComfyUI stretches it, which blurs. Set width and height "
+                "PSA: the start image is %s and the video %s; ComfyUI stretches it, and it blurs. Set width and height "
                 "of %s to the video's, or sample its own latent", given, wanted, _IMAGE_NODE,
             )  # fmt: skip
             break

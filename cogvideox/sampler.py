@@ -1,7 +1,7 @@
-"""diffusers' CogVideoX schedulers as a ComfyUI sampler: what the models, and the 4-step LoRA, were made for.
+"""diffusers' CogVideoX schedulers as a ComfyUI sampler: what the models and the 4-step LoRA were made for.
 
-The schedulers themselves do the stepping; this file only translates. ComfyUI's latent is x * sqrt(1 + sigma^2) with
-diffusers' x, and its model returns the clean latent, from which the predicted v follows.
+The schedulers do the stepping; this file only translates. ComfyUI's latent is x * sqrt(1 + sigma^2), where x is
+diffusers' latent. ComfyUI's model returns the clean latent, and the predicted v follows from it.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def sample(
 ) -> torch.Tensor:
     """Sample x [B, C, T, H, W] along `sigmas`, in the calling convention of ComfyUI's sampler functions.
 
-    The noise of `dpm` is drawn on the CPU from the seed, as a diffusers pipeline with a CPU generator draws it behind
-    the noise that it starts from; so a seed gives the same noise on every device.
+    The noise of `dpm` is drawn on the CPU from the seed, as a diffusers pipeline with a CPU generator draws it after
+    its starting noise. So a seed gives the same noise on every device.
 
     Raises:
         InputError: the model's sampling type is not the one that PSA CogVideoX Loader and PSA CogVideoX Fix set.
@@ -59,7 +59,7 @@ def sample(
     scheduler = _scheduler(solver, walk)
     generator = torch.Generator().manual_seed(extra_args.get("seed") or 0)
     latent = _scaled(x, walk.sigmas[0], -1).transpose(1, 2)  # diffusers: [B, T, C, H, W]
-    torch.randn(latent.shape, generator=generator)  # where a pipeline draws the noise that it starts from
+    torch.randn(latent.shape, generator=generator)  # here a pipeline draws its starting noise
     batch = x.new_ones(len(x))
     clean = None
     for i in model_trange(len(walk.timesteps), disable=disable):
@@ -79,7 +79,7 @@ def sample(
 
 
 def _scaled(x: torch.Tensor, sigma: float, power: int) -> torch.Tensor:
-    """Between diffusers' latent and ComfyUI's: times sqrt(1 + sigma^2) to the given power."""
+    """Convert between diffusers' latent and ComfyUI's: times sqrt(1 + sigma^2) to the given power."""
     return x * (1 + sigma**2) ** (power / 2)
 
 
@@ -94,7 +94,7 @@ def _scheduler(solver: str, walk: Any) -> Any:
 
 
 def _checked_sampling(model: Any) -> Any:
-    """The model's ModelSampling, if its latents are scaled as this sampler expects."""
+    """The model's ModelSampling; raises InputError unless its latents are scaled as this sampler expects."""
     import comfy.model_sampling
 
     sampling = model.inner_model.inner_model.model_sampling

@@ -1,9 +1,9 @@
 """The noise schedule of CogVideoX in ComfyUI's terms, and the steps that diffusers takes through it.
 
 Sigma is sqrt((1 - a) / a) for diffusers' cumulative alpha a. The schedule ends in pure noise (a = 0), where ComfyUI
-needs a finite sigma; whoever computes with alphas takes 0 there. ComfyUI's sampling type for CogVideoX, called
-V_PREDICTION_DDPM, hands the model noise scaled by sqrt(1 + sigma^2); its V_PREDICTION scales it back, which is right
-for every sampler of the core.
+needs a finite sigma; code that computes with alphas uses 0 there. ComfyUI's sampling type for CogVideoX,
+V_PREDICTION_DDPM, gives the model noise scaled by sqrt(1 + sigma^2). Its V_PREDICTION scales it back, which is right
+for every core sampler.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def make_sampling(schedule: Mapping[str, Any], model_config: Any) -> Any:
     """A ModelSampling object of ComfyUI with the schedule of diffusers' CogVideoX schedulers.
 
     Args:
-        schedule: arguments of `CogVideoXDDIMScheduler`; model_config: the model's, for its sampling settings.
+        schedule: arguments of `CogVideoXDDIMScheduler`; model_config: read for its sampling settings.
     """
     import comfy.model_sampling
     from diffusers import CogVideoXDDIMScheduler
@@ -41,7 +41,7 @@ def make_sampling(schedule: Mapping[str, Any], model_config: Any) -> Any:
 
 
 def table_alphas(sampling: Any) -> torch.Tensor:
-    """Cumulative alphas of a ModelSampling's table, float64 [steps], least noise first, pure noise exactly 0."""
+    """Cumulative alphas of a ModelSampling's table, float64 [steps], least noise first; pure noise is exactly 0."""
     sigmas = sampling.sigmas.double().cpu()
     alphas = 1 / (1 + sigmas**2)
     if sigmas[-1] > _PURE_NOISE_SIGMA:
@@ -56,7 +56,7 @@ def trailing_sigmas(model: Any, steps: int, denoise: float) -> torch.Tensor:
         model: a ComfyUI MODEL; denoise: below 1 the last `steps` of int(steps / denoise), as ComfyUI's schedulers do.
 
     Raises:
-        InputError: the model has no table of noise levels, or more steps than levels are asked for.
+        InputError: the model has no table of noise levels, or fewer levels than the steps asked for.
     """
     require_model(model, "PSA CogVideoX Sigmas")
     sigmas = getattr(model.get_model_object("model_sampling"), "sigmas", None)
@@ -81,18 +81,18 @@ def trailing_timesteps(steps: int, levels: int = 1000) -> torch.Tensor:
 
     scheduler = CogVideoXDDIMScheduler(num_train_timesteps=levels, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
-    return scheduler.timesteps[:steps]  # rounding can add one of -1
+    return scheduler.timesteps[:steps]  # rounding can add a step of -1
 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """How a scheduler of diffusers has to be set up to go through a schedule.
+    """How to set up a diffusers scheduler so that it walks through a schedule.
 
     Attributes:
         alphas: its table, float64, least noise first.
-        steps: its number of inference steps: it goes down by len(alphas) // steps with every step.
-        timesteps: into `alphas`, one a step, most noise first.
-        sigmas: of the table of the model, one a step, and the one at which the walk ends.
+        steps: its number of inference steps; each step goes down by len(alphas) // steps.
+        timesteps: indices into `alphas`, one per step, most noise first.
+        sigmas: from the model's table, one per step, plus the one at which the walk ends.
     """
 
     alphas: torch.Tensor
@@ -102,10 +102,10 @@ class Walk:
 
 
 def plan_walk(sampling: Any, sigmas: torch.Tensor) -> Walk:
-    """The walk along `sigmas` [n + 1] (any ComfyUI schedule, whole or a part of one), on the model's table.
+    """The walk along `sigmas` [n + 1] (any ComfyUI schedule, whole or in part), on the model's table.
 
-    Trailing steps are walked as diffusers walks them, so that results agree for every step count. Anything else goes
-    from each level to the next one that is listed.
+    Trailing steps are walked as diffusers walks them, so results agree for every step count. Any other schedule goes
+    from each listed level to the next.
 
     Raises:
         InputError: the schedule goes up.
@@ -130,7 +130,7 @@ def plan_walk(sampling: Any, sigmas: torch.Tensor) -> Walk:
 
 
 def _trailing_count(timesteps: list[int], levels: int) -> int:
-    """The number of steps of the trailing schedule of which `timesteps` are a run, or 0."""
+    """The number of steps of the trailing schedule that contains `timesteps` as a run, or 0."""
     taken = len(timesteps) - 1
     if taken < 1 or timesteps[0] <= timesteps[-1]:
         return 0

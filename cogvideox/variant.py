@@ -1,7 +1,7 @@
-"""What a CogVideoX checkpoint needs beyond its weights: which positions, which noise schedule, how an image is scaled.
+"""What a CogVideoX checkpoint needs besides its weights: which positions, which noise schedule, how an image is scaled.
 
-ComfyUI reads the sizes of a model from its weights and cannot see these. A diffusers folder states them in its configs;
-for a bare file they follow from the released models (2B, 5B, 5B-I2V, 1.5-5B, 1.5-5B-I2V). No tensors, no ComfyUI here.
+ComfyUI reads a model's sizes from its weights and cannot see these. A diffusers folder has them in its configs; for a
+bare file they follow from the released models (2B, 5B, 5B-I2V, 1.5-5B, 1.5-5B-I2V). No tensors, no ComfyUI here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-# The released 2B is the only model with 30 heads, without rotary positions and with an SNR shift of 3.
+# The released 2B is the only model with 30 heads; it has no rotary positions and an SNR shift of 3.
 _HEADS_OF_2B = 30
 
 
@@ -23,10 +23,10 @@ class Variant:
         version: "1.0" or "1.5" (temporal patches).
         rotary: queries and keys are rotated by position; False for 2B, which adds sin-cos positions to its tokens.
         learned_positions: the checkpoint holds trained positions for its own video size (5B-I2V of 1.0).
-        sample_height, sample_width, sample_frames: latent rows and columns and pixel frames the model was made for.
+        sample_height, sample_width, sample_frames: latent rows and columns, and pixel frames, of the training videos.
         spatial_scale, temporal_scale: divisors of the sin-cos positions.
-        schedule: arguments of diffusers' CogVideoX schedulers that make the noise schedule.
-        inverted_image_scale: the image latent is divided by the latent scale (1.5 I2V), not multiplied by it.
+        schedule: arguments for diffusers' CogVideoX schedulers that make the noise schedule.
+        inverted_image_scale: the image latent is divided by the latent scale (1.5 I2V) instead of multiplied by it.
         from_image: the first frame is given (I2V).
     """
 
@@ -53,11 +53,11 @@ def find_variant(
     """The variant of a model.
 
     Args:
-        unet_config: what ComfyUI found out from the weights.
-        transformer, scheduler, vae: the config files of a diffusers folder, where there is one.
+        unet_config: what ComfyUI worked out from the weights.
+        transformer, scheduler, vae: the config files of a diffusers folder, if there is one.
 
     Raises:
-        ValueError: a config is of a kind that no CogVideoX model has, or one of its values is; names the value.
+        ValueError: no CogVideoX model has a config like this, or one of its values; names the value.
     """
     transformer = _checked(transformer, "the config.json of its transformer")
     scheduler = _checked(scheduler, "its scheduler_config.json")
@@ -86,7 +86,7 @@ def find_variant(
 
 
 _FLAG, _FORMULA = "true or false", "linear, scaled_linear, squaredcos_cap_v2"
-# What is read of the configs -> the least and the most, or the choices; whole numbers where both ends are.
+# What we read from the configs -> minimum and maximum, or the choices; if both ends are whole, the value must be too.
 _ALLOWED: Mapping[str, Any] = {
     "use_rotary_positional_embeddings": _FLAG,
     "sample_height": (2, 4096),
@@ -105,7 +105,7 @@ _ALLOWED: Mapping[str, Any] = {
 
 
 def _checked(config: Mapping[str, Any] | None, file: str) -> dict[str, Any]:
-    """The entries of a config that are not null; ValueError where one that is used is impossible."""
+    """The entries of a config that are not null; ValueError if one that we use is impossible."""
     found = {name: value for name, value in (config or {}).items() if value is not None}
     for name, allowed in _ALLOWED.items():
         if name in found and not _fits(found[name], allowed):
@@ -123,7 +123,7 @@ def _fits(value: object, allowed: Any) -> bool:
 
 
 def _schedule(scheduler: Mapping[str, Any], **defaults: Any) -> dict[str, Any]:
-    """The schedule of the config file; where there is none, that of the released models."""
+    """The schedule of the config file or, if there is none, of the released models."""
     released = {
         "num_train_timesteps": 1000,
         "beta_start": 0.00085,

@@ -1,8 +1,8 @@
-"""The vocabulary of the demonstration model: what a scene is, its sentence and its conditioning.
+"""The vocabulary of the demo model: what a scene is, its sentence and its conditioning.
 
 A scene is two moving objects over a drifting background. There is no text encoder: every attribute is one context
-token, one-hot in a dimension that belongs to that (slot, attribute, value) alone, because cross-attention has no
-positions. Not a prompt parser. Needs torch only.
+token. Cross-attention has no positions, so each token is one-hot in a dimension that belongs only to its (slot,
+attribute, value). This is not a prompt parser. Needs torch only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ VOCABULARY_VERSION = "1"
 CONTEXT_WIDTH = 4096
 """Width of the Wan 2.1 text encoder's tokens, fixed by the architecture."""
 CONTEXT_SCALE = 16.0
-"""Length of a context token. A unit vector would leave the text projection with too little signal to learn from."""
+"""Length of a context token. A unit vector would give the text projection too little signal to learn from."""
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "magenta", "white")
@@ -29,7 +29,7 @@ BACKGROUND_COLOURS = ("grey", "navy", "forest", "brown")
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One moving object. Every field holds a word of the vocabulary above."""
+    """One moving object. Every field holds a word from the vocabulary above."""
 
     shape: str = "circle"
     colour: str = "red"
@@ -40,7 +40,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Background:
-    """The drifting backdrop. Every field holds a word of the vocabulary above."""
+    """The drifting backdrop. Every field holds a word from the vocabulary above."""
 
     pattern: str = "clouds"
     colour: str = "grey"

@@ -1,1 +1,1 @@
-"""Files into models: CogVideoX checkpoints and LoRAs, safetensors only; every error is a sentence."""
+"""From files to models: CogVideoX checkpoints and LoRAs, safetensors only. Every error is a sentence."""

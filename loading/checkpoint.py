@@ -1,8 +1,8 @@
 """CogVideoX checkpoints: found in ComfyUI's model folders, checked, read, and made into a corrected MODEL.
 
-A checkpoint is a .safetensors file with the names of ComfyUI or of diffusers, or a folder as diffusers and
-huggingface-hub write it: the whole pipeline (transformer/, scheduler/, vae/) or the transformer alone, in one file or
-in shards. Everything that headers and configs tell is checked before a weight is read.
+A checkpoint is a .safetensors file with ComfyUI's or diffusers' names, or a folder as diffusers and huggingface-hub
+write it: the whole pipeline (transformer/, scheduler/, vae/) or only the transformer, in one file or in shards. All
+that headers and configs can tell is checked before a weight is read.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Checked:
     """A checkpoint that can be loaded, as far as its headers and configs tell.
 
     Attributes:
-        files: with its weights, in the order in which they are read.
-        names: name in a file -> ComfyUI's name, of everything that ComfyUI is given.
-        unused: names of tensors that are no part of the model.
-        variant: of the model.
+        files: the files with its weights, in reading order.
+        names: name in a file -> ComfyUI's name, for every tensor that ComfyUI gets.
+        unused: names of tensors that are not part of the model.
+        variant: the model's variant.
     """
 
     path: Path
@@ -58,7 +58,7 @@ class Checked:
 def list_checkpoints() -> list[str]:
     """What the loader offers: the .safetensors files of `diffusion_models`, then folders that may be CogVideoX.
 
-    The files of a folder that is offered are not offered by themselves, unless the folder lacks something.
+    The files of an offered folder are not offered separately, unless the folder lacks something.
     """
     folders = {name: folder for name, folder in find_folders().items() if not folder.is_another}
     inside = tuple(f"{name}/" for name, folder in folders.items() if folder.kind == FAMILY)
@@ -75,12 +75,12 @@ def load_checkpoint(name: str, weight_dtype: str = "default", *, disable_dynamic
     """A ComfyUI MODEL of the checkpoint `name` of `list_checkpoints`, corrected for its variant.
 
     Args:
-        weight_dtype: as ComfyUI's own loader has it; default keeps the file's.
-        disable_dynamic: ComfyUI asks for it when it loads the same checkpoint once more.
+        weight_dtype: as in ComfyUI's own loader; default keeps the file's.
+        disable_dynamic: set by ComfyUI when it loads the same checkpoint again.
 
     Raises:
-        InputError: no such checkpoint, not CogVideoX, or a file of it is missing, incomplete or not safetensors; the
-            message then names the file.
+        InputError: no such checkpoint, not CogVideoX, or one of its files is missing, incomplete or not safetensors;
+            the message then names the file.
     """
     if not isinstance(weight_dtype, str) or weight_dtype not in WEIGHT_DTYPES:
         raise InputError.of_choice("weight_dtype", weight_dtype, WEIGHT_DTYPES, NODE)
@@ -94,7 +94,7 @@ def load_checkpoint(name: str, weight_dtype: str = "default", *, disable_dynamic
 
 
 def check_checkpoint(checkpoint: str) -> Checked:
-    """Everything that can be said of a checkpoint without reading a weight.
+    """Everything that can be said about a checkpoint without reading a weight.
 
     Raises:
         InputError: as `load_checkpoint`.
@@ -118,25 +118,25 @@ def check_checkpoint(checkpoint: str) -> Checked:
 
 
 def checkpoint_state(name: object) -> list[tuple[str, int, int]]:
-    """Path, size and time of every file of a checkpoint: another value when one of them has changed."""
+    """Path, size and time of every file of a checkpoint: the value differs once one of them has changed."""
     try:
         path = find_checkpoint(name)
         files = list(weight_files(path))
         files += [] if path.is_file() else [place for place in _config_places(path).values() if place.is_file()]
         return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    except (InputError, FileError, OSError):  # loading it says why
+    except (InputError, FileError, OSError):  # loading it will say why
         return []
 
 
 def find_checkpoint(name: str) -> Path:
-    """Where a checkpoint of `list_checkpoints` lies: a file or the folder with the transformer's files.
+    """Where a checkpoint from `list_checkpoints` is: a file, or the folder with the transformer's files.
 
     Raises:
         InputError: there is none of that name, or it is a folder that cannot be CogVideoX as it is.
     """
     import folder_paths
 
-    # Workflows that were saved on Windows have backslashes.
+    # Workflows saved on Windows have backslashes.
     plain = name.replace("\\", "/") if isinstance(name, str) else None
     folders = find_folders()
     folder = folders.get(name if isinstance(name, str) and name in folders else plain)
@@ -186,7 +186,7 @@ def _load(checked: Checked, weight_dtype: str, disable_dynamic: bool) -> Any:
 
     if checked.unused:
         count, some = len(checked.unused), examples(checked.unused)
-        log.warning("PSA: %s: %d tensors are no part of CogVideoX and not used, such as %s", checked.path, count, some)
+        log.warning("PSA: %s: %d tensors are not part of CogVideoX and not used, such as %s", checked.path, count, some)
     tensors, metadata = _read(checked.files, checked.names)
     dynamic = {"disable_dynamic": True} if disable_dynamic else {}
     try:
@@ -195,7 +195,7 @@ def _load(checked: Checked, weight_dtype: str, disable_dynamic: bool) -> Any:
         )
     except (MemoryError, torch.cuda.OutOfMemoryError, comfy.model_management.InterruptProcessingException):
         raise
-    except Exception as error:  # whatever the weights of a stranger set off in ComfyUI
+    except Exception as error:  # a stranger's weights can set off anything in ComfyUI
         log.warning("PSA: %s", checked.path, exc_info=True)
         raise FileError(checked.path, "ComfyUI cannot make a model of its weights") from error
     if model is None or model.model.model_config.unet_config.get("image_model") != "cogvideox":
@@ -214,13 +214,13 @@ def _read(files: list[Path], names: dict[str, str]) -> tuple[dict[str, torch.Ten
 
 
 def _joined(headers: list[Header]) -> Header:
-    """The headers of the files of one checkpoint as one, with the metadata of the first that has some."""
+    """The headers of a checkpoint's files merged into one, with the metadata of the first file that has any."""
     tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
     return Header(tensors, next((header.metadata for header in headers if header.metadata), {}))
 
 
 def _files() -> dict[str, str]:
-    """Name with slashes -> name as ComfyUI has it, of the .safetensors files of `diffusion_models`."""
+    """Name with slashes -> ComfyUI's name, for the .safetensors files of `diffusion_models`."""
     import folder_paths
 
     names = folder_paths.get_filename_list("diffusion_models")

@@ -1,7 +1,7 @@
-"""Downloads a LoRA from the Hugging Face hub into a folder, when somebody asks for it.
+"""Downloads a LoRA from the Hugging Face hub into a folder, only on request.
 
-huggingface-hub speaks to the server. Its own download into a folder starts anew after a break (2.4), so the partial
-file is ours: `<name>.<etag>.incomplete` beside the target, renamed when it is whole. Standard library and
+huggingface-hub talks to the server. Its own download into a folder starts again from zero after a break (2.4), so we
+keep the partial file: `<name>.<etag>.incomplete` next to the target, renamed once it is complete. Standard library and
 huggingface-hub only: `dev.py weights` uses this file without ComfyUI.
 """
 
@@ -25,20 +25,20 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DownloadError(ValueError):
-    """A download that did not come about: one sentence."""
+    """A download that failed: one sentence."""
 
 
 def download_lora(
     folder: Path, repository: str = REPOSITORY, file: str = FILE, *, endpoint: str | None = None, progress: Any = None
 ) -> Path:
-    """Fetch `file` of a repository to `folder`/`file` and return where it lies; what is there is not fetched again.
+    """Fetch `file` of a repository to `folder`/`file` and return its path; a file that is there is not fetched again.
 
     Args:
-        folder: must exist. endpoint: another server than the hub's. progress: a tqdm class, by default the terminal's.
+        folder: must exist. endpoint: a server other than the hub's. progress: a tqdm class, by default the terminal's.
 
     Raises:
         DownloadError: a name that leaves the folder or is not safetensors, no network, no such file, no permission, no
-            room, or a file that turns out not to be safetensors; the message says which and what to do.
+            room, or a file that turns out not to be safetensors; the message says which, and what to do.
     """
     check_names(repository, file)
     target = folder / PurePosixPath(file)
@@ -60,13 +60,13 @@ def download_lora(
         partial.unlink()
     except DownloadError:
         raise
-    except Exception as error:  # the libraries underneath differ between versions of huggingface-hub
+    except Exception as error:  # versions of huggingface-hub use different libraries underneath
         raise DownloadError(f"{repository}/{file} was not downloaded: {_reason(error, folder)}") from error
     raise DownloadError(f"{repository}/{file} was not kept: {problem}")
 
 
 def _fetch(url: str, target: Path, progress: Any) -> Path:
-    """Bring the partial file of `target` to its full length and return it; what an earlier call got is used."""
+    """Complete the partial file of `target` and return it; goes on from what an earlier call got."""
     import huggingface_hub
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -91,7 +91,7 @@ def _fetch(url: str, target: Path, progress: Any) -> Path:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """Opens a file but not what a link points to, where the system can tell them apart."""
+    """Opens a file but does not follow a link, if the system can tell them apart."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
@@ -129,7 +129,7 @@ def _reason(error: BaseException, folder: Path) -> str:
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
 
-    # LocalEntryNotFoundError is an EntryNotFoundError that only says: not here, and the server did not help.
+    # LocalEntryNotFoundError is an EntryNotFoundError that only means: not here, and the server did not help.
     unknown_file = any(
         isinstance(link, errors.EntryNotFoundError) and not isinstance(link, errors.LocalEntryNotFoundError)
         for link in chain
@@ -140,7 +140,7 @@ def _reason(error: BaseException, folder: Path) -> str:
     if caused_by(PermissionError):
         return f"{folder} may not be written to"
     if caused_by(errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, which forbids the network"
+        return "HF_HUB_OFFLINE is set, so the network may not be used"
     if caused_by(errors.GatedRepoError):
         return "its owner must grant access: ask on its page, then `hf auth login`"
     if caused_by(errors.RepositoryNotFoundError):

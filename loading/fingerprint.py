@@ -1,4 +1,4 @@
-"""Whether a file that a node's input names has changed: its size and time, never its content, which may be many GB."""
+"""Whether a file named by a node's input has changed: by its size and time, never its content, which may be many GB."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _BESIDE = "adapter_config.json"
 
 
 def lora_fingerprint(name: str) -> list[tuple[str, int, int] | None]:
-    """Of a LoRA of ComfyUI's loras folders, and of the configuration beside it."""
+    """The fingerprint of a LoRA in ComfyUI's loras folders, and of the configuration next to it."""
     return [_state(path) for found in _places(name) for path in (found, found.with_name(_BESIDE))]
 
 
 def _places(name: str) -> Iterator[Path]:
-    """Where files of that name may be. Workflows that were saved on Windows have backslashes."""
+    """Where files of that name may be. Workflows saved on Windows have backslashes."""
     import folder_paths
 
     for folder in folder_paths.get_folder_paths("loras"):
@@ -24,6 +24,6 @@ def _places(name: str) -> Iterator[Path]:
 def _state(path: Path) -> tuple[str, int, int] | None:
     try:
         state = path.stat()
-    except (OSError, ValueError):  # loading it says why
+    except (OSError, ValueError):  # loading it will say why
         return None
     return str(path), state.st_size, state.st_mtime_ns

@@ -1,7 +1,8 @@
 """LoRAs on a ComfyUI MODEL, whatever tool wrote them: PEFT, diffusers, kohya, lightx2v, LyCORIS and native names.
 
-Every tensor of a file is applied with the right size, or named in the summary, or the file is refused. ComfyUI reads
-the weights and patches the model; the files `lora_*.py` say what the names mean, and find out what ComfyUI will do.
+Every tensor of a file is either applied with the right size or named in the summary; otherwise the file is refused.
+ComfyUI reads the weights and patches the model. The `lora_*.py` files know what the names mean, and find out what
+ComfyUI will do.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from .tensor_file import FileError, read_tensors
 
 NODE = "PSA LoRA Loader"
 STRENGTH = 100.0
-"""The strongest, either way, as in ComfyUI's own loader."""
+"""The largest strength, positive or negative, as in ComfyUI's own loader."""
 
 log = logging.getLogger("ComfyUI-PSA")
 
 
 def apply_lora(model: Any, name: str, strength: float) -> tuple[Any, str]:
-    """A clone of a ComfyUI MODEL with the LoRA `name` of ComfyUI's loras folders, and a sentence on what matched.
+    """A clone of a ComfyUI MODEL with the LoRA `name` from ComfyUI's loras folders, and a sentence on what matched.
 
     Raises:
-        InputError: no such file, it is incomplete or not safetensors, nothing in it matches the model, its sizes are
-            those of another model, or a number is not finite.
+        InputError: no such file, it is incomplete or not safetensors, nothing in it matches the model, it has another
+            model's sizes, or a number is not finite.
     """
     require_model(model, NODE)
     _check_strength(strength)
@@ -60,10 +61,10 @@ def patch_with_lora(
     strength: float = 1.0,
     in_file: Collection[str] | None = None,
 ) -> tuple[Any, str]:
-    """A clone of `model` patched with the LoRA's tensors, stacked on what is there; `name` is for messages.
+    """A clone of `model` patched with the LoRA's tensors, on top of earlier patches; `name` is for messages.
 
     Args:
-        in_file: the keys to report on, when alphas were added to those of the file.
+        in_file: the file's own keys, to report on, if alphas were added to them.
 
     Raises:
         InputError: as `apply_lora`.
@@ -85,7 +86,7 @@ def patch_with_lora(
 
 @dataclass
 class _Fit:
-    """The patches, in layers of one a weight, and the keys that come to nothing."""
+    """The patches, in layers with one patch per weight, and the keys that have no effect."""
 
     layers: list[dict[Target, Any]] = field(default_factory=list)
     misfits: list[tuple[Misfit, list[str]]] = field(default_factory=list)
@@ -120,18 +121,18 @@ def _fit(reading: Reading, tensors: Mapping[str, torch.Tensor], sizes: Mapping[s
 def _refuse(
     model: Any, tensors: Mapping[str, torch.Tensor], in_file: set[str], reading: Reading, fit: _Fit, name: str
 ) -> None:
-    """Refuse a file made for another model, as far as its names or sizes tell."""
+    """Refuse a file that its names or sizes show to be made for another model."""
     family = image_model(model)
     kind = family or type(model.model).__name__
     allowed, do = f"a LoRA for this model ({kind})", f"choose a LoRA that was made for {kind}"
     unknown, known = in_file.intersection(reading.unknown), in_file.intersection(reading.keys)
-    # The keys that do not fit are those that tell.
+    # The keys that do not fit are the telling ones.
     likeness = looks_like(unknown, family)
     strangers = likeness is not None and 2 * len(unknown) > len(in_file)
     other = next((misfit for misfit, _ in fit.misfits if misfit.multiplied or not fit.layers), None)
     if other is not None and not strangers:
         made_for = _made_for(other)
-        # A message shows 80 letters, and these are at the end.
+        # A message shows 80 letters; keep these at the end.
         shown = name if len(name) <= 50 else f"...{name[-47:]}"
         given = f"{shown}, made for {made_for}" if made_for else name
         place = f"{allowed}, which has {_times(other.size)} at {other.target.removeprefix('diffusion_model.')}"
@@ -153,7 +154,7 @@ def _refuse(
 
 
 def _summary(reading: Reading, fit: _Fit, in_file: set[str], name: str, strength: float) -> tuple[str, bool]:
-    """One line on what was done and what was left, and whether nothing needs attention."""
+    """One line on what was done and what was left out, and whether all is well."""
     total = len(in_file)
     count = len({target for layer in fit.layers for target in layer})
     done = f"{count} weights of the model patched, strength {strength:g}"
@@ -191,7 +192,7 @@ def _summary(reading: Reading, fit: _Fit, in_file: set[str], name: str, strength
 
 
 def _path(name: str) -> Path:
-    """Where the file lies that the menu, or a workflow from another system, calls `name`."""
+    """The path of the file that the menu, or a workflow from another system, calls `name`."""
     import folder_paths
 
     path = folder_paths.get_full_path("loras", menu_name(str(name), list_loras()) or str(name))
@@ -208,7 +209,7 @@ def _check_strength(strength: float) -> None:
 
 
 def _check_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Refuse a file with numbers that are none: one NaN makes the whole picture black."""
+    """Refuse a file with numbers that are not finite: one NaN makes the whole picture black."""
     broken = [key for key, tensor in tensors.items() if not _finite(tensor)]
     if broken:
         allowed = (
@@ -231,7 +232,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _made_for(misfit: Misfit) -> str | None:
-    """The size of the weight that a plain LoRA was made for, or a difference or whole weight is; None for others."""
+    """The size of the weight that a plain LoRA was made for, or of a difference or whole weight; None for others."""
     parts, size = misfit.parts, misfit.size
     up, down = parts.get("lora_up.weight"), parts.get("lora_down.weight")
     if up and down and len(up) > 1 and len(down) > 1 and math.prod(up[1:]) == down[0]:

@@ -1,4 +1,4 @@
-"""ComfyUI's LoRA folders: what they hold, and where a download goes."""
+"""ComfyUI's LoRA folders: what is in them, and where a download goes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def list_loras() -> list[str]:
 
 
 def check_download(repository: str, file: str) -> None:
-    """Raise InputError for names that cannot be a repository's or a LoRA file's."""
+    """Raise InputError for names that cannot belong to a repository or a LoRA file."""
     for field, given, allowed, pair in (
         ("repository", repository, f"owner/name, as in {REPOSITORY}", (repository.strip(), FILE)),
         ("file", file, f"a .safetensors file of the repository, as in {FILE}", (REPOSITORY, file.strip())),
@@ -31,7 +31,7 @@ def check_download(repository: str, file: str) -> None:
 
 
 def download_into_loras(repository: str, file: str) -> str:
-    """Download into ComfyUI's first loras folder, with ComfyUI's progress bar; the name that the LoRA menus then list.
+    """Download into ComfyUI's first loras folder with ComfyUI's progress bar; returns the name in the LoRA menus.
 
     Raises:
         DownloadError: see `download.download_lora`.

@@ -1,9 +1,9 @@
-"""From the tensors of one weight in a LoRA file to ComfyUI's patches, with what each of them will do found out at once.
+"""From the tensors of one weight in a LoRA file to ComfyUI's patches; we find out at once what each of them will do.
 
-ComfyUI knows the forms (LoRA, LoHa, LoKr, GLoRA, OFT, BOFT, differences, whole weights, DoRA, ...), and skips what does
-not fit with a log line in the middle of sampling. So its own code is run here on tensors that have sizes and no numbers
-(torch's meta device): the tensors on which the resulting weight depends are used, all others are not. No form is known
-to this file, except for two of PEFT's that ComfyUI does not know.
+ComfyUI knows the forms (LoRA, LoHa, LoKr, GLoRA, OFT, BOFT, differences, whole weights, DoRA, ...). It skips what does
+not fit, with a log line in the middle of sampling. So we run its own code here on tensors that have sizes but no
+numbers (torch's meta device). The tensors that the resulting weight depends on are used; the others are not. This file
+knows no form itself, except two of PEFT's that ComfyUI does not know.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .lora_names import MAGNITUDE, Target
 
 Size = tuple[int, ...]
 _NAME = "weight"
-# Weights of four bits, packed: their shape is not the layer's.
+# Packed four-bit weights: their shape is not the layer's.
 _PACKED = (torch.uint8, torch.int8)
-# One number for each row or column: of another layout they would spread over a square weight without an error.
+# One number per row or column: in another layout they would broadcast over a square weight without an error.
 _PER_ROW = ("dora_scale", "rescale")
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """Tensors that do not make the weight `target`, which has `size`. `multiplied` ones were made for another model;
-    a difference or a whole weight may be a stray one."""
+    """Tensors that do not fit the weight `target`, which has `size`. If `multiplied`, they were made for another model;
+    a difference or a whole weight may just be a stray one."""
 
     target: str
     size: Size
@@ -41,7 +41,7 @@ class Misfit:
 
 @dataclass
 class Patches:
-    """What the tensors of one weight come to: patches in the order in which they act, and what is left of the parts."""
+    """The result for the tensors of one weight: patches in the order in which they act, and the parts left over."""
 
     patches: list[tuple[Target, Any]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
@@ -49,10 +49,10 @@ class Patches:
 
 
 def weight_sizes(model: Any) -> dict[str, Size | None]:
-    """The sizes of those weights of a ComfyUI MODEL that can be patched, as its layers have them; None where that
-    cannot be known.
+    """The sizes of a ComfyUI MODEL's weights that can be patched, as its layers have them; None if the size cannot be
+    known.
 
-    ComfyUI patches the weights of modules without modules inside: `modulation` of Wan's blocks never.
+    ComfyUI only patches weights of modules that contain no modules: never `modulation` of Wan's blocks.
     """
     modules = dict(model.model.named_modules())
     inner = {name for name, module in modules.items() if _has_inner(module)}
@@ -101,7 +101,7 @@ def make_patches(target: Target, parts: Mapping[str, torch.Tensor], sizes: Mappi
                 continue
             result.patches.append((place, made[place][0]))
             result.used |= {given.get(part, part) for part in reached}
-            # Numbers to ComfyUI, not tensors: they act through the adapter.
+            # To ComfyUI these are numbers, not tensors: they act through the adapter.
             result.used |= {part for part in ("alpha", "reshape_weight") if adapter and part in parts}
         if not spent:
             break
@@ -110,7 +110,7 @@ def make_patches(target: Target, parts: Mapping[str, torch.Tensor], sizes: Mappi
 
 
 def _with_bias(parts: Mapping[str, torch.Tensor]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """PEFT's bias of the second matrix as the difference to the layer's bias that it is: scaled like the product."""
+    """PEFT's bias of the second matrix, as a difference to the layer's bias, scaled like the product."""
     left, down = dict(parts), parts.get("lora_down.weight")
     if "lora_up.bias" not in parts or "diff_b" in parts or MAGNITUDE in parts or down is None or not down.shape[:1]:
         return {}, left
@@ -121,7 +121,7 @@ def _with_bias(parts: Mapping[str, torch.Tensor]) -> tuple[dict[str, str], dict[
 
 
 def _load(target: Target, parts: Mapping[str, torch.Tensor]) -> dict[Target, tuple[Any, dict[str, torch.Tensor]]]:
-    """What ComfyUI makes of the parts: place -> its patch, and the parts that it took for it."""
+    """What ComfyUI makes of the parts: place -> its patch, and the parts that it used for it."""
     import comfy.lora
 
     tensors = {f"{_NAME}.{part}": tensor for part, tensor in parts.items()}
@@ -143,7 +143,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 def _sized(part: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same size without numbers. Where ComfyUI reads a number from it, one that is always allowed."""
+    """A tensor of the same size without numbers. If ComfyUI reads a number from it, one that is always allowed."""
     if part == "alpha":
         return torch.zeros(())
     if part == "reshape_weight":
@@ -153,7 +153,7 @@ def _sized(part: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reached(place: Target, patch: Any, inputs: Mapping[str, torch.Tensor], size: Size | None) -> set[str]:
-    """The inputs on which the patched weight depends; none where the patch does not fit."""
+    """The inputs that the patched weight depends on; none if the patch does not fit."""
     import comfy.lora
 
     if size is None:
@@ -168,7 +168,7 @@ def _reached(place: Target, patch: Any, inputs: Mapping[str, torch.Tensor], size
         weight = torch.empty(size, device="meta")
         try:
             found = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, None)], weight, _key(place))
-        except Exception:  # whatever would end sampling later
+        except Exception:  # anything that would otherwise end sampling later
             return set()
     if tuple(found.shape) != size:
         return set()
@@ -182,7 +182,7 @@ def _per_row(shape: Size, size: Size) -> bool:
 
 
 def _leaves(tensor: torch.Tensor) -> set[int]:
-    """The ids of the tensors that autograd would give a gradient."""
+    """The ids of the tensors that would get a gradient from autograd."""
     leaves, seen, todo = set(), set(), [tensor.grad_fn]
     while todo:
         node = todo.pop()
@@ -196,7 +196,7 @@ def _leaves(tensor: torch.Tensor) -> set[int]:
 
 
 class _SameLayout(TorchFunctionMode):
-    """Lets a product take the weight's shape only where its rows are those of the weight: 32x128 is not 64x64."""
+    """Lets a product take the weight's shape only if both have the same rows: 32x128 is not 64x64."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class _SameLayout(TorchFunctionMode):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what ComfyUI logs about a trial, in this thread, out of the user's log: we say it ourselves."""
+    """Keep what ComfyUI logs about a trial in this thread out of the user's log: we report it ourselves."""
     here = threading.get_ident()
 
     def other_thread(record: logging.LogRecord) -> bool:

@@ -1,11 +1,11 @@
-"""What model a LoRA was probably made for, from its names alone: for the message when it does not fit."""
+"""Which model a LoRA was probably made for, from its names alone: for the message when it does not fit."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-# (what to say, ComfyUI's family, how its modules are called), the telling ones first.
+# (what to say, ComfyUI's family, what its modules are called), the most telling first.
 _KINDS = (
     ("Stable Diffusion (1.5, 2 or XL)", "sd", r"(?:down|up|mid|input|output|middle)_blocks?[._]"),
     ("Stable Diffusion 3", "sd3", r"joint_blocks[._]\d"),
@@ -21,7 +21,7 @@ _KINDS = (
 
 
 def looks_like(keys: Iterable[str], family: str) -> str | None:
-    """The kind of model that a LoRA's keys look like, in words; None for the model's own family and for the unknown."""
+    """The kind of model that a LoRA's keys look like, in words; None for the model's own family or if unknown."""
     text = "\n".join(keys)
     kinds = ((words, theirs) for words, theirs, pattern in _KINDS if re.search(pattern, text))
     words, theirs = next(kinds, (None, None))

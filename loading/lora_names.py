@@ -1,9 +1,9 @@
 """Which weight of the model a key of a LoRA file means, whatever tool named it. Names only; no tensors.
 
 A key is a wrapper, a module of the model and an ending: `pipe.dit.` + `blocks.0.self_attn.q` + `lora_A.default.weight`.
-Tools agree on the modules (ComfyUI's names or diffusers') and on nothing else, so the module is looked for: the longest
-stretch of the key that names one, in dots or, as kohya writes it, in underscores. What stands before it must be the
-name of the whole network: the same in the whole file, and no place in a list, or an image model's
+Tools agree on the modules (ComfyUI's names or diffusers') and on nothing else. So we look for the module: the longest
+stretch of the key that names one, with dots or, as kohya writes it, underscores. The part before it must be the name of
+the whole network: the same in the whole file, and without an index into a list. Otherwise an image model's
 `down_blocks.0.attentions.0.transformer_blocks.0...` would be taken for one of Wan's blocks.
 """
 
@@ -18,14 +18,14 @@ from typing import Any
 from .names import TABLES, to_diffusers
 
 Target = Any
-"""A weight as ComfyUI's patches name it: its key, or its key and a range of it."""
+"""A weight as ComfyUI's patches name it: its key, or its key and a range within it."""
 
-# What torch puts into names when it compiles or shards a module, anywhere in them.
+# What torch adds anywhere in a name when it compiles or shards a module.
 _TORCH = re.compile(r"(?:^|(?<=[._]))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
-# The whole network in a name of underscores: the method, one word, and `model` as often as it likes.
+# The whole network in a name with underscores: the method, one word, and `model` any number of times.
 _FLAT_WRAPPER = re.compile(r"(?:(?:lora|lycoris|oft)_+(?:[a-z]+(?:_?2)?_+)?)?(?:(?:(?:base|diffusion)_)?model_+)*")
 _SECOND = re.compile(r"(?:^|[._])(?:[a-z_]*[a-z]_?2|low(?:_noise)?(?:_model)?)[._]")
-# An ending: the form, a name that PEFT gave the adapter, and the kind of parameter.
+# An ending: the form, the name that PEFT gave the adapter, and the kind of parameter.
 _ENDING = re.compile(r"([^.]+)(?:\.(?!(?:weight|bias)$)([^.]+))?(?:\.(weight|bias))?")
 _LOW_RANK = {"lora_A": "lora_down", "lora_B": "lora_up", "lora_down": "lora_down", "lora_up": "lora_up"}
 _LOW_RANK |= {"lora_mid": "lora_mid"}
@@ -34,8 +34,8 @@ MAGNITUDE = "lora_magnitude_vector"
 
 @dataclass(frozen=True)
 class Key:
-    """A key of the file, taken apart. `module` is the file's spelling, with dots where it has them; `part` is the
-    ending as ComfyUI's loader knows it."""
+    """A key of the file, taken apart. `module` is spelled as in the file, with its dots; `part` is the ending as
+    ComfyUI's loader knows it."""
 
     wrapper: str
     module: str
@@ -51,7 +51,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Reading:
-    """The keys of a file that belong together, and those that were set aside, with the reason."""
+    """The keys of a file that belong together, and those set aside, with the reason."""
 
     keys: dict[str, Key]
     unknown: list[str]
@@ -64,9 +64,9 @@ class Reading:
 
 
 def module_names(model: Any) -> dict[str, Target]:
-    """Every bare name of a module or parameter of a ComfyUI MODEL, its own and diffusers' -> the weight it means.
+    """Every bare name of a module or parameter of a ComfyUI MODEL, native or diffusers' -> the weight it means.
 
-    For a model of which we have no table of names, ComfyUI's own names are added, wrappers included.
+    If we have no table of names for the model, ComfyUI's own names are added, wrappers included.
     """
     family = image_model(model)
     table = TABLES.get(family, ())
@@ -84,12 +84,12 @@ def module_names(model: Any) -> dict[str, Target]:
 
 
 def read_keys(keys: Iterable[str], names: Mapping[str, Target]) -> Reading:
-    """Take a file's keys apart and keep those of one network and one adapter, the ones with most keys."""
+    """Take a file's keys apart and keep those of one network and one adapter, the ones with the most keys."""
     flat = _flat(names)
     found = {key: _take_apart(key, names, flat) for key in keys}
     known = {key: parts for key, parts in found.items() if parts is not None}
     unknown = [key for key in found if key not in known]
-    # Of the same number of keys the first expert's are kept, and the shorter wrapper.
+    # In a tie the first expert's keys are kept, and the shorter wrapper.
     counts = Counter(parts.wrapper for parts in known.values())
     second = {parts.wrapper: parts.second_expert for parts in known.values()}
     wrapper = min(counts, key=lambda name: (-counts[name], second[name], len(name), name), default="")
@@ -113,7 +113,7 @@ def image_model(model: Any) -> str:
 
 
 def _flat(names: Mapping[str, Target]) -> dict[str, Target]:
-    """The names in underscores; one that could mean two weights is left out."""
+    """The names with underscores; a name that could mean two weights is left out."""
     flat: dict[str, Target] = {}
     twice = set()
     for name, target in names.items():

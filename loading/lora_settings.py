@@ -1,4 +1,4 @@
-"""A LoRA's settings beside its tensors, as PEFT names them: the scale where a file has no alpha tensors."""
+"""A LoRA's settings besides its tensors, as PEFT names them: the scale if a file has no alpha tensors."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _DOWN = re.compile(
 _DO = "choose another LoRA"
 _LONGEST_PATTERN = 1000
 _SECONDS = 4.0
-"""How long all patterns of a file may take; those of 400 modules take a tenth of a second."""
+"""How long all patterns of a file may take; patterns for 400 modules take a tenth of a second."""
 
 
 def lora_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The LoRA's settings as PEFT names them (r, lora_alpha, alpha_pattern, use_rslora), or nothing.
 
-    diffusers puts them into the metadata, PEFT into `adapter_config.json` beside the file.
+    diffusers puts them into the metadata, PEFT into `adapter_config.json` next to the file.
 
     Raises:
-        FileError: they are there and cannot be read, or hold something else than PEFT writes.
+        FileError: they are there but cannot be read, or are not what PEFT writes.
     """
     text = metadata.get("lora_adapter_metadata")
     beside = path.with_name("adapter_config.json")
@@ -57,7 +57,7 @@ def lora_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _of_the_network(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings without the part of the pipeline before their names ('transformer.r'), a text encoder's left out."""
+    """The settings without the pipeline part before their names ('transformer.r'); a text encoder's are left out."""
     found: dict[str, Any] = {}
     for key in sorted(settings, key=lambda key: (key.count("."), key)):
         part, _, name = key.rpartition(".")
@@ -72,17 +72,17 @@ def with_alphas(
     bare_name: Callable[[str], str] | None = None,
     file: Path | str = "the LoRA",
 ) -> dict[str, torch.Tensor]:
-    """The tensors, with the config's alpha as a tensor wherever a module has none.
+    """The tensors, with the config's alpha as a tensor for every module that has none.
 
-    A module's scale is alpha / rank (with `use_rslora` alpha / sqrt(rank)), and 1 where nothing says alpha. The rank is
+    A module's scale is alpha / rank (with `use_rslora` alpha / sqrt(rank)), and 1 if no alpha is given. The rank is
     that of the tensors.
 
     Args:
-        bare_name: a key of the file -> its module as PEFT knew it, without what stands before it; patterns may be
-            anchored there. file: for messages.
+        bare_name: a key of the file -> its module as PEFT knew it, without any prefix; patterns may be anchored
+            there. file: for messages.
 
     Raises:
-        FileError: a pattern that is none, or takes too long.
+        FileError: a pattern is invalid or takes too long.
     """
     found = dict(tensors)
     default = config.get("lora_alpha", config.get("alpha"))
@@ -103,7 +103,7 @@ def with_alphas(
 class _Patterns:
     """PEFT's alpha_pattern: regular expressions that match a module's name, or its end after a dot; the first counts.
 
-    They come from a stranger's file, and Python's own expressions cannot be stopped: the package `regex` can.
+    They come from a stranger's file. Python's own `re` cannot be stopped; the package `regex` can.
     """
 
     def __init__(self, values: Mapping[str, float], file: Path | str) -> None:

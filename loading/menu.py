@@ -1,4 +1,4 @@
-"""A file's name from a menu, as another machine may have saved it in a workflow."""
+"""A file's name from a menu, possibly saved in a workflow on another machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def menu_name(name: str, menu: Iterable[str]) -> str | None:
-    """The entry of a menu of file names that `name` means, or None: `sub\\\\x` from Windows is `sub/x` elsewhere."""
+    """The menu entry that the file name `name` means, or None: `sub\\\\x` from Windows is `sub/x` elsewhere."""
     names = list(menu)
     if name in names:
         return name

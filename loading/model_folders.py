@@ -1,6 +1,6 @@
-"""Folders in diffusers' layout in ComfyUI's model folders: which of them may be CogVideoX, and what one lacks.
+"""Folders in diffusers' layout in ComfyUI's model folders: which of them may be CogVideoX, and what they lack.
 
-A folder that is not clearly another model's is offered even where it lacks something, so that choosing it says what.
+Unless a folder is clearly another model's, it is offered even if it lacks something; choosing it then says what.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class ModelFolder:
     """One folder.
 
     Attributes:
-        weights: where the transformer's files are, or would be.
-        kind: the family that its config names, such as CogVideoX or Wan; "" where it names none.
-        problem: why it cannot be CogVideoX as it is, from its folders and configs alone; None where nothing is wrong.
+        weights: where the transformer's files are, or should be.
+        kind: the family that its config names, for example CogVideoX or Wan; "" if it names none.
+        problem: why it cannot be CogVideoX as it is, from its folders and configs alone; None if nothing is wrong.
     """
 
     weights: Path
@@ -43,7 +43,7 @@ class ModelFolder:
 
 
 def find_folders() -> dict[str, ModelFolder]:
-    """Name, with slashes -> folder, of `diffusers` and `diffusion_models`; those of other models are among them."""
+    """Name with slashes -> folder, in `diffusers` and `diffusion_models`; includes folders of other models."""
     import folder_paths
 
     found: dict[str, ModelFolder] = {}
@@ -55,7 +55,7 @@ def find_folders() -> dict[str, ModelFolder]:
 
 
 def _walk(root: Path, whatever: bool) -> Iterator[Path]:
-    """The folders below `root` that look like a model's; with `whatever` also those directly in it that hold none."""
+    """The folders below `root` that look like a model's; `whatever` adds its direct subfolders that hold no model."""
     left = _MOST_FOLDERS
 
     def below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
@@ -63,7 +63,7 @@ def _walk(root: Path, whatever: bool) -> Iterator[Path]:
         for child in _folders_in(folder):
             real = os.path.realpath(child)
             left -= 1
-            if real in above or left < 0:  # a link that leads back
+            if real in above or left < 0:  # a link back to a parent
                 continue
             if _looks_like_a_model(child, parts=1 if whatever else 2):
                 yield child
@@ -84,15 +84,15 @@ def _folders_in(folder: Path) -> list[Path]:
                 try:
                     if entry.is_dir() and not entry.name.startswith("."):
                         found.append(folder / entry.name)
-                except OSError:  # a link that leads to itself
+                except OSError:  # a link to itself
                     continue
-    except OSError:  # choosing it says why
+    except OSError:  # choosing it will say why
         pass
     return sorted(found)
 
 
 def _looks_like_a_model(folder: Path, parts: int) -> bool:
-    """Whether a folder has the marks of diffusers' layout: configs, shards, or that many parts of a pipeline."""
+    """Whether a folder looks like diffusers' layout: configs, shards, or that many parts of a pipeline."""
     try:
         names = list_names(folder)
     except FileError:
@@ -108,7 +108,7 @@ def _look(folder: Path) -> ModelFolder:
     weights = inside if _is_folder(inside) else folder
     try:
         whole = _family(folder / "model_index.json")
-    except FileError:  # it says nothing that is needed
+    except FileError:  # nothing in it is needed
         whole = ""
     try:
         kind = _family(weights / "config.json") or whole
@@ -118,7 +118,7 @@ def _look(folder: Path) -> ModelFolder:
 
 
 def _family(config: Path) -> str:
-    """The family of models that a config names, '' where there is no config or it names none.
+    """The model family that a config names; '' if there is no config or it names none.
 
     Raises:
         FileError: the config is broken.
@@ -137,7 +137,7 @@ def _family(config: Path) -> str:
 
 
 def _without_transformer(folder: Path) -> FileError | None:
-    """What to say of a folder without transformer/, or None where it holds the transformer's files itself."""
+    """What to say about a folder without transformer/, or None if it holds the transformer's files itself."""
     names = list_names(folder)
     if "config.json" in names or any(name.lower().endswith((*ENDINGS, ".index.json")) for name in names):
         return None

@@ -1,6 +1,6 @@
 """Names of the same module in diffusers and in ComfyUI, for CogVideoX and Wan. Names only; no tensors.
 
-A table holds pairs (diffusers, native) of dotted parts of a name, to be replaced in this order.
+A table holds pairs (diffusers, native) of dotted parts of a name. They are replaced in this order.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The weights of a CogVideoX checkpoint by ComfyUI's names and sizes, compared with the model that ComfyUI will build.
 
-All from headers. ComfyUI itself would leave weights that no file holds as they are, which is noise, and would stop in
-the middle of loading over one of another size.
+It only reads headers. ComfyUI itself would leave missing weights as they are (noise), and would stop in the middle of
+loading at a weight of the wrong size.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .safetensors_header import Header
 
 _FIRST = "blocks.0.norm1.linear.weight"
 _BESIDE = "patch_embed.text_proj.weight"
-# What ComfyUI's quantised weights bring along, and how bitsandbytes calls its own, which ComfyUI cannot use.
+# Extra tensors of ComfyUI's quantised weights, and the names of bitsandbytes' own, which ComfyUI cannot use.
 _QUANTISED = re.compile(r"scale|quant|absmax")
 _BITSANDBYTES = re.compile(r"\.(absmax|quant_map|nested_\w+|quant_state\.\w+)$")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class NotCogVideoX(ValueError):
-    """The names of a file are not those of a CogVideoX transformer."""
+    """The names in a file are not those of a CogVideoX transformer."""
 
 
 def native_names(names: Iterable[str]) -> dict[str, str]:
-    """Name in a file -> ComfyUI's name, of the tensors of the transformer; whatever stands before all of them is cut.
+    """Name in a file -> ComfyUI's name, for the transformer's tensors; a prefix that all of them share is cut off.
 
     Raises:
         NotCogVideoX: there is no CogVideoX transformer among them.
@@ -47,10 +47,10 @@ def native_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def check_sizes(path: Path, header: Header, names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """ComfyUI's config of the model, when every weight that it has is there and of its size; names that it has not.
+    """ComfyUI's config of the model, once all its weights are there in the right size, and names that it does not have.
 
     Raises:
-        FileError: one is missing, of another size, or holds no floating-point numbers.
+        FileError: a weight is missing, has another size, or is not floating point.
     """
     given = {native: header.tensors[name] for name, native in names.items()}
     config = core_config(given)
@@ -80,7 +80,7 @@ def check_sizes(path: Path, header: Header, names: Mapping[str, str]) -> tuple[d
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-    """Name -> size of every weight of the model that ComfyUI builds from a config; None where it cannot."""
+    """Name -> size of every weight of the model that ComfyUI builds from a config; None if it cannot."""
     import comfy.ops
     from comfy.ldm.cogvideo.model import CogVideoXTransformer3DModel
 
@@ -91,7 +91,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
             model = CogVideoXTransformer3DModel(
                 **config, dtype=torch.float32, device="meta", operations=comfy.ops.disable_weight_init
             )
-    except Exception:  # sizes that make no layer
+    except Exception:  # sizes that cannot make a layer
         return None
     return {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
 

@@ -12,11 +12,11 @@ OWN_FOLDERS = {
     "diffusion_models": _PACK / "demo" / "weights" / "diffusion_models",
     "vae": _PACK / "demo" / "weights" / "vae",
 }
-"""ComfyUI's name of a kind of file -> our folder of it. None lies inside another: menus list subfolders too."""
+"""ComfyUI's name for a kind of file -> our folder for it. None is inside another: menus list subfolders too."""
 
 
 def register_own_folders() -> None:
-    """Let ComfyUI's menus list what lies in our folders: downloaded LoRAs, and the model and VAE of the demo."""
+    """Let ComfyUI's menus list the files in our folders: downloaded LoRAs, and the demo's model and VAE."""
     import folder_paths
 
     for kind, folder in OWN_FOLDERS.items():

@@ -1,6 +1,6 @@
-"""DoRA as PEFT trains it, as a weight adapter of ComfyUI. Imports ComfyUI: import it inside functions.
+"""DoRA as PEFT trains it, as a ComfyUI weight adapter. Imports ComfyUI: import it inside functions.
 
-ComfyUI's own `dora_scale` divides by the norm of the weight without the LoRA, PEFT by that of the weight with it.
+ComfyUI's own `dora_scale` divides by the norm of the weight without the LoRA, PEFT by the norm of the weight with it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from comfy.weight_adapter.base import WeightAdapterBase
 
 
 class PeftDora(WeightAdapterBase):
-    """m (W + s B A) / |W + s B A|, with a norm and an m for each output; strength leads from W to that.
+    """m (W + s B A) / |W + s B A|, with one norm and one m per output; strength goes from W to that.
 
     `weights` are up [out, r, ...], down [r, in, ...], alpha (a number or None) and the magnitude m [out] in any layout.
     """

@@ -1,7 +1,7 @@
 """What a model file is, from the names and sizes of its tensors: the kind of model, and the loader that takes it.
 
-For messages about files that went to the wrong loader. ComfyUI knows the diffusion models under its own names; what it
-does not know (other kinds of files, diffusers' names) is told by a few names that every file of the kind has.
+For messages about files that went to the wrong loader. ComfyUI knows diffusion models by its own names. What it does
+not know (other kinds of files, diffusers' names) is recognised by a few names that every file of the kind has.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _LORA_PART = re.compile(
     r"\.(lora_[AB]|lora_(up|down|mid|magnitude_vector)|lora\.(up|down)|hada_\w+|lokr_\w+|oft_\w+|dora_scale|alpha"
     r"|diff|diff_b|set_weight|reshape_weight)(\.|$)|_lora\.(up|down)\."
 )
-# What a file is, its loader, and parts of names. Every group of parts needs one part that is in some name; a name
-# begins with a dot here. The first row that fits counts: files of several models come before the models.
+# What a file is, its loader, and parts of names. From every group one part must be in some name; names start with a dot
+# here. The first row that fits counts: files with several models come before the models.
 _BY_NAME: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     (
         "a whole checkpoint (model, VAE and text encoder in one file)",
@@ -61,7 +61,7 @@ _BY_NAME: tuple[tuple[str, str, tuple[tuple[str, ...], ...]], ...] = (
     ("a Stable Diffusion 3 model", _DIFFUSION, ((".joint_blocks.", ".attn.add_q_proj."),)),
     ("a Stable Diffusion model", _DIFFUSION, ((".input_blocks.", ".down_blocks."), (".output_blocks.", ".up_blocks."))),
 )  # fmt: skip
-# ComfyUI's short names of models, where they are no words.
+# ComfyUI's short names of models, where they are not words.
 _NAMES = {
     "ltxv": "LTX-Video", "ltxav": "LTX-2", "wan2.1": "Wan", "hunyuan_video": "HunyuanVideo", "flux": "Flux",
     "flux2": "Flux.2", "qwen_image": "Qwen-Image", "mochi_preview": "Mochi", "lumina2": "Lumina 2",
@@ -72,14 +72,14 @@ _TORCH_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is, with its article ('a Wan model'), and the name of the node that loads it, '' where none does."""
+    """What a file is, with its article ('a Wan model'), and the name of the node that loads it, '' if none does."""
 
     name: str
     loader: str
 
 
 def recognise(header: Header) -> Kind | None:
-    """What a safetensors file holds, or None where nothing is known of it."""
+    """What a safetensors file holds, or None if we cannot tell."""
     names = [f".{name}" for name in header.tensors]
     if 2 * sum(_LORA_PART.search(name) is not None for name in names) > len(names):
         return Kind("a LoRA", "PSA LoRA Loader")
@@ -93,7 +93,7 @@ def recognise(header: Header) -> Kind | None:
 def core_config(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
 ) -> dict[str, object]:
-    """What ComfyUI finds out about a diffusion model from names and sizes alone; {} where it finds nothing."""
+    """What ComfyUI works out about a diffusion model from names and sizes alone; {} if it finds nothing."""
     from comfy import model_detection
 
     state = {
@@ -104,12 +104,12 @@ def core_config(
         prefix = model_detection.unet_prefix_from_state_dict(state)
         prefix = prefix if any(name.startswith(prefix) for name in state) else ""
         return model_detection.detect_unet_config(state, prefix, metadata=dict(metadata or {})) or {}
-    except Exception:  # sizes that no model has, or half of a model: ComfyUI indexes what is not there
+    except Exception:  # sizes that no model has, or half a model: ComfyUI reads entries that are not there
         return {}
 
 
 def describe(header: Header, otherwise: str) -> tuple[str, str]:
-    """A clause on a file that is not what was wanted, and what to do: 'this one is a LoRA', 'load it with ...'."""
+    """A clause about a file that is not the wanted one, and what to do: 'this one is a LoRA', 'load it with ...'."""
     kind = recognise(header)
     if kind is None:
         return f"this one has {examples(header.tensors)}", otherwise

@@ -1,7 +1,7 @@
 """The header of a safetensors file, and what is wrong with a file that ought to be one. Standard library only.
 
 The format: the header's length in 8 bytes (little endian), the header in JSON, then the bytes of the tensors, without
-holes. Whatever reads the tensors later may trust a header that passed here.
+gaps. Code that reads the tensors later can trust a header that passed here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BITS = {
 _MOST_DIMENSIONS = 16
 _AGAIN = "copy or download it again"
 _CONVERT = "get the .safetensors file instead, or convert it"
-# How files begin that were renamed, or came instead of the one that was asked for; and what to do.
+# How renamed files start, or files that came instead of the right one; and what to do.
 _OTHER_KINDS = (
     (b"PK", "a zip archive, as torch.save writes it", _CONVERT),
     (b"\x80", "a pickle", _CONVERT),
@@ -47,10 +47,10 @@ _DAMAGED = "its header is damaged"
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself.
+    """What a safetensors file says about itself.
 
     Attributes:
-        tensors: name -> (type as the format writes it, such as BF16, and shape).
+        tensors: name -> (type as the format writes it, for example BF16, and shape).
         metadata: the file's own texts.
     """
 
@@ -59,7 +59,7 @@ class Header:
 
 
 def safetensors_problem(path: Path) -> str | None:
-    """Why `path` is not a complete safetensors file, in words, or None when it is one."""
+    """Why `path` is not a complete safetensors file, in words, or None if it is one."""
     try:
         read_header(path)
     except FileError as error:
@@ -113,12 +113,12 @@ def _other_kind(path: Path, begin: bytes) -> FileError:
     except UnicodeDecodeError:
         said = ""
     if said.isascii() and said and "\\x" not in said:
-        return FileError(path, f"it is not a safetensors file but a text: {said[:60]!r}", _AGAIN)
+        return FileError(path, f"it is not a safetensors file but text: {said[:60]!r}", _AGAIN)
     return FileError(path, "it is not a safetensors file", _AGAIN)
 
 
 def _parsed(path: Path, data: bytes) -> tuple[Header, int]:
-    """The header, and how many bytes its tensors take."""
+    """The header, and how many bytes its tensors take up."""
     try:
         entries = json.loads(data.decode("utf-8"))
         metadata = entries.pop("__metadata__", None) or {}

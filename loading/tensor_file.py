@@ -14,10 +14,10 @@ log = logging.getLogger("ComfyUI-PSA")
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors of a file, as views of the file where that is possible, and its metadata.
+    """The tensors of a file, as views of the file if possible, and its metadata.
 
     Raises:
-        FileError: missing, incomplete, or not a safetensors file.
+        FileError: it is missing, incomplete or not a safetensors file.
     """
     import comfy.utils
 
@@ -28,7 +28,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors, _ = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
     except MemoryError:
         raise
-    except Exception as error:  # several libraries read files here, each with errors of its own
+    except Exception as error:  # several libraries read files here, each with its own errors
         log.warning("PSA: %s: %s", path, error)
         raise FileError(path, "its header is right, but its tensors cannot be read") from error
     return tensors, header.metadata

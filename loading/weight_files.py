@@ -9,7 +9,7 @@ from .files import FileError, printable, read_object
 
 ENDINGS = (".safetensors", ".sft")
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-"""The name that diffusers writes; a variant such as fp16 stands in the middle of it."""
+"""The name that diffusers writes; a variant (for example fp16) goes in the middle of it."""
 _WHOLE = "diffusion_pytorch_model.safetensors"
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\.\w+$")
 _ACCESS = "see that it may be read, and that its disk is there"
@@ -17,7 +17,7 @@ _UNFINISHED = (".incomplete", ".part", ".partial", ".aria2", ".crdownload", ".tm
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file's name says that it is one of several: 'model-00001-of-00002.safetensors'."""
+    """Whether a file is one of several, by its name: 'model-00001-of-00002.safetensors'."""
     found = _SHARD.search(name)
     return found is not None and int(found[2]) != 1
 
@@ -51,7 +51,7 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def list_names(folder: Path) -> list[str]:
-    """What lies in a folder, by name.
+    """The entries of a folder, by name.
 
     Raises:
         FileError: the folder cannot be read.
@@ -65,7 +65,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def _indexed(folder: Path, index: str) -> list[Path]:
-    """The files that an index lists, all of them there."""
+    """The files that an index lists, checked to be all there."""
     listed = read_object(folder / index).get("weight_map")
     names = list(listed.values()) if isinstance(listed, dict) else []
     if not names or not all(isinstance(name, str) and name and Path(name).name == name for name in names):

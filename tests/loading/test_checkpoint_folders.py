@@ -231,7 +231,7 @@ def test_a_config_that_is_a_link_to_itself_or_a_folder_is_named(folder):
     assert "config.json: it cannot be read" in problem_of("mine")
     config.unlink()
     config.mkdir()
-    assert "config.json: it cannot be read: it is no file" in problem_of("mine")
+    assert "config.json: it cannot be read: it is not a file" in problem_of("mine")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="this user may read everything")
@@ -307,7 +307,7 @@ def test_names_may_have_anything_in_front_and_the_rest_of_a_file_is_named(origin
     assert same_weights(load_checkpoint(path.name), tensors)
     notes = [record.message for record in caplog.records if "not used" in record.message]
     assert len(notes) == 1
-    assert "1 tensors are no part of CogVideoX and not used, such as extra.weight" in notes[0]
+    assert "1 tensors are not part of CogVideoX and not used, such as extra.weight" in notes[0]
     path.unlink()
 
 
