@@ -1,8 +1,8 @@
-"""The `forward` of a self-attention module while PSA is on it: answers the scaled_dot_product_attention that it calls.
+"""The `forward` of a self-attention module with PSA on it: answers its calls of scaled_dot_product_attention.
 
-A TorchFunctionMode of this thread does it, so nothing of torch is patched. It is entered and left around `forward`
-because hooks of a module cannot: torch does not run them after an interrupt. What does not go through
-scaled_dot_product_attention (flex, sage, xformers) is not seen; it stays what it is, and that is said.
+A TorchFunctionMode of this thread does it, so nothing in torch is patched. It is entered and left around `forward`;
+module hooks cannot do that, because torch does not run them after an interrupt. Attention that does not go through
+scaled_dot_product_attention (flex, sage, xformers) is not seen. It stays as it is, and we report that.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _FORWARD = "forward"
 
 
 class AttentionInterception(TorchFunctionMode):
-    """Context manager around one self-attention of transformer block `block`.
+    """Context manager around one self-attention in transformer block `block`.
 
     Attributes:
-        seen: whether an attention call has come by.
+        seen: whether there was an attention call.
     """
 
     def __init__(self, state: TransformerState, call: Call, block: int) -> None:
@@ -44,7 +44,7 @@ class AttentionInterception(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def __exit__(self, *_: Any) -> None:
-        """Take this mode off the stack, wherever it is: others may have put theirs on it, or taken this one off."""
+        """Remove this mode from the stack, wherever it is: others may have pushed theirs on top, or popped this one."""
         if not any(mode is self for mode in _get_current_function_mode_stack()):
             return
         above = []
@@ -55,13 +55,13 @@ class AttentionInterception(TorchFunctionMode):
 
 
 class InterceptedForward:
-    """Stands before the `forward` of a self-attention module until `remove`, whatever else is put around it."""
+    """Wraps the `forward` of a self-attention module until `remove`, whatever else is put around it."""
 
     def __init__(self, attention: torch.nn.Module, state: TransformerState, block: int) -> None:
         previous = attention.forward
         while isinstance(previous, InterceptedForward) and previous.state is None:
-            previous = previous.previous  # one that was removed while something was around it
-        functools.update_wrapper(self, previous, updated=())  # the signature is asked for
+            previous = previous.previous  # one that was removed while something else wrapped it
+        functools.update_wrapper(self, previous, updated=())  # callers ask for the signature
         self.attention, self.previous, self.block = attention, previous, block
         self.state: TransformerState | None = state
         self._replaced = attention.__dict__.get(_FORWARD)
@@ -79,7 +79,7 @@ class InterceptedForward:
         return output
 
     def remove(self) -> None:
-        """Take it away; where something has been put around it since, it stays and does nothing."""
+        """Remove it; if something has been put around it since, it stays there and does nothing."""
         self.state = None
         if self.attention.__dict__.get(_FORWARD) is not self:
             return

@@ -1,4 +1,4 @@
-"""Where the tokens lie in diffusers' transformers, and which preset `auto` takes for them; what is read of a call.
+"""Where the tokens lie in diffusers' transformers, which preset `auto` takes for them, and what is read from a call.
 
 Checked on diffusers 0.42.1 by tests/for_diffusers.
 """
@@ -19,7 +19,7 @@ class TransformerFamily:
     """A transformer class of diffusers.
 
     Attributes:
-        preset: name of the preset of `auto`, from the transformer.
+        preset: name of the preset that `auto` takes, from the transformer.
         blocks: its transformer blocks, each with its self-attention as `attn1`.
         read_call: layout and timestep of a call, from the transformer and the call's arguments.
     """

@@ -1,7 +1,7 @@
-"""How far a run is at a call of the transformer, by the scheduler of the pipeline that runs it.
+"""How far a run is when the transformer is called, according to the scheduler of the pipeline that runs it.
 
-A transformer is not told who calls it, and what was true when PSA was applied need not be true in a run: schedulers are
-replaced afterwards, and pipelines share a transformer. So the scheduler is looked up in every call.
+A transformer is not told who calls it. What was true when PSA was applied may not be true in a run: schedulers get
+replaced, and pipelines share a transformer. So the scheduler is looked up in every call.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ import torch
 
 
 class Schedule:
-    """The steps of the run that a call belongs to: which stay dense, and which do not."""
+    """The steps of the run that a call belongs to: which of them stay dense."""
 
     def __init__(self, pipe: Any, warm_up: float | int) -> None:
-        """pipe: where the scheduler is looked for when no pipeline is running, as in a loop that a user has written.
+        """pipe: where to look for the scheduler if no pipeline is running, for example in a user's own loop.
         warm_up: how many of the first steps stay dense, a share (a float) or a number (an int)."""
         self.warm_up = warm_up
         self._pipe = _reference(pipe)
 
     def place(self, timestep: torch.Tensor | float) -> tuple[list[float], float] | None:
-        """The timesteps of the run's sparse steps, falling, and that of this call; None where no scheduler is known.
+        """The timesteps of the run's sparse steps, falling, and that of this call; None if no scheduler is known.
 
-        Steps are the scheduler's distinct timesteps, one of which is evaluated twice by some; the call belongs to the
-        nearest, as half the numbers between may be lost in a model's own type. Reads from the device.
+        Steps are the scheduler's distinct timesteps; some schedulers evaluate one of them twice. The call belongs to
+        the nearest one, because a model's own type may lose half the numbers between. Reads from the device.
         """
         timesteps = getattr(getattr(running_pipeline() or self._pipe(), "scheduler", None), "timesteps", None)
         if timesteps is None:
             return None
         listed = sorted(set(torch.as_tensor(timesteps).cpu().double().tolist()), reverse=True)
-        # A timestep of Wan2.2 5B is one per token, zero where an image is given.
+        # Wan2.2 5B has one timestep per token, zero for tokens of a given image.
         now = float(torch.as_tensor(timestep).max())
         dense = self.warm_up if isinstance(self.warm_up, int) else self.warm_up * len(listed)
         return listed[math.ceil(dense - 1e-6) :], min(listed, key=lambda other: abs(other - now))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy belongs to other pipelines, which are found where they run.
+        # A copy belongs to other pipelines, which are found when they run.
         return {"warm_up": self.warm_up, "_pipe": _nothing}
 
 
 def running_pipeline() -> Any | None:
-    """The innermost pipeline in whose call this thread is: an object with a scheduler, known to a `__call__`.
+    """The innermost pipeline whose call this thread is in: an object with a scheduler, known to a `__call__`.
 
-    Only such frames are looked into: up to Python 3.12, what a frame holds when it is read lives on until the frame
-    ends, and a script that frees a model between two stages must not find it kept.
+    Only such frames are read. Up to Python 3.12, what a frame holds when it is read stays alive until the frame ends,
+    and a script that frees a model between two stages must be able to.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -61,7 +61,7 @@ def running_pipeline() -> Any | None:
 
 
 def _reference(pipe: Any) -> Any:
-    """A way to the pipeline that does not keep it, with its text encoder, alive; not every object allows that."""
+    """A reference that does not keep the pipeline (and its text encoder) alive, if the object allows that."""
     try:
         return weakref.ref(pipe)
     except TypeError:

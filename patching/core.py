@@ -1,7 +1,7 @@
-"""What PSA assumes about ComfyUI's insides, all of it, one function per assumption; checked on 0.30.0.
+"""Everything that PSA assumes about ComfyUI's insides, one function per assumption; checked on 0.30.0.
 
-Each has a test of its own in tests/patching/test_core.py: when a newer core changes something, the name of the test
-that fails says what. What a model's forward receives is the one other assumption; it stands in `layout.py`.
+Each has its own test in tests/patching/test_core.py: if a newer core changes something, the name of the failing test
+says what. There is one other assumption, what a model's forward receives; it is in `layout.py`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _APPLY_MODEL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "trans
 
 
 def unet_config(model: Any) -> Mapping[str, Any]:
-    """What ComfyUI found out about the checkpoint of a MODEL (ModelPatcher); empty where it has none."""
+    """What ComfyUI worked out about the checkpoint of a MODEL (ModelPatcher); empty if it knows nothing."""
     return getattr(getattr(model.model, "model_config", None), "unet_config", {})
 
 
 def is_causal_wan(model: Any) -> bool:
-    """Whether a MODEL is Wan's autoregressive variant; its config says t2v like the others."""
+    """Whether a MODEL is Wan's autoregressive variant; its config says t2v, like the others."""
     return type(model.model).__name__ == "WAN21_CausalAR"
 
 
 def network_of(model: Any) -> Any:
-    """The diffusion transformer of a MODEL, with whatever was patched onto it."""
+    """The diffusion transformer of a MODEL, with everything that was patched onto it."""
     return model.get_model_object("diffusion_model")
 
 
 def get_override(model: Any) -> Override | None:
-    """The attention override of a MODEL; a clone has a dictionary of its own."""
+    """The attention override of a MODEL; a clone has its own dictionary."""
     return model.model_options.get("transformer_options", {}).get(OVERRIDE_KEY)
 
 
@@ -53,9 +53,9 @@ def set_override(model: Any, override: Override | None) -> None:
 
 
 def add_wrappers(model: Any, key: str, *, before_call: Callable, sampling: Callable | None = None) -> None:
-    """Have something done before every forward of a MODEL's network, and wrap its whole sampling run.
+    """Run something before every forward of a MODEL's network, and wrap its whole sampling run.
 
-    The second wrapper stands outside the network, so that a compiled network knows nothing of it.
+    The second wrapper is outside the network, so a compiled network knows nothing about it.
 
     Args:
         sampling: sampling(executor, *args, **kwargs) calls the executor and returns its result; `executor.class_obj` is
@@ -73,17 +73,17 @@ def add_wrappers(model: Any, key: str, *, before_call: Callable, sampling: Calla
 
 @dataclasses.dataclass(frozen=True)
 class ModelCallWrapper:
-    """The wrapper around a forward of the network, see `add_wrappers`; a class, so that it can travel."""
+    """The wrapper around a forward of the network, see `add_wrappers`; a class, so it can go to another process."""
 
     before_call: Callable
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Tell `before_call`, then call on."""
+        """Call `before_call`, then the network."""
         x, _, _, context, _, options = (*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :]))
         self.before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
         if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
-            # One more argument keeps graphs apart in models that look at all of theirs; none minds what it does not
-            # know. `_apart_from_stock` does so in all models, on a torch that is new enough.
+            # An extra argument keeps graphs apart in models that guard on all of their arguments; models ignore
+            # arguments they do not know. `_apart_from_stock` keeps graphs apart in all models, if torch is new enough.
             kwargs["psa_compiled"] = True
         with _apart_from_stock():
             return executor(*args, **kwargs)
@@ -91,10 +91,10 @@ class ModelCallWrapper:
 
 @contextlib.contextmanager
 def _apart_from_stock() -> Iterator[None]:
-    """Within it no compiled graph is run that was made without PSA, and none that is made will run without it.
+    """Inside it, no compiled graph made without PSA is run, and no graph made here will run without PSA.
 
-    ComfyUI's compile nodes drop every guard on transformer_options, so that nothing in a graph tells whether PSA was
-    there. What all graphs look at is the state of autocast, of this thread. Its cache has no effect while autocast is
+    ComfyUI's compile nodes drop every guard on transformer_options, so nothing in a graph shows whether PSA was there.
+    But all graphs check the autocast state of this thread. Autocast's cache setting has no effect while autocast is
     off, as it is in ComfyUI.
     """
     enabled = torch.is_autocast_cache_enabled()
@@ -107,20 +107,20 @@ def _apart_from_stock() -> Iterator[None]:
 
 def wrap_network(model: Any, key: str, wrapper: Callable) -> None:
     """Wrap every forward of a MODEL's network: wrapper(executor, x, timestep, context, *args, **kwargs) calls the
-    executor, any number of times, and returns its result."""
+    executor any number of times and returns its result."""
     import comfy.patcher_extension
 
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, key, wrapper)
 
 
 def options_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The transformer_options among the arguments of a network's forward; some models pass them by place."""
+    """The transformer_options among the arguments of a network's forward; some models pass them by position."""
     options = kwargs.get("transformer_options")
     return next((arg for arg in args if isinstance(arg, dict)), {}) if options is None else options
 
 
 def remove_wrappers(model: Any, key: str) -> None:
-    """Take the wrappers of `key` off a MODEL."""
+    """Remove the wrappers of `key` from a MODEL."""
     import comfy.patcher_extension
 
     kinds = comfy.patcher_extension.WrappersMP
@@ -129,7 +129,7 @@ def remove_wrappers(model: Any, key: str) -> None:
 
 
 def percent_to_sigma(guider: Any, percent: float) -> float:
-    """The noise level at `percent` of the schedule of the model that is sampled now; any later shift node counts."""
+    """The noise level at `percent` of the schedule of the model being sampled; a later shift node counts too."""
     return float(guider.model_patcher.get_model_object("model_sampling").percent_to_sigma(percent))
 
 
@@ -142,14 +142,14 @@ def run_sigmas(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
 
 
 def latent_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    """(time, height, width) of the latent that a sampling run works on, from the wrapper's arguments; () where it has
+    """(time, height, width) of the latent that a sampling run works on, from the wrapper's arguments; () if it has
     other axes."""
     noise = args[0] if args else kwargs.get("noise")
     return tuple(noise.shape[2:]) if getattr(noise, "ndim", 0) == 5 else ()
 
 
 def pixels_per_latent(model: Any) -> tuple[int, int] | None:
-    """Frames and pixels that stand for one of the latent, in time and along a side, where the format says so."""
+    """How many frames and pixels one latent frame and pixel stand for, in time and along a side, if the format says."""
     latent_format = getattr(model.model, "latent_format", None)
     ratios = (getattr(latent_format, f"{axis}_downscale_ratio", None) for axis in ("temporal", "spacial"))
     time, side = ratios
@@ -157,7 +157,7 @@ def pixels_per_latent(model: Any) -> tuple[int, int] | None:
 
 
 def replaced_forwards(network: Any) -> list[str]:
-    """Parts of a network whose forward was replaced on the object itself, as packs do that bring their own; single
+    """Parts of a network whose forward was replaced on the object itself, as packs with their own forward do. Single
     layers, which have no parts, do not count."""
     return [
         f"{name}.{attribute}".lstrip(".")
@@ -169,7 +169,7 @@ def replaced_forwards(network: Any) -> list[str]:
 
 
 def run_options(guider: Any) -> dict[str, Any]:
-    """The transformer_options of one sampling run: a copy that ends with it and that all its model calls inherit."""
+    """The transformer_options of one sampling run: a copy that lasts for the run; all its model calls inherit it."""
     return guider.model_options["transformer_options"]
 
 
@@ -179,20 +179,20 @@ def current_sigma(options: Mapping[str, Any]) -> float:
 
 
 def schedule(options: Mapping[str, Any]) -> list[float] | None:
-    """The noise levels of the sampler's run (steps + 1), where it says them; `run_sigmas` is the same from outside."""
+    """The noise levels of the sampler's run (steps + 1), if it gives them; `run_sigmas` gets the same from outside."""
     sigmas = options.get("sample_sigmas")
     return None if sigmas is None else sigmas.tolist()
 
 
 def call_identity(options: Mapping[str, Any]) -> tuple:
-    """What tells the forwards of one step apart, the same in every step: their prompts, and the frames of a context
+    """What distinguishes the forwards of one step, the same in every step: their prompts, and the frames of a context
     window."""
     window = getattr(options.get("context_window"), "index_list", ())
     return tuple(options.get("cond_or_uncond", ())), tuple(options.get("uuids", ())), tuple(window)
 
 
 def block_index(options: Mapping[str, Any]) -> int | None:
-    """The transformer block of an attention call, where the model says it."""
+    """The transformer block of an attention call, if the model gives it."""
     return options.get("block_index")
 
 
@@ -202,20 +202,20 @@ def is_on_several_gpus(model: Any) -> bool:
 
 
 def worker_of(options: Mapping[str, Any]) -> torch.device | None:
-    """Whose forward it is, where ComfyUI computes the prompts of a step on several GPUs at once, each in a thread: the
-    GPU's; None in every other run."""
+    """The GPU that runs this forward, if ComfyUI computes the prompts of a step on several GPUs at once, one thread
+    each; None in every other run."""
     return options.get("multigpu_thread_device")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the device's memory was full."""
+    """Whether an error means that the device's memory is full."""
     import comfy.model_management
 
     return bool(comfy.model_management.is_oom(error))
 
 
 def free_cached_memory() -> None:
-    """Give memory that nothing uses back to the device."""
+    """Give unused memory back to the device."""
     import comfy.model_management
 
     comfy.model_management.soft_empty_cache()

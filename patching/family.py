@@ -1,6 +1,6 @@
-"""Which models PSA serves, and which preset `auto` takes for them. A model it does not serve gets a reason.
+"""Which models PSA serves, and which preset `auto` takes for them. For any other model it gives a reason.
 
-Reads only what ComfyUI found out about the checkpoint; nothing is guessed from names.
+It only reads what ComfyUI worked out about the checkpoint; nothing is guessed from names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .layout import (
 )
 
 # On the demo model topk 10/5/0/20 is 2 dB closer to dense than the budget mode of the per-size presets (README,
-# Figures); until that is measured on real weights, `auto` takes it for every size.
+# Figures). `auto` takes it for every size until this is measured on real weights.
 _WAN_PRESET = "module-default"
 WAN_READERS: dict[str, CallReader] = {
     "t2v": read_wan_call,
@@ -39,7 +39,7 @@ WAN_READERS: dict[str, CallReader] = {
 }
 """By ComfyUI's name of the Wan variant. First-last frame, Fun, Phantom and in-context references are t2v or i2v."""
 _COGVIDEOX_PRESETS = {None: "cogvideox-5b", 2: "cogvideox1.5-5b"}
-"""By temporal patch size. Ours share one pyramid; they differ in the published presets beside them."""
+"""By temporal patch size. Our presets share the same levels; they differ in the published presets they go with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Family:
     """A model that PSA serves.
 
     Attributes:
-        name: for messages; preset: the one of `auto`; blocks: its number of transformer blocks.
+        name: for messages; preset: the one that `auto` takes; blocks: its number of transformer blocks.
         read_call: where the tokens lie in a call of the model.
-        advice: what the user should know about this model, as a sentence, or None.
+        advice: one sentence that the user should know about this model, or None.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Where the video tokens lie in the sequence that a model's self-attention sees.
 
-Derived from what enters the diffusion model, and its patch size; nothing is read from attention calls. A reader gets
-the model and what one of its calls gets; it returns the layout, and the lengths of other sequences, which
-cross-attention calls may have and which must not be taken for self-attention. What the Wan readers assume about
+It is derived from the input of the diffusion model and its patch size; nothing is read from attention calls. A reader
+gets the model and the arguments of one of its calls. It returns the layout and the lengths of other sequences:
+cross-attention calls may have those, and must not be taken for self-attention. What the Wan readers assume about
 ComfyUI's models is the table "Wan variants" in README; tests/patching/test_wan_variants.py checks it row by row.
 """
 
@@ -18,19 +18,19 @@ from ..kernels.order import TokenLayout
 CallReader = Callable[..., tuple[TokenLayout, tuple[int, ...]]]
 
 _VACE_REFERENCE_FRAMES = 4
-"""How many leading frames are looked at for VACE references; its node adds one."""
+"""How many leading frames are checked for VACE references; its node adds one."""
 
 
 def read_wan_call(
     network: Any, x: torch.Tensor, context: torch.Tensor, conds: Mapping[str, Any]
 ) -> tuple[TokenLayout, tuple[int, ...]]:
-    """Wan T2V, I2V and what shares their forward.
+    """Wan T2V, I2V and the variants that share their forward.
 
-    A Fun reference stands before the grid; frames concatenated in time (Phantom) and in-context references behind it.
+    A Fun reference is before the grid; frames concatenated in time (Phantom) and in-context references are after it.
 
     Args:
         x: [B, C, T, H, W]; context: [B, L, C].
-        conds: what else the forward gets, by ComfyUI's names: clip_fea [B, L, C], time_dim_concat [B, C, T, H, W],
+        conds: the forward's other inputs, by ComfyUI's names: clip_fea [B, L, C], time_dim_concat [B, C, T, H, W],
             reference_latent [B, C, H, W] here and [B, C, T, H, W] elsewhere.
     """
     before = 0
@@ -45,8 +45,8 @@ def read_wan_call(
 def read_vace_call(
     network: Any, x: torch.Tensor, context: torch.Tensor, conds: Mapping[str, Any]
 ) -> tuple[TokenLayout, tuple[int, ...]]:
-    """VACE: reference images are the first frames of the latent. Its node leaves them blank but for the image itself:
-    nothing reactive (channels 16 to 31 of vace_context [B, n, 96, T, H, W]) and no mask (the 64 behind)."""
+    """VACE: reference images are the first frames of the latent. Its node leaves everything but the image itself blank:
+    nothing reactive (channels 16 to 31 of vace_context [B, n, 96, T, H, W]) and no mask (the 64 after them)."""
     grid = _grid(x.shape[2:], network.patch_size)
     control = conds["vace_context"]
     blank = (control[:, :, 16:, :_VACE_REFERENCE_FRAMES] == 0).all(dim=(2, 4, 5)).any(dim=1).all(dim=0)
@@ -65,7 +65,7 @@ def read_animate_call(
 def read_humo_call(
     network: Any, x: torch.Tensor, context: torch.Tensor, conds: Mapping[str, Any]
 ) -> tuple[TokenLayout, tuple[int, ...]]:
-    """HuMo: reference frames, reference_latent [B, C, T, H, W], behind the grid."""
+    """HuMo: reference frames, reference_latent [B, C, T, H, W], after the grid."""
     after = _concatenated(network, conds) + _reference(network, conds)
     return TokenLayout(_grid(x.shape[2:], network.patch_size), after=after), _contexts(context, conds)
 
@@ -73,7 +73,7 @@ def read_humo_call(
 def read_s2v_call(
     network: Any, x: torch.Tensor, context: torch.Tensor, conds: Mapping[str, Any]
 ) -> tuple[TokenLayout, tuple[int, ...]]:
-    """S2V: behind the grid reference frames, then the motion frames before this clip, packed at three sizes."""
+    """S2V: after the grid come reference frames, then the motion frames before this clip, packed at three sizes."""
     after = _concatenated(network, conds) + _reference(network, conds)
     motion = conds.get("reference_motion")
     if motion is not None:
@@ -88,7 +88,7 @@ def read_s2v_call(
 def read_scail_call(
     network: Any, x: torch.Tensor, context: torch.Tensor, conds: Mapping[str, Any]
 ) -> tuple[TokenLayout, tuple[int, ...]]:
-    """SCAIL: reference frames before the grid, the pose video (half size) behind it."""
+    """SCAIL: reference frames before the grid, the pose video (half size) after it."""
     reference, pose = conds.get("reference_latent"), conds.get("pose_latents")
     before = 0 if reference is None else _patches(network, reference.shape)
     after = _concatenated(network, conds) + (0 if pose is None else _patches(network, pose.shape))
@@ -98,13 +98,13 @@ def read_scail_call(
 def read_cogvideox_call(
     network: Any, x: torch.Tensor, context: torch.Tensor, conds: Mapping[str, Any]
 ) -> tuple[TokenLayout, tuple[int, ...]]:
-    """CogVideoX: x [B, C, T, H, W], context [B, L, C]; one joint attention a block, no cross-attention."""
+    """CogVideoX: x [B, C, T, H, W], context [B, L, C]; one joint attention per block, no cross-attention."""
     patch = (network.patch_size_t or 1, network.patch_size, network.patch_size)
     return cogvideox_layout(x.shape, patch, context.shape[1]), ()
 
 
 def cogvideox_layout(latent_shape: Sequence[int], patch_size: Sequence[int], text_tokens: int) -> TokenLayout:
-    """Layout of CogVideoX: the text, 226 tokens or a multiple where ComfyUI repeats a prompt, then the grid."""
+    """Layout of CogVideoX: the text (226 tokens, or a multiple if ComfyUI repeats a prompt), then the grid."""
     return TokenLayout(_grid(latent_shape[2:], patch_size), before=text_tokens)
 
 
@@ -116,19 +116,19 @@ def _contexts(context: torch.Tensor, conds: Mapping[str, Any]) -> tuple[int, ...
 
 
 def _concatenated(network: Any, conds: Mapping[str, Any]) -> int:
-    """Tokens of the frames that Wan concatenates behind the latent in time."""
+    """Tokens of the frames that Wan concatenates in time after the latent."""
     concat = conds.get("time_dim_concat")
     return 0 if concat is None else _patches(network, concat.shape)
 
 
 def _reference(network: Any, conds: Mapping[str, Any]) -> int:
-    """Tokens of reference_latent [B, C, T, H, W] where the model does not pad it."""
+    """Tokens of reference_latent [B, C, T, H, W] if the model does not pad it."""
     reference = conds.get("reference_latent")
     return 0 if reference is None else _whole_patches(network, reference.shape[-3:])
 
 
 def _leading_frames(grid: tuple[int, int, int], frames: int, after: int) -> TokenLayout:
-    """A grid whose first `frames` are references; one frame at least stays video."""
+    """A grid whose first `frames` are references; at least one frame stays video."""
     frames = min(frames, grid[0] - 1)
     return TokenLayout((grid[0] - frames, *grid[1:]), frames * grid[1] * grid[2], after)
 

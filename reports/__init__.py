@@ -1,1 +1,1 @@
-"""Pictures and picture figures for the nodes: Pillow, numpy and torch; knows nothing of ComfyUI or of models."""
+"""Pictures and image metrics for the nodes: Pillow, numpy and torch; knows nothing about ComfyUI or models."""

@@ -1,7 +1,8 @@
 """Calibration: from one short run, the sparsity that meets a target error or a target speed-up on this machine.
 
-The run itself is dense. In a few of its steps the model is asked again with PSA at several sparsities, on the same
-latent; error is the relative distance of the model's output from the dense one, time is that of the whole model call.
+The run itself is dense. In a few of its steps the model is called again with PSA on the same latent, at several
+sparsities. The error is the relative distance of the model's output from the dense one; the time is that of the whole
+model call.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Calibration:
 
 
 class Measuring:
-    """A DIFFUSION_MODEL wrapper that asks the model again with PSA; what it hands on is the dense output."""
+    """A DIFFUSION_MODEL wrapper that calls the model again with PSA; it passes on the dense output."""
 
     def __init__(self, settings: list[PatchSettings], family: Family, pixels: tuple[int, int] | None = None) -> None:
         self.settings, self.family, self.pixels = settings, family, pixels
@@ -75,7 +76,7 @@ class Measuring:
         self._place: tuple[Any, ...] = ()
 
     def before_call(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
-        """Called before the wrapper, where everything that the model gets has a name."""
+        """Called before the wrapper, at a point where every input of the model has a name."""
         self._place = self.family.read_call(network, x, context, conds)
 
     def __call__(self, executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +107,7 @@ class Measuring:
                 output, seconds = _timed(call, x.device)
             finally:
                 options.pop(RUN_KEY, None)
-            if self.fallbacks:  # the rest of the run would only take its time
+            if self.fallbacks:  # the rest of the run would only waste time
                 raise _stays_dense(self.fallbacks)
             error = (output.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-12)
             self.errors[settings.config.sparsity].append(float(error))
@@ -117,12 +118,12 @@ class Measuring:
         return is_active(sigma, *self.sigmas)
 
     def _choose(self, active: list[int]) -> set[int]:
-        """The steps to measure: the first, the middle and the last of those in which PSA would be active."""
+        """The steps to measure: the first, middle and last step in which PSA would be active."""
         places = (round(part * (len(active) - 1) / (MEASURED_STEPS - 1)) for part in range(MEASURED_STEPS))
         return {active[place] for place in places} if active else set()
 
     def points(self) -> tuple[Point, ...]:
-        """Mean error and least time of every sparsity, in order."""
+        """Mean error and shortest time for every sparsity, in order."""
         return tuple(
             Point(sparsity, sum(errors) / len(errors), min(self.seconds[sparsity]))
             for sparsity, errors in sorted(self.errors.items())
@@ -141,14 +142,14 @@ def calibrate(
     save_as: str = "",
     psa_pyramid: Preset | None = None,
 ) -> Calibration:
-    """Measure, propose, and store the proposal as a preset of the user's where `save_as` names one.
+    """Measure, propose, and store the proposal as a user preset if `save_as` names one.
 
     Args:
-        model: ComfyUI's ModelPatcher; a PSA patch on it is left out.
-        sample: runs a sampler with the model that it gets; its result is not used.
+        model: ComfyUI's ModelPatcher; a PSA patch on it is ignored.
+        sample: runs a sampler with the model it is given; its result is not used.
 
     Raises:
-        InputError: an input is wrong, or PSA cannot serve the model or this size; nothing could be measured then.
+        InputError: an input is wrong, or PSA cannot serve the model or this size, so nothing could be measured.
     """
     require_model(model, NODE)
     family = find_family(model)
@@ -199,7 +200,7 @@ def _stays_dense(fallbacks: Counter[str]) -> InputError:
 
 
 def _refuse_not_finite(points: tuple[Point, ...]) -> None:
-    """Raise InputError where an output was not finite: such an error is neither above nor below any target."""
+    """Raise InputError if an output was not finite: such an error is neither above nor below any target."""
     bad = [f"{point.sparsity:.2f}" for point in points if not math.isfinite(point.error)]
     if not bad:
         return
@@ -209,7 +210,7 @@ def _refuse_not_finite(points: tuple[Point, ...]) -> None:
 
 
 def check_shape(preset: str, psa_pyramid: Preset | None = None) -> Preset:
-    """The preset or the connected pyramid; raises InputError where there is none, or no sparsity to calibrate."""
+    """The preset or the connected pyramid; raises InputError if there is none, or no sparsity to calibrate."""
     name = AUTO_PRESETS[0] if preset == AUTO else preset
     shape = find_preset(name, node=NODE) if psa_pyramid is None else psa_pyramid
     if not shape.is_scaled:
@@ -220,10 +221,10 @@ def check_shape(preset: str, psa_pyramid: Preset | None = None) -> Preset:
 
 
 def propose(points: tuple[Point, ...], dense_seconds: float, goal: str, target: float) -> Calibration:
-    """The most sparsity within a target error, or the least that reaches a target speed-up, between the points.
+    """The highest sparsity within a target error, or the lowest that reaches a target speed-up, between the points.
 
     Args:
-        points: in order of their sparsity.
+        points: sorted by sparsity.
     """
 
     def value(point: Point) -> float:
@@ -251,14 +252,14 @@ def propose(points: tuple[Point, ...], dense_seconds: float, goal: str, target: 
 
 
 def _between(points: tuple[Point, ...], values: list[float], left: int, target: float, to_whole: Callable) -> float:
-    """The sparsity at which a line from point `left` on passes the target, rounded to 0.01 to its safe side."""
+    """The sparsity at which the line after point `left` passes the target, rounded to 0.01 on the safe side."""
     if left < 0:
         return points[0].sparsity
     if left + 1 >= len(points):
         return points[-1].sparsity
     (low, high), (start, end) = points[left : left + 2], values[left : left + 2]
     part = 0.0 if end == start else min(1.0, max(0.0, (target - start) / (end - start)))
-    # The small slack keeps a hundredth that rounding has moved by a hair.
+    # The small slack keeps a hundredth that rounding has shifted slightly.
     slack = 1e-9 if to_whole is math.floor else -1e-9
     return to_whole((low.sparsity + part * (high.sparsity - low.sparsity)) * 100 + slack) / 100
 
@@ -286,7 +287,7 @@ def _reachable(shape: Preset, sparsity: float) -> bool:
 
 
 def _timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[torch.Tensor, float]:
-    """The result of a call and the seconds it took on its device."""
+    """The result of a call, and how many seconds it took on its device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -299,7 +300,7 @@ def _timed(call: Callable[[], torch.Tensor], device: torch.device) -> tuple[torc
 def sampler(
     latent: dict[str, Any], positive: Any, negative: Any, *, seed: int, steps: int, cfg: float
 ) -> Callable[[Any], object]:
-    """What `calibrate` samples with: euler on the simple schedule, as the node KSampler does it."""
+    """The sampling that `calibrate` uses: euler on the simple schedule, as in the node KSampler."""
 
     def sample(model: Any) -> object:
         import comfy.sample

@@ -1,4 +1,4 @@
-"""Two IMAGE batches for the node PSA Compare: checked, compared, and put side by side."""
+"""Checks two IMAGE batches for the node PSA Compare, compares them and puts them side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compare_images(
     """Side by side [F, H+28, 3W, 3], PSNR, SSIM and all figures as JSON (infinite PSNR as null).
 
     Raises:
-        InputError: the videos differ in shape, or LPIPS cannot be had.
+        InputError: the videos differ in shape, or LPIPS is not available.
     """
     for name, images in (("images_a", images_a), ("images_b", images_b)):
         if not hasattr(images, "shape"):
@@ -48,7 +48,7 @@ def compare_images(
 
 
 def check_lpips(lpips: bool) -> None:
-    """Raise InputError where LPIPS is asked for and its package is not there."""
+    """Raise InputError if LPIPS is asked for and its package is missing."""
     if lpips and importlib.util.find_spec("lpips") is None:
         do = "turn lpips off, or install its package: pip install lpips"
         raise InputError("lpips", True, "off, or on where its package is installed", NODE, do=do)

@@ -1,6 +1,6 @@
-"""Two videos compared: PSNR, SSIM, LPIPS where its package is installed, and both side by side with their difference.
+"""Compares two videos: PSNR, SSIM, LPIPS if its package is installed, and both side by side with their difference.
 
-Frames are float [F, H, W, 3], 0..1. Everything goes frame by frame, so that a long video needs little memory.
+Frames are float [F, H, W, 3], 0..1. Everything is done frame by frame, so a long video needs little memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .paint import INK, PAPER, font
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Figures of two videos. `psnr` in dB over all pixels of all frames, infinite where they are equal; `ssim` the mean
-    over the frames; `lpips` the same, None where it was not asked for; `frames` (psnr, ssim) of every frame."""
+    """Figures for two videos. `psnr`: in dB over all pixels of all frames, infinite if they are equal; `ssim`: the mean
+    over the frames; `lpips`: likewise, None if it was not asked for; `frames`: (psnr, ssim) of every frame."""
 
     psnr: float
     ssim: float
@@ -30,7 +30,7 @@ def compare(a: torch.Tensor, b: torch.Tensor, lpips: bool = False) -> Comparison
     """Compare two videos of one shape [F, H, W, 3].
 
     Raises:
-        ImportError: LPIPS is asked for and its package is missing.
+        ImportError: LPIPS was asked for and its package is missing.
     """
     distance = load_lpips() if lpips else None
     errors, rows, perceived = [], [], []
@@ -67,7 +67,7 @@ def side_by_side(
 
 
 def _title(text: str, width: int, height: int = 28) -> torch.Tensor:
-    """A band with words [height, width, 3], in smaller letters where they would not fit."""
+    """A band with text [height, width, 3], in smaller letters if it would not fit."""
     band = Image.new("RGB", (width, height), PAPER)
     size = 16
     while size > 8 and font(size).getlength(text) > width - 12:

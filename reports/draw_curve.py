@@ -1,4 +1,4 @@
-"""The picture of PSA Calibrate: error and speed over sparsity, with the proposal marked."""
+"""The picture of PSA Calibrate: error and speed against sparsity, with the proposal marked."""
 
 from __future__ import annotations
 

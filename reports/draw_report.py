@@ -1,6 +1,6 @@
 """The picture of PSA Report: where the time went, how sparse every step and layer was, and where the model looked.
 
-All numbers come from `sampling/figures.py` and `sampling/maps.py`; nothing is computed here but places on the paper.
+All numbers come from `sampling/figures.py` and `sampling/maps.py`; only positions on the sheet are computed here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _OTHER = {
     "unseen": "computed by another node's attention",
     "interrupted": "broken off",
 }
-"""What the headline says of steps that were neither sparse nor dense."""
+"""What the headline says about steps that were neither sparse nor dense."""
 _MOST_HEIGHT = 4000
 _ATTENTION, _REST = (127, 178, 255), (70, 104, 158)
 
@@ -49,10 +49,10 @@ def draw_report(
     """Draw one run.
 
     Args:
-        report: of `make_report`, or {"note": why there is none}.
+        report: from `make_report`, or {"note": why there is none}.
         seen: share of its resolution at which each token is seen, [T, H, W]; spot: pooling factor at which the token
-            `spot_at` sees the others, [T, H, W]. Both of the layer and head that `where` names.
-        frames: uint8 [F, h, w, 3], what to draw them on; grey without.
+            `spot_at` sees the others, [T, H, W]. Both for the layer and head that `where` names.
+        frames: uint8 [F, h, w, 3], the background to draw on; grey if missing.
     """
     sheet = Sheet(WIDTH, _MOST_HEIGHT)
     sheet.text("PSA Report", 26)
@@ -78,7 +78,7 @@ def draw_report(
 
 
 def headline(report: dict[str, Any]) -> str:
-    """The run in a sentence."""
+    """The run in one sentence."""
     steps = report["steps"]
     sparse = [step for step in steps if step["sparsity"] is not None]
     counts = {kind: sum(step["kind"] == kind for step in steps) for kind in _OTHER}
@@ -107,7 +107,7 @@ def _settings(report: dict[str, Any]) -> str:
 
 
 def _sparsity_map(sheet: Sheet, report: dict[str, Any], x: int, y: int, width: int) -> None:
-    """Steps to the right, layers downward; a grey cell was dense."""
+    """A grid with steps to the right and layers downward; a grey cell was dense."""
     steps = report["steps"]
     layers = sorted(int(layer) for layer in report["layers"]) or [0]
     sheet.y = y
@@ -146,12 +146,12 @@ def _scale(sheet: Sheet, x: int, y: int) -> None:
 
 
 def _seconds(sheet: Sheet, report: dict[str, Any], x: int, y: int, width: int) -> None:
-    """Seconds of every step as bars, PSA's attention apart from the rest."""
+    """Seconds of every step as bars, with PSA's attention separate from the rest."""
     steps = report["steps"]
     sheet.y = y
     sheet.text("Seconds of every step", 16, x=x)
     top, height, left = sheet.y + 8, 190, x + 44
-    # The first step may hold the loading of the model and must not flatten the others: its bar is cut at the top.
+    # The first step may include loading the model. Its bar is cut at the top so that it does not flatten the others.
     shown = [step["seconds"] for step in steps[1 if len(steps) > 2 else 0 :]]
     most = max(shown) * 1.1 or 1.0
     letters = font(12)
@@ -217,7 +217,7 @@ def _time(sheet: Sheet, report: dict[str, Any]) -> None:
 
 
 def _parts(sheet: Sheet, report: dict[str, Any]) -> None:
-    """Where areas or windows of the video were computed each for itself: how sparse each size of them was."""
+    """If parts or windows of the video were computed separately: how sparse each size of them was."""
     for part in report["grids"] if len(report["grids"]) > 1 else ():
         grid = "x".join(map(str, part["grid"]))
         sparsity = "dense" if part["sparsity"] is None else f"sparsity {part['sparsity']:.3f}"

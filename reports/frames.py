@@ -1,4 +1,4 @@
-"""Frames to draw on when no decoded video is at hand: the latent itself, as ComfyUI's previews colour it."""
+"""Frames to draw on if there is no decoded video: the latent itself, in the colours of ComfyUI's previews."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def video_frames(images: torch.Tensor | None, model: Any, samples: dict[str, Any]) -> np.ndarray | None:
-    """Frames uint8 [F, H, W, 3]: `images` [F, H, W, 3] 0..1 where given, else the latent; None where neither fits."""
+    """Frames uint8 [F, H, W, 3]: `images` [F, H, W, 3] 0..1 if given, else the latent; None if neither can be used."""
     if images is not None:
         return (images[..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
     latent = samples.get("samples")

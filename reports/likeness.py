@@ -14,7 +14,7 @@ SSIM_WINDOW = 7
 
 
 def psnr(error: float) -> float:
-    """Peak signal to noise ratio in dB of a mean squared error on the scale 0..1; infinite where there is no error."""
+    """Peak signal-to-noise ratio in dB for a mean squared error on the scale 0..1; infinite where there is no error."""
     return math.inf if error == 0 else -10 * math.log10(error)
 
 

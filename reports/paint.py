@@ -1,4 +1,4 @@
-"""Colours, letters and small charts that the pictures share. Pillow comes with ComfyUI."""
+"""Colours, fonts and small charts that the pictures share. Pillow comes with ComfyUI."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, QUIET, GRID = (24, 25, 29), (236, 237, 240), (160, 164, 172), (62, 64, 71)
 DENSE = (92, 95, 104)
-# From dark violet over teal to yellow: light means more, also where colours cannot be told apart.
+# From dark violet through teal to yellow: lighter means more, even if the colours cannot be told apart.
 _HEAT = np.array([(59, 28, 92), (52, 82, 139), (33, 139, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
-# The colours of web/picture.js.
+# The same colours as in web/picture.js.
 LEVELS = {1: (253, 231, 37), 2: (94, 201, 98), 4: (33, 145, 140), 8: (59, 124, 196), 16: (90, 85, 176)}
 COARSE, UNSEEN = (125, 74, 150), (74, 76, 83)
 
@@ -52,12 +52,12 @@ def over_frame(
 
 
 def level_name(factor: int) -> str:
-    """What a pooling factor is called in pictures."""
+    """The name of a pooling factor in pictures."""
     return {0: "not at all", 1: "in full"}.get(factor, f"at 1/{factor}")
 
 
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own font; where Pillow is old or built without FreeType, its small one."""
+    """Pillow's own font; if Pillow is old or built without FreeType, its small one."""
     try:
         return ImageFont.load_default(size)
     except (TypeError, OSError, ImportError):
@@ -73,7 +73,7 @@ class Sheet:
         self.width, self.margin, self.y = width, margin, margin
 
     def text(self, text: str, size: int = 15, colour: tuple = INK, x: int | None = None, advance: bool = True) -> None:
-        """Write lines, broken where they would run over the edge."""
+        """Write text, wrapped at the right edge."""
         x = self.margin if x is None else x
         letters = font(size)
         for line in wrap(text, letters, self.width - x - self.margin):
@@ -82,7 +82,7 @@ class Sheet:
                 self.y += round(size * 1.35)
 
     def legend(self, entries: Sequence[tuple[tuple, str]], x: int, y: int, size: int = 13) -> int:
-        """Coloured squares with words, in a row; returns where the row ends."""
+        """Coloured squares with labels, in a row; returns where the row ends."""
         letters = font(size)
         for colour, word in entries:
             self.draw.rectangle((x, y + 2, x + size - 2, y + size), fill=colour)
@@ -91,7 +91,7 @@ class Sheet:
         return x
 
     def stack(self, box: tuple[int, int, int, int], parts: Sequence[tuple[tuple, float]]) -> None:
-        """A bar of parts that fill the box in proportion."""
+        """A bar whose parts fill the box in proportion."""
         left, top, right, bottom = box
         total = sum(part for _, part in parts) or 1.0
         self.draw.rectangle(box, fill=GRID)
@@ -124,7 +124,7 @@ def wrap(text: str, letters: ImageFont.ImageFont | ImageFont.FreeTypeFont, width
 
 
 def nice_step(most: float, parts: int = 4) -> float:
-    """A round distance of ticks, so that about `parts` of them reach `most`."""
+    """A round distance between ticks, so that about `parts` of them reach `most`."""
     if most <= 0:
         return 1.0
     raw = most / parts

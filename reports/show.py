@@ -1,4 +1,4 @@
-"""The report of a run for the node PSA Report: the JSON and the picture of the layer and head that were asked for."""
+"""The report of a run for the node PSA Report: JSON, and the picture for the chosen layer and head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .frames import video_frames
 
 NODE = "PSA Report"
 _LONGEST_NAME = 200
-"""Bytes of a file's name; every file system has 255, and a number and an extension come after it."""
+"""Longest file name in bytes: every file system allows 255, and a number and an extension are added."""
 UNPATCHED = "the model did not come from PSA Patch, or PSA Patch is bypassed: it is the stock one"
 
 
@@ -34,9 +34,9 @@ def show_report(
         layer: index of a transformer block, -1 for the middle one; head: index of a head.
 
     Raises:
-        InputError: it has no such layer or head.
+        InputError: there is no such layer or head.
     """
-    # Without a handle PSA Patch is bypassed or was never there; that must not stop a workflow.
+    # Without a handle, PSA Patch is bypassed or was never there. That must not stop a workflow.
     handle: PatchHandle = model.get_attachment(KEY) or PatchHandle(UNPATCHED)
     report = handle.report or {"note": handle.note if handle.settings is None else "the model has not sampled yet"}
     maps = {} if handle.maps is None else _maps(handle.maps, layer, head)
@@ -46,7 +46,7 @@ def show_report(
 
 
 def check_prefix(filename_prefix: str = "", node: str = NODE) -> None:
-    """Raise InputError for a name that ComfyUI would refuse to save a picture under, which it says after the run."""
+    """Raise InputError if ComfyUI would refuse to save a picture under this name, which it only says after the run."""
     import folder_paths
 
     output, prefix = Path(os.path.normpath(folder_paths.get_output_directory())), filename_prefix.strip()
@@ -58,7 +58,7 @@ def check_prefix(filename_prefix: str = "", node: str = NODE) -> None:
 
 
 def wrong_prefix(filename_prefix: str, node: str) -> InputError:
-    """The error of a name under which no picture can be saved."""
+    """The error for a name under which no picture can be saved."""
     allowed = "a name that can be saved in ComfyUI's output folder"
     do = "take a name such as psa/report, or leave it empty"
     return InputError("filename_prefix", filename_prefix, allowed, node, do=do)
@@ -70,7 +70,7 @@ def to_image(picture: Any) -> torch.Tensor:
 
 
 def _maps(maps: RunMaps, layer: int, head: int) -> dict[str, Any]:
-    """What `draw_report` draws over the video."""
+    """The maps that `draw_report` draws over the video."""
     recorded = sorted(maps.blocks)
     if layer == -1:
         layer = recorded[len(recorded) // 2]

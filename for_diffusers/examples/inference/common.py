@@ -1,4 +1,4 @@
-"""What the example scripts share: the pack, from its clone or installed, the command line, one run of a pipeline."""
+"""What the example scripts share: finding the pack (cloned or installed), the command line, one run of a pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def load_pack(root: Path = ROOT) -> ModuleType:
-    """The package `comfyui_psa`: as installed with pip, or else from this clone. Its folder never goes on sys.path."""
+    """The package `comfyui_psa`, installed with pip or from this clone. Its folder is never added to sys.path."""
     if "comfyui_psa" in sys.modules:
         return sys.modules["comfyui_psa"]
     if importlib.util.find_spec("comfyui_psa") is None:
@@ -49,7 +49,7 @@ def make_parser(about: str, *, model: str, steps: int, guidance: float, size: tu
 
 
 def run(pipe: Any, arguments: argparse.Namespace, fps: int) -> None:
-    """Patch where asked, make the video, write it and say what was done."""
+    """Patch the pipeline if asked to, make the video, write it and print what was done."""
     import torch
     from diffusers.utils import export_to_video
 

@@ -18,7 +18,7 @@ MODELS = {
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run with the words of a command line."""
+    """Run with the arguments of a command line."""
     parser = make_parser("CogVideoX text to video", model="cogvideo_5b", steps=50, guidance=6.0, size=(0, 0, 0))
     arguments = parser.parse_args(words)
     import torch

@@ -14,7 +14,7 @@ FLOW_SHIFT = 5.0
 
 
 def main(words: list[str] | None = None) -> None:
-    """Run with the words of a command line."""
+    """Run with the arguments of a command line."""
     parser = make_parser("Wan2.1 text to video", model="wan2.1_1.3b", steps=50, guidance=5.0, size=(1280, 720, 69))
     arguments = parser.parse_args(words)
     import torch
