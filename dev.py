@@ -10,7 +10,7 @@
     python dev.py fuzz     random and hostile inputs and files on a real server, --cases of them
     python dev.py soak     many prompts in a row on a real server, and its memory before and after
     python dev.py setup    only make the environment in .dev/
-    python dev.py workflows    write workflows/*.json and locales/en anew, after a node's schema has changed
+    python dev.py workflows    write workflows/*.json and locales/en again, after a node's schema has changed
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; needs huggingface-hub alone
 
 Needs Python 3.10 or newer and nothing else; the first run installs into .dev/ (a few minutes, about 8 GB).

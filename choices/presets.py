@@ -2,7 +2,7 @@
 
 The published numbers stand in `presets.json` (arXiv 2512.04025 and the official release; shares are the differences of
 its cumulative bounds). A published preset computes what the paper describes, with sampled importance. Ours keeps the
-shape of the pyramid; it meets the slider (budget mode in place of threshold) and ranks blocks, 128 queries and 64 keys,
+shape of the pyramid; it meets the slider (budget mode instead of threshold) and ranks blocks, 128 queries and 64 keys,
 by the mean weight of pooled tokens, a quarter of the published scores. What else differs stands under "ours" in the
 file. The tail, which goes beyond the paper, is off: on the demo model it costs more than it gives. "evidence" names the
 page that measures ours.

@@ -43,7 +43,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def model_folders(comfyui, tmp_path_factory):
-    """Empty model folders in place of ComfyUI's, by category; in this process only."""
+    """Empty model folders instead of ComfyUI's, by category; in this process only."""
     import folder_paths
 
     root = tmp_path_factory.mktemp("models")

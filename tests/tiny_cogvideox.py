@@ -105,7 +105,7 @@ def run_pipeline(
     """Sample with diffusers' pipeline from latents [1, 16, T, H, W]; returns the same shape.
 
     Args:
-        latents: the noise that it starts from; its step noise comes from the generator of `seed`, behind this draw.
+        latents: the noise that it starts from; its step noise comes from the generator of `seed`, after this draw.
         image: latent [1, 16, 1, H, W] of the start image. strength: for video to video, with noisy `latents`.
         frames: pixel frames to ask for, where the pipeline adds one in front.
     """

@@ -153,7 +153,7 @@ export class Picture {
     }
 }
 
-/** Words before a bar and a figure behind it; a bar without them is hidden. */
+/** Words before a bar and a figure after it; a bar without them is hidden. */
 function label(bar, before, after) {
     bar.previousSibling.textContent = before;
     bar.nextSibling.textContent = after;

@@ -1,4 +1,4 @@
-"""The benchmark's own arithmetic: what errors are taken against, what stands in the table, what is drawn."""
+"""The benchmark's own arithmetic: what errors are measured against, what is in the table, what is drawn."""
 
 import csv
 import dataclasses

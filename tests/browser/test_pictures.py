@@ -1,4 +1,4 @@
-"""A picture of every node for README and help pages, as a newcomer sees it: PSA_WRITE_PICTURES=1 writes them anew."""
+"""A picture of every node for README and help pages, as a newcomer sees it: PSA_WRITE_PICTURES=1 writes them again."""
 
 import io
 import os

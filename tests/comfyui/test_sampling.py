@@ -2,7 +2,7 @@
 
 Not smaller: ComfyUI leaves out progress messages that follow each other within 0.1 s.
 
-Latents are compared bit for bit; ComfyUI's node cache is emptied where a result must be computed anew.
+Latents are compared bit for bit; ComfyUI's node cache is emptied where a result must be computed again.
 """
 
 import copy

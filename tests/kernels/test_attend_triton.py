@@ -135,7 +135,7 @@ def test_the_output_may_take_the_place_of_the_queries(triton_device, half_types,
     from comfyui_psa.kernels.gpu.attend import attend_triton
 
     q, k, v = (random_tensor(1, 2, 300, 64, seed=s).to(triton_device, half_types[-1]) for s in (1, 2, 3))
-    # The logits of the second query block overflow behind the first tile: it is computed again, from queries that must
+    # The logits of the second query block overflow after the first tile: it is computed again, from queries that must
     # still be there.
     q[:, :, 128:256] *= 1000
     k[:, :, 64:] *= 20

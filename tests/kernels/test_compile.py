@@ -203,7 +203,7 @@ def test_levels(gpu, rule):
 
 
 def test_the_sequence_length_is_no_compile_time_constant():
-    """The official kernel is compiled anew for every resolution; so would an argument be that is 1 or even."""
+    """Triton would compile again for lengths that are 1 or even; the official kernel does so for every resolution."""
     from comfyui_psa.kernels.gpu import attend as attend_triton
     from comfyui_psa.kernels.gpu import importance as importance_triton
     from comfyui_psa.kernels.gpu import int8 as int8_triton

@@ -292,7 +292,7 @@ def test_group_by_level(oracle, random_factors):
 
 
 def test_the_map_comes_back_from_its_lists(random_factors):
-    """What stands behind the last group of a list is undefined."""
+    """Entries after the last group of a list are undefined."""
     factors = random_factors((2, 3, 4, 37), (0, 1, 2, 8, 64), seed=2)
     lists = group_by_level(factors, (1, 2, 8, 64))
     seen = torch.arange(37) < lists.ends[..., -1:]

@@ -13,7 +13,7 @@ class Hub:
 
     Attributes:
         content: bytes. budget: bytes that all GETs together send before connections break off, or None.
-        status, error: an answer to everything. etag: in place of the content's SHA-256.
+        status, error: an answer to everything. etag: instead of the content's SHA-256.
         requests: (method, first byte that was asked for), in order.
     """
 

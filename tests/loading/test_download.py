@@ -137,7 +137,7 @@ def test_a_link_out_of_the_folder_is_refused(hub, tmp_path):
 
 
 def dev_weights(folder, hub, limit=None, **environment):
-    """Run `python dev.py weights`, with a limit on the size of a file in place of a full disk."""
+    """Run `python dev.py weights`, with a limit on the size of a file instead of a full disk."""
 
     def limited():
         import resource

@@ -98,8 +98,8 @@ def header(text, data=b""):
     [
         (b"GGUF\x03\0\0\0" + bytes(100), "Name it .gguf and load it with Unet Loader (GGUF)"),
         (b"\xef\xbb\xbf\n <html>" + b" " * 100, "a web page"),
-        (b"Entry not found", "a text: 'Entry not found'"),
-        (b'{"error": "Invalid credentials"}', "a text: "),
+        (b"Entry not found", "text: 'Entry not found'"),
+        (b'{"error": "Invalid credentials"}', "text: "),
         (bytes(5000), "nothing but zeros: the download did not finish"),
         (b"\x1f\x8b\x08" + bytes(100), "a gzip archive"),
         (header(b"[" * 100_000), "it is not a safetensors file"),

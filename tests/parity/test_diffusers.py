@@ -87,7 +87,7 @@ def noise(size, seed=1):
 
 
 def with_front_frame(latents, seed):
-    """The frame that diffusers samples beside an odd number for 1.5; ours comes from the seed behind the given one."""
+    """The frame that diffusers adds to an odd number for 1.5; ours comes from the seed after the given one."""
     generator = torch.Generator().manual_seed(seed + 1)
     return torch.cat([torch.randn(1, 16, 1, *latents.shape[3:], generator=generator), latents], 2)
 

@@ -120,11 +120,11 @@ def test_a_model_without_the_corrections_is_told_so_once(comfyui, tiny, caplog):
     native = comfy.sd.load_diffusion_model_state_dict(state)
     with caplog.at_level(logging.WARNING):
         patch_model(native, sparsity=0.7, **PATCH)
-    assert sum("put PSA CogVideoX Fix behind" in record.message for record in caplog.records) == 1
+    assert sum("put PSA CogVideoX Fix after" in record.message for record in caplog.records) == 1
 
 
 def test_compiled_after_the_loader(models, sample):
-    """Core's TorchCompileModel behind PSA CogVideoX Loader, without the minutes that generating code takes."""
+    """Core's TorchCompileModel after PSA CogVideoX Loader, without the minutes that generating code takes."""
     import torch._dynamo
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     from comfy_extras.nodes_torch_compile import skip_torch_compile_dict

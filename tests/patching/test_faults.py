@@ -28,7 +28,7 @@ def report(model):
 
 
 def failing(monkeypatch, error, when=lambda call, q: True):
-    """Make the kernels raise `error` where `when(number of the call, q)` says so."""
+    """Make the kernels raise `error` where `when(number of the call, q)` is true."""
     calls = []
 
     def attention(q, *args, **kwargs):

@@ -19,19 +19,19 @@ STACKING = {
         "test_an_earlier_override_gets_what_psa_declines",
         "test_no_growth_over_100_steps",
     ),
-    ("override set behind that asks the earlier one", "both act"): ("test_a_later_override_that_chains_keeps_psa",),
-    ("override set behind that replaces the earlier one", "it acts, PSA says so in the log"): (
+    ("later override that asks the earlier one", "both act"): ("test_a_later_override_that_chains_keeps_psa",),
+    ("later override that replaces the earlier one", "it acts, PSA logs it"): (
         "test_a_later_override_that_replaces_is_named",
     ),
     ("core's Model Attention Backend before PSA Patch (stand-in)", "it computes what PSA leaves dense"): (
         "test_the_backend_of_the_core",
     ),
-    ("core's Model Attention Backend behind PSA Patch (stand-in)", "it acts, PSA says so in the log"): (
+    ("core's Model Attention Backend after PSA Patch (stand-in)", "it acts, PSA logs it"): (
         "test_the_backend_of_the_core",
     ),
     (
-        "core's Model Sparse Attention, before or behind (stand-in)",
-        "it acts in its part of the schedule, PSA in what it leaves; PSA says so in the log where that is nothing",
+        "core's Model Sparse Attention, before or after (stand-in)",
+        "it acts in its part of the schedule, PSA in the rest; if nothing is left, PSA logs it",
     ): ("test_the_sparse_node_of_the_core", "test_a_sparse_node_that_stays_behind_psa"),
     ("EasyCache, LazyCache", "both act, in either order"): ("test_easy_cache",),
     ("context windows", "sparse in every window"): ("test_context_windows",),
@@ -40,7 +40,7 @@ STACKING = {
         "test_single_blocks_compiled",
         "test_compile_settles",
     ),
-    ("LoRA stacks", "before or behind, the same"): ("test_loras",),
+    ("LoRA stacks", "before or after, the same"): ("test_loras",),
     ("LoRA hooks, masked prompts", "sparse"): ("test_hooks_and_masks",),
     ("CFG, batched or split", "sparse"): ("test_guidance_batched_and_split",),
     ("several videos in one batch", "sparse"): ("test_batches",),
@@ -51,7 +51,7 @@ STACKING = {
         "test_several_patches_in_one_graph",
     ),
     ("two models at once", "kept apart"): ("test_two_models_at_once", "test_two_clones_in_two_threads"),
-    ("MultiGPU CFG Split (the CPU as two devices)", "sparse on every GPU, before or behind"): (
+    ("MultiGPU CFG Split (the CPU as two devices)", "sparse on every GPU, before or after"): (
         "test_two_gpus",
         "test_a_failure_on_one_of_two_gpus_is_its_own",
     ),
@@ -159,7 +159,7 @@ def test_a_later_override_that_replaces_is_named(model, sample, caplog):
 
 def backend_of_the_core(model):
     """Core's Model Attention Backend, which the ComfyUI of these tests does not have: another dense attention for all
-    calls, in place of whatever override was there."""
+    calls, instead of whatever override was there."""
     from comfy.ldm.modules.attention import attention_pytorch
 
     def backend(_, *args, **kwargs):

@@ -23,7 +23,7 @@ class Case:
 
     Attributes:
         extra: conditioning values by name, made from `tiny.normal`; references: the values that change extra tokens.
-        before, frames, after: tokens before the grid, frames of the grid, tokens behind it.
+        before, frames, after: tokens before the grid, frames of the grid, tokens after it.
         calls: self-attention calls of a forward.
     """
 
@@ -198,7 +198,7 @@ def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case
     tokens = first_tokens(model, tiny_wan, case, extra)
     assert len(tokens) == before + video + after
 
-    # Changing a reference changes the tokens before and behind the grid, and no token of the grid.
+    # Changing a reference changes the tokens before and after the grid, and no token of the grid.
     moved = first_tokens(model, tiny_wan, case, extra | {name: changed(extra[name]) for name in case.references})
     beside = [*range(before), *range(before + video, len(tokens))]
     if case.references:

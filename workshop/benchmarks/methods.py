@@ -104,7 +104,7 @@ def flex_attention(share: float, block_kv: int) -> Callable[..., tuple]:
             seq_lengths=(q.shape[2], k.shape[2]),
         )  # fmt: skip
         ordered = [order.apply(x).contiguous() for x in (q, k, v)]
-        torch.compiler.reset()  # every shape is compiled anew, and only so many are allowed
+        torch.compiler.reset()  # every shape is compiled again, and their number is limited
         compiled = torch.compile(flex.flex_attention, dynamic=False)
         options = {"BLOCK_M": config.block_q, "BLOCK_N": block_kv} if block_kv < 128 and q.is_cuda else None
 

@@ -7,7 +7,7 @@ What no node offers yet is tried here, as `prototype` of a setting:
     dense_steps: steps that stay dense besides the warm-up
     reuse: n, levels are chosen at every n-th sparse step and kept in between
     rank: how blocks are ranked, see `ranking.py`
-    sol: tau, ComfyUI's own sparse attention in place of ours, see `sol_attn.py`
+    sol: tau, ComfyUI's own sparse attention instead of ours, see `sol_attn.py`
     static: `radial` or `random`, a mask that does not look at the data
 """
 

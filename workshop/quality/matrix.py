@@ -136,7 +136,7 @@ def claims() -> list[Claim]:
             both,
         ),
         Claim("Per-layer budgets: density 0.5 to 1.5 pays", "ours", "layers 0.5 to 1.5", "default", both),
-        Claim("Dense last tenth in place of dense first", "ours", "dense 15 % first, 10 % last", "paper", (MIDDLE,)),
+        Claim("Dense last tenth instead of dense first", "ours", "dense 15 % first, 10 % last", "paper", (MIDDLE,)),
         *(
             Claim(f"Levels kept for {n} steps cost nothing", "ours", f"levels kept for {n} steps", "paper", both, True)
             for n in (2, 4, 100)

@@ -25,8 +25,8 @@ NOISE = "quality-noise-cpu.csv"
 NAMES = {
     "default": "our default",
     "paper": "paper's recipe",
-    "paper, mean": "paper's recipe, mean in place of max",
-    "pooled by max": "our default, max in place of mean",
+    "paper, mean": "paper's recipe, mean instead of max",
+    "pooled by max": "our default, max instead of mean",
     "block-sparse": "block-sparse (rival)",
     "radial mask": "radial mask (rival)",
     "PSA-3": "PSA-3 (15/10/20)",
@@ -113,7 +113,7 @@ clip has 17 frames, 5120 tokens; `{CPU}` is what `python dev.py quality --quick`
 Names: the *paper's recipe* is topk 10/5/0/20 (shares of the key blocks at full, half, quarter, eighth resolution),
 curve order, importance by a sample of a quarter of the tokens reduced by max, blocks of 128 queries and 64 keys, the
 first quarter of the steps dense. *Our default* (`choices/presets.json`, `module-default`) is the same with importance
-by means of 8 tokens reduced by mean. `paper, mean` reduces the paper's sample by mean in place of max."""
+by means of 8 tokens reduced by mean. `paper, mean` reduces the paper's sample by mean instead of max."""
 
 
 def _source(name: str, rows: Sequence[RunRow]) -> str:
@@ -132,7 +132,7 @@ def _answers(gpu: Runs) -> str:
     text.append(
         "![Quality against compute](quality/compute.png)\n\n![Quality against time](quality/time.png)\n\n"
         "Time is that of the torch backend on a CPU, in processor seconds. On a GPU the demo's 9216 tokens are too\n"
-        "few for time to mean anything; what a call takes at real sizes stands in the README under Figures.\n\n"
+        "few for time to mean anything; what a call takes at real sizes is in the README under Figures.\n\n"
         "Below: rows of the contact sheets of the GPU run. The radial mask is ours, in blocks\n"
         "of 128 by 64 in raster order, after the idea of Radial Attention (arXiv 2506.19852), not its code."
     )
@@ -397,7 +397,7 @@ CPU (17 frames, 10 steps) ahead in PSNR (0.1 and 0.3 dB) but not in SSIM; on the
 from 0.25 and 0.1 dB from 0.30 (CPU, 16 steps). The last steps of real weights draw detail
 that these clips do not have: 0 stays the default until it has been seen on them.
 
-Not in the node: means of 4 or 2 tokens, a token in place of a mean, a second-order correction for the spread inside
+Not in the node: means of 4 or 2 tokens, a token instead of a mean, a second-order correction for the spread inside
 the groups, unlike numbers of queries and keys: none is ahead of means of 8 at all computes, and all cost more. Budgets
 by layer: see the verdicts."""
 

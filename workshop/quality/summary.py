@@ -74,7 +74,7 @@ def against_published(runs: dict[str, list[RunRow]]) -> list[Difference]:
 
 
 def quick_line(rows: Iterable[RunRow]) -> tuple[float, str]:
-    """Our default minus the best published setting in dB at equal compute, and the sentence that says so.
+    """Our default minus the best published setting in dB at equal compute, and the sentence about it.
 
     The best is the one that leaves our default the smallest margin, each compared at its own compute.
     """

@@ -1,6 +1,6 @@
 """Any ComfyUI workflow with a PSA Patch node, measured on a real server: dense, then every setting, same seeds.
 
-Dense is the same workflow at sparsity 0, which PSA Patch hands on bit for bit. Frames are taken losslessly behind the
+Dense is the same workflow at sparsity 0, which PSA Patch hands on bit for bit. Frames are taken losslessly after the
 decoder, so whatever the workflow saves does not matter and is left out.
 """
 
@@ -115,7 +115,7 @@ def to_measured(prompt: Prompt) -> Prompt:
     """The prompt with a lossless output of its frames and PSA Report, and only what these need.
 
     Raises:
-        Failure: no PSA Patch, or not one decoder behind it.
+        Failure: no PSA Patch, or not exactly one decoder after it.
     """
     patches = [node for node, entry in prompt.items() if entry["class_type"] == PATCH]
     if not patches:
@@ -126,7 +126,7 @@ def to_measured(prompt: Prompt) -> Prompt:
         if entry["class_type"] in DECODERS and _upstream(prompt, node) & set(patches)
     ]
     if len(decoders) != 1:
-        raise Failure(f"The workflow has {len(decoders)} decoders behind PSA Patch where one was expected.")
+        raise Failure(f"The workflow has {len(decoders)} decoders after PSA Patch where one was expected.")
     (decoder,) = decoders
     samples = prompt[decoder]["inputs"]["samples"]
     # With two experts the first that samples reports; both patches get the same setting.

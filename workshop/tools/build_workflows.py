@@ -79,8 +79,8 @@ second blue square that the dense video does not have.
         dense_frames = canvas.add("VAEDecode", samples=dense, vae=vae)
         _save_webp(canvas, dense_frames, "psa_demo/dense")
     with canvas.group("Sparse: PSA", "green"):
-        # 5 of 16 dense steps in place of the default's 4: with 4 this clip gets a second blue square that the dense
-        # video does not have (22.6 dB in place of 30.8), also where the sparse steps do more work instead (21.9 dB).
+        # 5 of 16 dense steps instead of the default's 4: with 4 this clip gets a second blue square that the dense
+        # video does not have (22.6 dB instead of 30.8), also where the sparse steps do more work instead (21.9 dB).
         patched = canvas.add("PSAPatch", model=model, sparsity=0.85, start_percent=0.30, min_tokens=4096)
         sparse = canvas.add("KSampler", "KSampler: PSA", model=patched, **sampling)
         frames = canvas.add("VAEDecode", samples=sparse, vae=vae)

@@ -63,7 +63,7 @@ def apply_options(prompt: Prompt, steps: int | None, sparsity: float | None) -> 
 
 
 def samplers_of(prompt: Prompt) -> dict[str, str]:
-    """Node ids of the sampler behind PSA Patch ("psa") and of the other one ("dense")."""
+    """Node ids of the sampler after PSA Patch ("psa") and of the other one ("dense")."""
     psa = figures.find_node(prompt, "KSampler", model=[figures.find_node(prompt, "PSAPatch"), 0])
     (dense,) = (node for node, entry in prompt.items() if entry["class_type"] == "KSampler" and node != psa)
     return {"dense": dense, "psa": psa}

@@ -58,7 +58,7 @@ def bar_chart(
     Args:
         series: of equal or unequal lengths.
         top: value at the upper edge; None takes the greatest value.
-        unit: written behind the value at the upper edge.
+        unit: written after the value at the upper edge.
         target: value of a dashed line.
     """
     steps = max(len(values) for _, values in series)

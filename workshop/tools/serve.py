@@ -1,6 +1,6 @@
 """ComfyUI for a person: started with the pack and the example workflows, until Ctrl-C.
 
-Also the one short visit to a server that `workflows/` needs to be written anew.
+Also the one short visit to a server that `workflows/` needs to be written again.
 """
 
 from __future__ import annotations

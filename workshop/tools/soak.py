@@ -1,6 +1,6 @@
 """`python dev.py soak`: many prompts in a row on one real server, and its memory before and after.
 
-Every prompt samples the demo model anew, with PSA and other settings each time, every fifth one without. The first
+Every prompt samples the demo model again, with PSA and other settings each time, every fifth one without. The first
 prompts are not counted: they load the model and fill caches that stay.
 """
 

@@ -44,7 +44,7 @@ class Input:
 
     @property
     def companion(self) -> str | None:
-        """Value of the extra widget that the frontend adds behind this one and saves with it, or None."""
+        """Value of the extra widget that the frontend adds after this one and saves with it, or None."""
         if self.type == "INT" and (self.options.get("control_after_generate") or self.name in ("seed", "noise_seed")):
             return "fixed"
         return "image" if self.options.get("image_upload") else None
