@@ -186,7 +186,9 @@ def _load(checked: Checked, weight_dtype: str, disable_dynamic: bool) -> Any:
 
     if checked.unused:
         count, some = len(checked.unused), examples(checked.unused)
-        log.warning("PSA: %s: %d tensors are not part of CogVideoX and not used, such as %s", checked.path, count, some)
+        log.warning(
+            "PSA: %s: %d tensors are not part of CogVideoX and not used, for example %s", checked.path, count, some
+        )
     tensors, metadata = _read(checked.files, checked.names)
     dynamic = {"disable_dynamic": True} if disable_dynamic else {}
     try:

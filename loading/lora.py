@@ -141,15 +141,15 @@ def _refuse(
         do = f"choose a LoRA that was made for this size of {kind}"
         raise InputError("lora_name", given, place + parts + like, NODE, do=do)
     if strangers or not fit.layers:
-        fits = "no key of it can be used here," if known else "no key of it fits,"
-        fits = f"only {len(known)} of {len(in_file)} keys fit, not those" if fit.layers else fits
+        fits = "none of its keys can be used here," if known else "none of its keys fits,"
+        fits = f"only {len(known)} of {len(in_file)} keys fit, the others do not," if fit.layers else fits
         file = recognise(Header({key: ("", tuple(tensor.shape)) for key, tensor in tensors.items()}, {}))
         if file is not None and file.loader != NODE:
             like, do = f"; it is {file.name}", f"load it with {file.loader}" if file.loader else do
         else:
             like = f"; it looks like one for {likeness}" if likeness else ""
         raise InputError(
-            "lora_name", name, f"{allowed}; {fits} such as {_examples(unknown or in_file)}{like}", NODE, do=do
+            "lora_name", name, f"{allowed}; {fits} for example {_examples(unknown or in_file)}{like}", NODE, do=do
         )
 
 
@@ -159,30 +159,30 @@ def _summary(reading: Reading, fit: _Fit, in_file: set[str], name: str, strength
     count = len({target for layer in fit.layers for target in layer})
     done = f"{count} weights of the model patched, strength {strength:g}"
     if strength == 0:
-        done = f"{count} weights fit, strength 0 leaves the model as it is"
+        done = f"{count} weights fit; strength 0 leaves the model as it is"
     lines = [f"LoRA {name}: {done}"]
     whole = sum(isinstance(patch, tuple) and patch[0] == "set" for layer in fit.layers for patch in layer.values())
     if whole and strength not in (0, 1):
-        lines[0] += f" ({whole} of them replaced whole, which has no strength)"
+        lines[0] += f" ({whole} of them replaced as a whole, whatever the strength)"
 
     def tell(keys: list[str], what: str) -> None:
         keys = [key for key in keys if key in in_file]
         if keys:
-            lines.append(f"{len(keys)} of {total} keys {what}, such as {_examples(keys)}")
+            lines.append(f"{len(keys)} of {total} keys {what}, for example {_examples(keys)}")
 
-    tell(reading.unknown, "fit nothing")
+    tell(reading.unknown, "match nothing in the model")
     stray = [key for _, keys in fit.misfits for key in keys]
     if stray:
         first = fit.misfits[0][0]
         place = first.target.removeprefix("diffusion_model.")
         lines.append(
-            f"{len(stray)} of {total} keys were left out because their size is another, such as {_examples(stray)} "
+            f"{len(stray)} of {total} keys were left out for their size, for example {_examples(stray)} "
             f"({_parts(first.parts)}; the model has {_times(first.size)} at {place})"
         )
     tell(fit.unused, "belong to weights of the model but were left out: ComfyUI cannot use them there")
     tell(fit.twice, "were left out because the file has the same part of the weight under another name")
     tell(reading.other_adapters, "were left out because they belong to another adapter in the file; save it on its own")
-    tell(reading.second_expert, "are for the low-noise expert and were left out; save them as a file of their own")
+    tell(reading.second_expert, "are for the low-noise expert and were left out; save them as a separate file")
     complete = len(lines) == 1
     if any(key.second_expert for key in reading.keys.values()):
         lines.append(
@@ -213,7 +213,7 @@ def _check_numbers(tensors: Mapping[str, torch.Tensor], name: str) -> None:
     broken = [key for key, tensor in tensors.items() if not _finite(tensor)]
     if broken:
         allowed = (
-            f"a LoRA of finite numbers; {len(broken)} of its {len(tensors)} tensors hold NaN or infinity, such as "
+            f"a LoRA of finite numbers; {len(broken)} of its {len(tensors)} tensors hold NaN or infinity, for example "
             f"{_examples(broken)}"
         )
         raise InputError("lora_name", name, allowed, NODE, do="download it again, or choose another LoRA")

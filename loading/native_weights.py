@@ -64,7 +64,7 @@ def check_sizes(path: Path, header: Header, names: Mapping[str, str]) -> tuple[d
     weights = [name for name in wanted if name.endswith((".weight", ".bias"))]
     missing = [name for name in weights if name not in given]
     if missing:
-        reason = f"{len(missing)} of {len(weights)} weights are missing, such as {examples(missing)}"
+        reason = f"{len(missing)} of {len(weights)} weights are missing, for example {examples(missing)}"
         raise FileError(path, reason)
     quantised = {name.rpartition(".")[0] for name in given if name not in wanted and _QUANTISED.search(name)}
     for name in sorted(set(given) & set(wanted)):

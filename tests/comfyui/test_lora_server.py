@@ -51,7 +51,7 @@ def test_names_of_both_systems_and_every_strength_are_taken(summary_of, name, st
 
 
 def test_strength_0_is_none_of_it(summary_of):
-    expected = "LoRA sub/x.safetensors: 1 weights fit, strength 0 leaves the model as it is"
+    expected = "LoRA sub/x.safetensors: 1 weights fit; strength 0 leaves the model as it is"
     assert summary_of("sub/x.safetensors", 0) == expected
 
 

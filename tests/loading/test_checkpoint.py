@@ -153,7 +153,7 @@ def test_weights_that_no_file_holds_are_an_error_and_not_noise(broken):
     for file in [*files, folder / "diffusion_pytorch_model.safetensors.index.json"]:
         file.unlink()
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    with refused("broken", r"1 of \d+ weights are missing, such as blocks\.1\.k\.weight"):
+    with refused("broken", r"1 of \d+ weights are missing, for example blocks\.1\.k\.weight"):
         load_checkpoint("broken")
 
 

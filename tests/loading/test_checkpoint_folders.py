@@ -307,7 +307,7 @@ def test_names_may_have_anything_in_front_and_the_rest_of_a_file_is_named(origin
     assert same_weights(load_checkpoint(path.name), tensors)
     notes = [record.message for record in caplog.records if "not used" in record.message]
     assert len(notes) == 1
-    assert "1 tensors are not part of CogVideoX and not used, such as extra.weight" in notes[0]
+    assert "1 tensors are not part of CogVideoX and not used, for example extra.weight" in notes[0]
     path.unlink()
 
 

@@ -191,7 +191,10 @@ def test_keys_that_fit_nothing_are_counted_and_named(cogvideox, caplog):
     with caplog.at_level(logging.WARNING):
         _, summary = patch_with_lora(cogvideox, tensors | extra, "x")
     assert f"{len(products)} weights of the model patched" in summary
-    assert "2 of 12 keys fit nothing, such as text_encoder.layer.0.lora_A.weight, transformer.lost" in summary
+    assert (
+        "2 of 12 keys match nothing in the model, for example text_encoder.layer.0.lora_A.weight, transformer.lost"
+        in summary
+    )
     assert summary in caplog.text
 
 
@@ -200,7 +203,7 @@ def test_a_lora_of_which_nothing_fits_is_an_error_with_examples(cogvideox, wan, 
     save_file(tensors, model_folders / "loras" / "for wan.safetensors")
     expected = (
         "PSA LoRA Loader, input lora_name: 'for wan.safetensors' was given; allowed: a LoRA for this model "
-        "(cogvideox); no key of it fits, such as transformer.blocks.0.attn1.to_q.lora_A.weight"
+        "(cogvideox); none of its keys fits, for example transformer.blocks.0.attn1.to_q.lora_A.weight"
     )
     with pytest.raises(InputError, match=re.escape(expected)):
         apply_lora(cogvideox, "for wan.safetensors", 1.0)

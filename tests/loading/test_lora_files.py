@@ -157,7 +157,9 @@ STRANGERS = {
 @pytest.mark.parametrize("stranger", STRANGERS)
 def test_a_lora_for_another_model_is_refused_and_recognised(wan, stranger):
     words, name = STRANGERS[stranger]
-    with pytest.raises(InputError, match=rf"no key of it fits, .*; it looks like one for .*{words}.*\. Choose a LoRA"):
+    with pytest.raises(
+        InputError, match=rf"none of its keys fits, .*; it looks like one for .*{words}.*\. Choose a LoRA"
+    ):
         patch_with_lora(wan, pair(name), "x")
 
 
@@ -165,7 +167,9 @@ def test_a_lora_for_another_model_is_refused_although_a_layer_has_the_same_name_
     tensors = pair("transformer.proj_out", rows=64)
     for block in range(4):
         tensors |= pair(f"transformer.single_transformer_blocks.{block}.attn.to_q")
-    with pytest.raises(InputError, match=r"only 2 of 10 keys fit, not those such as .*; it looks like one for Flux"):
+    with pytest.raises(
+        InputError, match=r"only 2 of 10 keys fit, the others do not, for example .*; it looks like one for Flux"
+    ):
         patch_with_lora(wan, tensors, "x")
 
 
@@ -177,7 +181,7 @@ def test_blocks_of_another_variant_are_not_taken_for_the_models_own(wan, vace, w
     for name in names[:2]:
         tensors |= pair(wrapper + name.replace(".", separator), **KOHYA)
     tensors[f"{wrapper}vace_patch_embedding.diff_b"] = random(DIM)
-    with pytest.raises(InputError, match="no key of it fits"):
+    with pytest.raises(InputError, match="none of its keys fits"):
         patch_with_lora(wan, tensors, "x")
     patched, _ = patch_with_lora(vace, tensors, "x")
     assert sorted(changed(vace, patched)) == [
@@ -186,7 +190,7 @@ def test_blocks_of_another_variant_are_not_taken_for_the_models_own(wan, vace, w
 
 
 def test_a_whole_model_is_called_one(wan, tiny_wan):
-    expected = r"no key of it can be used here, .*; it is a Wan model\. Load it with Load Diffusion Model\.$"
+    expected = r"none of its keys can be used here, .*; it is a Wan model\. Load it with Load Diffusion Model\.$"
     with pytest.raises(InputError, match=expected):
         patch_with_lora(wan, tiny_wan.state_dict("t2v"), "x")
 
@@ -199,7 +203,7 @@ def test_an_image_models_blocks_are_not_cogvideox_blocks(model_folders, tiny, st
     if not folder.exists():
         tiny.write_folder(folder, "5b")
     words, name = STRANGERS[stranger]
-    with pytest.raises(InputError, match=rf"no key of it fits, .*; it looks like one for .*{words}"):
+    with pytest.raises(InputError, match=rf"none of its keys fits, .*; it looks like one for .*{words}"):
         patch_with_lora(load_checkpoint("for strangers"), pair(name, 64, 64), "x")
 
 
@@ -256,7 +260,9 @@ ADDED = ["difference", "whole weight", "norm", "bias"]
 def test_an_added_weight_of_another_size_is_left_out_and_named_when_others_fit(wan, form):
     patched, summary = patch_with_lora(wan, WRONG[form] | pair(OUT), "x")
     assert summary.startswith("LoRA x: 1 weights of the model patched, strength 1; 1 of 3 keys were left out because")
-    assert re.search(r"size is another, such as \S+ \(\w+ [\dx]+; the model has [\dx]+ at [\w.]+\)$", summary)
+    assert re.search(
+        r"left out for their size, for example \S+ \(\w+ [\dx]+; the model has [\dx]+ at [\w.]+\)$", summary
+    )
     assert list(changed(wan, patched)) == [f"{OUT}.weight"]
 
 
@@ -281,7 +287,7 @@ def test_a_part_without_use_is_named(wan, stray):
     *_, unused = stray if "rescale" in list(stray)[-1] else reversed(stray)
     patched, summary = patch_with_lora(wan, pair(Q) | stray, "x")
     assert f"; 1 of {len(stray) + 2} keys " in summary
-    assert summary.endswith(f"such as {unused}")
+    assert summary.endswith(f"for example {unused}")
     assert f"{len(changed(wan, patched))} weights of the model patched" in summary
 
 
@@ -316,10 +322,10 @@ def test_any_strength_multiplies(wan, model_folders, strength):
     patched, summary = apply_lora(wan, "plain.safetensors", strength)
     found = changed(wan, patched)
     if strength == 0:
-        assert summary == "LoRA plain.safetensors: 2 weights fit, strength 0 leaves the model as it is"
+        assert summary == "LoRA plain.safetensors: 2 weights fit; strength 0 leaves the model as it is"
         assert not found
     else:
-        assert summary.endswith(f"strength {strength:g} (1 of them replaced whole, which has no strength)")
+        assert summary.endswith(f"strength {strength:g} (1 of them replaced as a whole, whatever the strength)")
         torch.testing.assert_close(found[f"{Q}.weight"], strength * product(pair(Q)), rtol=1e-4, atol=1e-3)
 
 
@@ -328,7 +334,8 @@ def test_the_summary_counts_the_keys_of_the_file_without_alphas_from_its_setting
     settings = '{"transformer.lora_alpha": 8.0, "transformer.r": 4}'
     save_file(tensors, model_folders / "loras" / "settings.safetensors", {"lora_adapter_metadata": settings})
     _, summary = apply_lora(wan, "settings.safetensors", 1.0)
-    assert summary.endswith("; 2 of 4 keys fit nothing, such as text_encoder.layers.0.q.lora_A.weight, "
+    assert summary.endswith("; 2 of 4 keys match nothing in the model, for example "
+                            "text_encoder.layers.0.q.lora_A.weight, "
                             "text_encoder.layers.0.q.lora_B.weight")  # fmt: skip
 
 
@@ -355,10 +362,10 @@ def test_a_parameter_that_comfyui_never_patches_is_named(wan):
     assert (
         "LoRA x: 1 weights of the model patched, strength 1; 1 of 3 keys belong to weights of the model but" in summary
     )
-    assert summary.endswith("such as diffusion_model.blocks.0.modulation.diff")
+    assert summary.endswith("for example diffusion_model.blocks.0.modulation.diff")
     assert list(changed(wan, patched)) == [f"{Q}.weight"]
     with pytest.raises(
-        InputError, match=r"no key of it can be used here, such as diffusion_model\.blocks\.0\.modulation"
+        InputError, match=r"none of its keys can be used here, for example diffusion_model\.blocks\.0\.modulation"
     ):
         patch_with_lora(wan, modulation, "x")
 
