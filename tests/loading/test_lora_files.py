@@ -259,7 +259,7 @@ ADDED = ["difference", "whole weight", "norm", "bias"]
 @pytest.mark.parametrize("form", ADDED)
 def test_an_added_weight_of_another_size_is_left_out_and_named_when_others_fit(wan, form):
     patched, summary = patch_with_lora(wan, WRONG[form] | pair(OUT), "x")
-    assert summary.startswith("LoRA x: 1 weights of the model patched, strength 1; 1 of 3 keys were left out because")
+    assert summary.startswith("LoRA x: 1 weights of the model patched, strength 1; 1 of 3 keys were left out for")
     assert re.search(
         r"left out for their size, for example \S+ \(\w+ [\dx]+; the model has [\dx]+ at [\w.]+\)$", summary
     )
