@@ -6,8 +6,11 @@ Latents are compared bit for bit; ComfyUI's node cache is emptied where a result
 """
 
 import copy
+import statistics
+import threading
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -103,6 +106,34 @@ def test_the_demo_runs_at_a_small_size(client, definitions, workflow, tmp_path):
     assert f"{figures.psnr:.2f} dB" in page
     for name in ("dense.webp", "psa.webp", "side_by_side.mp4", "report.png", "figures.json"):
         assert (tmp_path / name).stat().st_size > 100
+
+
+@pytest.mark.slow
+def test_the_page_hears_what_a_setting_means_while_the_server_samples(client, definitions, workflow):
+    """The picture follows a slider that is dragged during a run: half of the answers come within a quarter second."""
+    prompt = graph_to_prompt(workflow, definitions)
+    (patch,) = (entry for entry in prompt.values() if entry["class_type"] == "PSAPatch")
+    shown = {name: value for name, value in patch["inputs"].items() if not isinstance(value, list)}
+    done, waited = threading.Event(), []
+
+    def drag():
+        while not done.wait(0.05):
+            sparsity = 0.5 + 0.4 * (len(waited) % 10) / 10
+            asked = {"node": "PSAPatch", "inputs": shown | {"sparsity": sparsity}, "linked": ["model"]}
+            began = time.perf_counter()
+            answer = client.post("/psa/check", asked)
+            waited.append(time.perf_counter() - began)
+            assert answer["figures"]["sparsity"] == pytest.approx(sparsity, abs=1e-3)
+
+    with ThreadPoolExecutor(1) as page:
+        dragging = page.submit(drag)
+        try:
+            client.run(to_latents(prompt))
+        finally:
+            done.set()
+        dragging.result()
+    assert len(waited) > 10
+    assert statistics.median(waited) < 0.25
 
 
 @pytest.mark.slow
