@@ -225,13 +225,13 @@ def test_a_full_gpu_is_retried_with_fewer_heads_and_then_dense(tiny_wan, sample,
     ids=["does not fit the GPU", "does not compile"],
 )
 def test_a_kernel_that_cannot_run_here_is_tried_once(model, sample, monkeypatch, caplog, tile, says):
-    from comfyui_psa.kernels.gpu import attend as attend_triton
+    from comfyui_psa.kernels.gpu import backend
 
     psa, stock = patch_model(model, **PATCH), sample(model, steps=4)
     expected = sample(psa, steps=4)
     tries = []
     with monkeypatch.context() as broken:
-        broken.setattr(attend_triton, "choose_tile", lambda *_: tries.append(1) or tile)
+        broken.setattr(backend, "choose_tile", lambda *_: tries.append(1) or tile)
         assert torch.equal(sample(psa, steps=4), stock)
     assert len(tries) == 1, "remembered for the run"
     (line,) = [record.message for record in caplog.records if "staying dense" in record.message]
