@@ -1,5 +1,5 @@
-"""What all nodes of the pack share: their inputs are judged before a prompt is queued and again before a node runs, by
-the same functions, and whatever goes wrong in a run becomes a sentence.
+"""What all nodes of the pack share: the same functions check their inputs before a prompt is queued and again before a
+node runs, and whatever goes wrong in a run becomes a sentence.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ log = logging.getLogger("ComfyUI-PSA")
 class PSANode(io.ComfyNode):
     """A node of the pack; it has `run` where other nodes have `execute`.
 
-    Its schema accepts all inputs: ComfyUI drops without a word what a prompt calls by a name that the node lacks, and
-    so an input that was misspelt, or has gone since, can be named.
+    Its schema accepts all inputs. ComfyUI would silently drop an input whose name the node does not have; this way a
+    misspelt or removed input can be named.
 
     Attributes:
         rules: functions that raise InputError. The parameters of each are inputs of the node (or `NAME_given`: whether
-            the input NAME is there at all); it is called where all of them are known, so before the run unless one of
+            the input NAME is there at all). A rule is called once all of them are known: before the run, unless one of
             them comes over a link.
-        early_rules: the same, for what the node's own work judges when it runs: asked before a prompt is queued only.
+        early_rules: the same, for things that the node's own work checks when it runs; called only before a prompt is
+            queued.
         told: kinds of error whose message is a sentence for the user -> the input that they are about.
     """
 
@@ -44,13 +45,13 @@ class PSANode(io.ComfyNode):
     def validate_inputs(cls, /, **inputs: Any) -> bool | str:
         """What ComfyUI asks before it queues a prompt: True, or the sentence that the node itself would end with.
 
-        An input that comes over a link arrives as None and is not judged.
+        An input that comes over a link arrives as None and is not checked.
         """
         try:
             cls.judge({name: LINK if value is None else value for name, value in inputs.items()}, early=True)
         except InputError as error:
             return str(error)
-        except Exception:  # ours; the run will end with it, and the log then has its lines
+        except Exception:  # our own fault; the run will end with it, and then the log has the traceback
             log.debug("PSA: inputs could not be judged", exc_info=True)
         return True
 
@@ -58,7 +59,7 @@ class PSANode(io.ComfyNode):
     def execute(cls, /, **inputs: Any) -> io.NodeOutput:
         """`run`, after the inputs were judged; an error that a user could not read becomes one that they can.
 
-        Inputs that the node does not have are named in the log and left out: they never stop a run.
+        Inputs that the node does not have are logged and ignored: they never stop a run.
         """
         schema = cls.define_schema()
         optional = {spec.id: spec.optional for spec in schema.inputs}
@@ -80,19 +81,19 @@ class PSANode(io.ComfyNode):
                     allowed = f"what works here; {error}"
                     do = f"mend that and run again, or change {field}"
                     raise InputError(field, inputs.get(field), allowed, node, do=do) from error
-            raise unexpected(node, inputs, error) from error  # the log shows both, the second with its own lines
+            raise unexpected(node, inputs, error) from error  # the log shows both, with their tracebacks
 
     @classmethod
     def judge(cls, inputs: dict[str, Any], early: bool = False) -> None:
         """Raise InputError for inputs that are wrong, each by itself or together; `LINK` stands for an unknown one.
 
-        early: whether the node does not run yet, so that `early_rules` are asked too.
+        early: whether the node does not run yet, so that `early_rules` are called too.
         """
         schema = cls.define_schema()
         rules = cls.rules + cls.early_rules
         alone = {next(iter(judged)) for rule in rules if len(judged := inspect.signature(rule).parameters) == 1}
         check_values(schema.display_name, schema.inputs, inputs, alone)
-        # What an old workflow does not name yet has its default.
+        # Inputs that an old workflow does not have yet get their default.
         defaults = {spec.id: getattr(spec, "default", None) for spec in schema.inputs if spec.optional}
         for rule in rules if early else cls.rules:
             wanted = _arguments(rule, defaults | inputs)

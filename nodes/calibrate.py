@@ -35,23 +35,23 @@ class PSACalibrate(PSANode):
             accept_all_inputs=True,
             category="model/patch",
             description=(
-                "Runs a short dense sampling, asks the model again with PSA at seven sparsities from 0.50 to 0.95 in "
-                "three of its steps, and proposes the sparsity that meets the target. Use your own model, prompt and "
-                "size; it takes about as long as 30 dense steps."
+                "Runs a short dense sampling, calls the model again with PSA at seven sparsities from 0.50 to 0.95 "
+                "in three of its steps, and proposes the sparsity that meets the target. Use your own model, prompt "
+                "and size; it takes about as long as 30 dense steps."
             ),
             search_aliases=["PSA tune", "find sparsity", "sparsity benchmark", "PSA preset"],
             inputs=[
                 io.Model.Input("model", tooltip="A loaded Wan2.1, Wan2.2 or CogVideoX model, without PSA Patch."),
-                io.Conditioning.Input("positive", tooltip="A prompt as you use it."),
-                io.Conditioning.Input("negative", tooltip="The negative prompt; with cfg 1 it does not matter."),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the size that you will sample."),
+                io.Conditioning.Input("positive", tooltip="A prompt like the ones you use."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt; it does not matter at cfg 1."),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the size you will sample."),
                 io.Combo.Input(
                     "goal",
                     options=list(GOALS),
                     default="error",
                     tooltip=(
-                        "error: the most sparsity whose output differs from the dense one by no more than the target. "
-                        "speed-up: the least sparsity at which a model call is that many times as fast."
+                        "error: the highest sparsity whose output differs from dense by at most the target. "
+                        "speed-up: the lowest sparsity at which a model call is that much faster."
                     ),
                 ),
                 io.Float.Input(
@@ -61,25 +61,24 @@ class PSACalibrate(PSANode):
                     max=20.0,
                     step=0.01,
                     tooltip=(
-                        "For error a relative distance: 0.15 gave 28.7 dB on the demo model, 0.09 is close to dense. "
-                        "For speed-up a factor: 2.0 halves the time of a step; Wan 1.3B at 720p reached 3.7 at "
-                        "sparsity 0.85 on an H100."
+                        "error: a relative distance; 0.15 gave 28.7 dB on the demo model, 0.09 is close to dense. "
+                        "speed-up: a factor; 2.0 halves the time of a step."
                     ),
                 ),
                 io.Combo.Input(
                     "preset",
                     options=[AUTO, *preset_names()],
                     default=AUTO,
-                    tooltip="Shape of the pyramid, as in PSA Patch; threshold presets have no sparsity to calibrate.",
+                    tooltip="Levels and ranking, as in PSA Patch; threshold presets have no sparsity to calibrate.",
                 ),
                 io.Int.Input(
                     "seed",
                     default=42,
                     min=0,
                     max=2**63 - 1,
-                    # A seed that moves on would calibrate again at every Run.
+                    # A seed that changes after each run would calibrate again every time.
                     control_after_generate=io.ControlAfterGenerate.fixed,
-                    tooltip="Seed of the noise of the short run.",
+                    tooltip="Seed for the noise of the short run.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -98,7 +97,7 @@ class PSACalibrate(PSANode):
                     max=0.95,
                     step=0.01,
                     advanced=True,
-                    tooltip="As in PSA Patch: what lies before it stays dense, unmeasured; 0.25 is its default.",
+                    tooltip="As in PSA Patch: earlier steps stay dense and are not measured; the default is 0.25.",
                 ),
                 io.Int.Input(
                     "min_tokens",
@@ -112,22 +111,26 @@ class PSACalibrate(PSANode):
                     "save_as",
                     default="",
                     tooltip=(
-                        "A name, up to 64 letters: the proposal is written to user/psa_presets/NAME.json, and PSA "
-                        "Patch lists it as user/NAME after a reload (key R). Empty writes nothing."
+                        "A name, up to 64 letters. Writes user/psa_presets/NAME.json; PSA Patch lists it as "
+                        "user/NAME after a reload (key R). Empty writes nothing."
                     ),
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="",
                     advanced=True,
-                    tooltip="Where the picture is saved in ComfyUI's output folder; empty shows it without saving.",
+                    tooltip="Where to save the picture in ComfyUI's output folder; empty shows it without saving.",
                 ),
-                Pyramid.Input("psa_pyramid", optional=True, tooltip="A pyramid of your own, in place of the preset."),
+                Pyramid.Input(
+                    "psa_pyramid",
+                    optional=True,
+                    tooltip="Your own levels from PSA Pyramid, used instead of the preset.",
+                ),
             ],
             outputs=[
                 io.Float.Output(display_name="sparsity", tooltip="The proposal, 0.50 to 0.95, for PSA Patch."),
-                io.String.Output(display_name="figures", tooltip="Error and seconds of every sparsity, as JSON."),
-                io.Image.Output(display_name="picture", tooltip="Error and speed over sparsity, 1000 pixels wide."),
+                io.String.Output(display_name="figures", tooltip="Error and seconds for every sparsity, as JSON."),
+                io.Image.Output(display_name="picture", tooltip="Error and speed against sparsity, 1000 pixels wide."),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,

@@ -1,6 +1,6 @@
-"""`POST /psa/check`: what the page asks while a slider moves: what a node's inputs mean, or why it would refuse them.
+"""`POST /psa/check`: the page asks, while a slider moves, what a node's inputs mean or why it would refuse them.
 
-The node's own functions answer, in its own words; the page computes neither.
+The node's own functions answer in their own words; the page computes nothing.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def answer(nodes: dict[str, type[io.ComfyNode]], asked: Any) -> dict[str, Any]:
         elif pyramid is not None or "psa_pyramid" not in wired:
             figures = patch_figures(inputs, pyramid, asked.get("auto", ""))
     except InputError as error:
-        # What a widget shows whose value comes over a wire need not be what the node will get.
+        # If a value comes over a link, the widget may show something other than what the node will get.
         refused = None if wired & inputs.keys() else str(error)
-    except Exception:  # not asked as a page of this version asks
+    except Exception:  # the request is not from a page of this version
         log.debug("PSA: the page asked what cannot be answered", exc_info=True)
     return {"refused": refused, "figures": figures}
 

@@ -27,7 +27,7 @@ class PSACogVideoXLoader(PSANode):
             category="model/loaders",
             description=(
                 "Loads CogVideoX 2B, 5B, 5B-I2V, 1.5-5B and 1.5-5B-I2V from a diffusers folder (also in shards) or a "
-                "single .safetensors file, and corrects positions and noise schedule to those of diffusers. The result "
+                "single .safetensors file, and corrects positions and noise schedule to match diffusers. The result "
                 "is an ordinary model for LoRA, PSA Patch and every sampler."
             ),
             search_aliases=["cogvideo", "cogvideox", "diffusers folder"],
@@ -36,8 +36,8 @@ class PSACogVideoXLoader(PSANode):
                     "checkpoint",
                     options=list_checkpoints(),
                     tooltip=(
-                        "A folder in models/diffusers or models/diffusion_models that holds transformer/ (and "
-                        "scheduler/), or a .safetensors file in models/diffusion_models. 5B in bf16 is 11.1 GB."
+                        "A folder with transformer/ (and scheduler/) in models/diffusers or models/diffusion_models, "
+                        "or a .safetensors file in the latter. 5B in bf16: 11.1 GB."
                     ),
                 ),
                 io.Combo.Input(
@@ -46,8 +46,8 @@ class PSACogVideoXLoader(PSANode):
                     default="default",
                     advanced=True,
                     tooltip=(
-                        "default keeps the file's type: 5B takes 11.1 GB in bf16. The fp8 types take 5.6 GB and lose "
-                        "some detail; fp8_e4m3fn_fast also computes in fp8 (RTX 40 series or newer)."
+                        "default keeps the file's type: 5B in bf16 takes 11.1 GB. fp8 takes 5.6 GB and loses some "
+                        "detail; fp8_e4m3fn_fast also computes in fp8 (RTX 40 or newer)."
                     ),
                 ),
             ],
@@ -74,8 +74,8 @@ class PSACogVideoXFix(PSANode):
             accept_all_inputs=True,
             category="model/patch",
             description=(
-                "Corrects positions and noise schedule of a CogVideoX model from another loader to those of diffusers. "
-                "Not needed behind PSA CogVideoX Loader. Do not add ModelSamplingDiscrete or VOIDSampler to it."
+                "Corrects positions and noise schedule of a CogVideoX model from another loader to match diffusers. "
+                "Not needed after PSA CogVideoX Loader. Do not add ModelSamplingDiscrete or VOIDSampler to it."
             ),
             search_aliases=["cogvideo", "cogvideox", "rope", "v prediction", "zero snr"],
             inputs=[io.Model.Input("model", tooltip="A CogVideoX model, 1.0 or 1.5, any size.")],
@@ -118,8 +118,8 @@ class PSACogVideoXSigmas(PSANode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "1.0 makes a new video. Below 1 the latent that comes in is kept in part: with 0.5 the same "
-                        "number of steps covers the second half of the schedule."
+                        "1.0 makes a new video. Below 1, part of the input latent is kept: with 0.5 the same number "
+                        "of steps covers the second half of the schedule."
                     ),
                 ),
             ],
@@ -142,8 +142,8 @@ class PSACogVideoXSampler(PSANode):
             accept_all_inputs=True,
             category="model/sampling/samplers",
             description=(
-                "CogVideoXDPMScheduler or CogVideoXDDIMScheduler of diffusers, for Custom Sampler. The 4-step LoRA "
-                "needs dpm: no other sampler gives its result."
+                "diffusers' CogVideoXDPMScheduler or CogVideoXDDIMScheduler, for Custom Sampler. The 4-step LoRA "
+                "needs dpm: no other sampler gives the same result."
             ),
             search_aliases=["cogvideo", "dpm", "ddim", "4 steps"],
             inputs=[
@@ -152,8 +152,8 @@ class PSACogVideoXSampler(PSANode):
                     options=list(SOLVERS),
                     default="dpm",
                     tooltip=(
-                        "dpm: second order, adds noise in every step; for the 4-step LoRA and for 5B, 1.5. ddim: first "
-                        "order, adds none; what 2B was released with."
+                        "dpm: second order, adds noise in every step; for the 4-step LoRA, 5B and 1.5. ddim: first "
+                        "order, adds no noise; 2B was released with it."
                     ),
                 )
             ],
@@ -177,14 +177,14 @@ class PSACogVideoXImageToVideo(PSANode):
             display_name="PSA CogVideoX Image To Video",
             accept_all_inputs=True,
             category="model/conditioning/cogvideox",
-            description="Conditioning and empty latent of the CogVideoX image-to-video models (5B-I2V, 1.5-5B-I2V).",
+            description="Conditioning and empty latent for the CogVideoX image-to-video models (5B-I2V, 1.5-5B-I2V).",
             search_aliases=["cogvideo", "i2v", "start image"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),
                 io.Vae.Input("vae", tooltip="The CogVideoX VAE."),
                 io.Image.Input(
-                    "start_image", tooltip="The first frame; its first picture is taken, cropped to the size."
+                    "start_image", tooltip="The first frame. Only the first picture is used, cropped to the size."
                 ),
                 io.Int.Input(
                     "width",
@@ -208,7 +208,7 @@ class PSACogVideoXImageToVideo(PSANode):
                     min=1,
                     max=16384,
                     step=4,
-                    tooltip="Frames, 4n + 1: 81 (5 s at 16 frames a second) for 1.5, 49 (6 s at 8) for 5B-I2V.",
+                    tooltip="Frames, 4n + 1: 81 (5 s at 16 per second) for 1.5, 49 (6 s at 8) for 5B-I2V.",
                 ),
                 io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Videos in one run, 1 to 64."),
             ],

@@ -21,30 +21,31 @@ class PSACompare(PSANode):
             accept_all_inputs=True,
             category="model/patch",
             description=(
-                "Two videos (or batches of images) of one size, side by side with their difference, and how alike they "
-                "are. Give it the video with PSA and the one without, sampled from the same seed."
+                "Two videos (or batches of images) of the same size, side by side with their difference, and how "
+                "similar they are. Give it the video with PSA and the one without, sampled from the same seed."
             ),
             search_aliases=["PSNR", "SSIM", "LPIPS", "video difference", "side by side", "compare videos"],
             inputs=[
-                io.Image.Input("images_a", tooltip="The first video, for example with the stock model."),
-                io.Image.Input("images_b", tooltip="The second one: as many frames, the same size."),
-                io.String.Input("name_a", default="dense", tooltip="What stands over the first, up to 40 letters."),
-                io.String.Input("name_b", default="PSA", tooltip="What stands over the second, up to 40 letters."),
+                io.Image.Input("images_a", tooltip="The first video, for example from the unpatched model."),
+                io.Image.Input("images_b", tooltip="The second video: the same size and number of frames."),
+                io.String.Input("name_a", default="dense", tooltip="Title above the first video, up to 40 letters."),
+                io.String.Input("name_b", default="PSA", tooltip="Title above the second video, up to 40 letters."),
                 io.Float.Input(
                     "difference_gain",
                     default=4.0,
                     min=1.0,
                     max=32.0,
                     step=1.0,
-                    tooltip="How much brighter the difference is drawn: 4 shows what the eye may miss, 1 is as it is.",
+                    tooltip="How much brighter the difference is drawn: 4 shows what the eye may miss, 1 leaves "
+                    "it as it is.",
                 ),
                 io.Boolean.Input(
                     "lpips",
                     default=False,
                     advanced=True,
                     tooltip=(
-                        "Also compute LPIPS, 0 (alike) to about 1. Needs the package lpips, whose network (AlexNet, "
-                        "233 MB) is downloaded by torchvision at the first use."
+                        "Also compute LPIPS, 0 (alike) to about 1. Needs the package lpips; torchvision downloads "
+                        "its network (AlexNet, 233 MB) on first use."
                     ),
                 ),
             ],
@@ -54,9 +55,9 @@ class PSACompare(PSANode):
                     display_name="psnr", tooltip="dB over all pixels; above 40 hardly visible, 30 visible, 20 far off."
                 ),
                 io.Float.Output(
-                    display_name="ssim", tooltip="Mean over the frames; 1 is the same, above 0.95 is close."
+                    display_name="ssim", tooltip="Mean over the frames; 1 means equal, above 0.95 is close."
                 ),
-                io.String.Output(display_name="figures", tooltip="All of it and every frame's figures, as JSON."),
+                io.String.Output(display_name="figures", tooltip="All figures, also those of every frame, as JSON."),
             ],
         )
 

@@ -20,9 +20,9 @@ class PSADemoScene(PSANode):
             display_name="PSA Demo Prompt",
             accept_all_inputs=True,
             category="PSA/demo",
-            description="What the demo model is to show, instead of a text prompt; other models cannot read it.",
-            # Nobody who looks for a node wants this one: the template brings it. Search and menus leave it out, since
-            # they would find it by its id too, until a user switches the developer mode on.
+            description="What the demo model should show, used instead of a text prompt; other models cannot read it.",
+            # Nobody who looks for a node wants this one: the template brings it. Search, which would find it by its id
+            # too, and menus leave it out unless a user turns developer mode on.
             is_dev_only=True,
             inputs=[
                 io.Combo.Input(

@@ -24,9 +24,9 @@ class PSALoraLoader(PSANode):
             accept_all_inputs=True,
             category="model/loaders",
             description=(
-                "Loads a LoRA onto a CogVideoX or Wan model: names of diffusers/PEFT, kohya, lightx2v and ComfyUI, "
-                "scale from its alpha tensors or its metadata. A LoRA of which nothing fits the model is an error. "
-                "Several can follow each other."
+                "Loads a LoRA onto a CogVideoX or Wan model: names from diffusers/PEFT, kohya, lightx2v and ComfyUI, "
+                "scale from its alpha tensors or its metadata. A LoRA that matches nothing in the model is an error. "
+                "You can chain several."
             ),
             search_aliases=["lora", "diffusers lora", "peft", "cogvideox lora", "4 steps"],
             inputs=[
@@ -42,12 +42,12 @@ class PSALoraLoader(PSANode):
                     min=-STRENGTH,
                     max=STRENGTH,
                     step=0.01,
-                    tooltip="1.0 is what it was trained for, and what the 4-step LoRA needs; 0 is none of it.",
+                    tooltip="1.0 is what it was trained for and what the 4-step LoRA needs; 0 turns it off.",
                 ),
             ],
             outputs=[
                 io.Model.Output(),
-                io.String.Output(display_name="summary", tooltip="How many weights were patched, as a sentence."),
+                io.String.Output(display_name="summary", tooltip="A sentence on how many weights were patched."),
             ],
         )
 
@@ -75,8 +75,8 @@ class PSALoraDownload(PSANode):
             category="model/loaders",
             description=(
                 "Downloads a LoRA from the Hugging Face hub into models/loras when this node runs, by default the "
-                "4-step LoRA for CogVideoX-5B. A broken download goes on where it stopped. Press R afterwards, and the "
-                "LoRA menus list it."
+                "4-step LoRA for CogVideoX-5B. An interrupted download goes on where it stopped. Press R afterwards, "
+                "and the LoRA menus list it."
             ),
             search_aliases=["huggingface", "BLADE", "4-step lora", "download lora"],
             is_output_node=True,
@@ -86,10 +86,10 @@ class PSALoraDownload(PSANode):
                 io.String.Input(
                     "file",
                     default=FILE,
-                    tooltip="Path of a .safetensors file in the repository; models/loras gets it under the same path.",
+                    tooltip="Path of a .safetensors file in the repository; it gets the same path in models/loras.",
                 ),
             ],
-            outputs=[io.String.Output(display_name="lora_name", tooltip="The name that the LoRA menus list.")],
+            outputs=[io.String.Output(display_name="lora_name", tooltip="The name in the LoRA menus.")],
         )
 
     @classmethod

@@ -45,9 +45,10 @@ class PSAPatch(PSANode):
             accept_all_inputs=True,
             category="model/patch",
             description=(
-                "Pyramid Sparse Attention: important parts of the video are attended in full, others at a half, a "
-                "quarter or an eighth, the rest not at all. Put it between the model loader (after any LoRA) and the "
-                "sampler. Serves Wan2.1 and Wan2.2 with VACE, Animate and the others, and CogVideoX; others stay dense."
+                "Pyramid Sparse Attention: the model sees important parts of the video in full, others at a half, a "
+                "quarter or an eighth of their resolution, the rest not at all. Put it between the model loader "
+                "(after any LoRA) and the sampler. Serves Wan2.1 and Wan2.2 with VACE, Animate and the others, and "
+                "CogVideoX; other models stay dense."
             ),
             search_aliases=["pyramid sparse attention", "sparse attention", "PSA", "speed up video", "wan speed"],
             inputs=[
@@ -60,9 +61,8 @@ class PSAPatch(PSANode):
                     step=0.01,
                     display_mode=io.NumberDisplay.slider,
                     tooltip=(
-                        "Share of the attention work that is saved in the sparse steps. 0.85 leaves 15 % of it, 0.70 "
-                        "leaves 30 % and is closer to the dense video, 0.95 leaves 5 %. 0 is the stock model. Met "
-                        "within 0.01 in budget and topk mode; in threshold mode sparsity follows the data."
+                        "Share of the attention work saved in the sparse steps: 0.70 is closer to dense, 0.95 saves "
+                        "most, 0 is the unpatched model. No other effect in threshold mode."
                     ),
                 ),
                 io.Combo.Input(
@@ -70,9 +70,8 @@ class PSAPatch(PSANode):
                     options=[AUTO, *preset_names()],
                     default=PatchInputs.preset,
                     tooltip=(
-                        "Shape of the pyramid. auto takes module-default, the best so far. The entries marked "
-                        "published are the paper's and its release's settings, unchanged. user/... are files of yours "
-                        "in ComfyUI's user/psa_presets folder."
+                        "Levels and ranking. auto: module-default, the best so far. published: the settings of the "
+                        "paper and its release. user/...: your files in user/psa_presets."
                     ),
                     extra_dict={"psa_sparsities": suggested_sparsities()},
                 ),
@@ -83,9 +82,8 @@ class PSAPatch(PSANode):
                     max=1.0,
                     step=0.01,
                     tooltip=(
-                        "Where in the schedule PSA begins. The steps before it stay dense and settle the composition: "
-                        "0.25 is safe, 0.1 is faster and further from the dense video; below a sparsity of 0.70, 0.30 "
-                        "is closer to it for the same work. It is schedule time, not a share of the steps."
+                        "Where in the schedule PSA begins; earlier steps stay dense and settle the composition. 0.25 "
+                        "is safe, 0.1 faster but less like dense. Not a share of the steps."
                     ),
                 ),
                 io.Float.Input(
@@ -99,8 +97,8 @@ class PSAPatch(PSANode):
                 _from_preset(
                     "mode",
                     MODES,
-                    "budget: cut each row by its attention mass, all cuts scaled to meet the slider. topk: the same "
-                    "number of blocks for every row, scaled to the slider. threshold: the preset's cuts as they are.",
+                    "budget: cuts rows by attention mass, scaled to the slider. topk: the same number of blocks per "
+                    "row, scaled to the slider. threshold: the preset's own cuts.",
                 ),
                 io.String.Input(
                     "pyramid",
@@ -108,27 +106,26 @@ class PSAPatch(PSANode):
                     advanced=True,
                     tooltip=(
                         "Share per pooling factor, e.g. '1: 0.10, 2: 0.05, 8: 0.20': of the blocks in topk mode, of "
-                        "the attention mass in budget and threshold mode. Empty takes the preset's."
+                        "the attention mass otherwise. Empty uses the preset's."
                     ),
                 ),
                 _from_preset(
                     "tail",
                     ("on", "off"),
-                    "off: blocks that no level takes are dropped, as published; closest to dense on the demo model. "
-                    "on: one mean row of each is kept, 1/64 of its work at block_kv 64; helps where attention is flat.",
+                    "off: blocks without a level are dropped; closest to dense on the demo model. on: keeps one mean "
+                    "row of each, 1/64 of its work; helps if attention is flat.",
                 ),
                 _from_preset(
                     "order",
                     ORDERS,
-                    "How tokens are lined up before blocks are cut. curve: space-filling curve, as published; closest "
-                    "to dense above 0.7. raster: row by row, about a tenth faster. tiles: 8x8 squares. semantic: "
-                    "by k-means, 200 kinds of queries and 1000 of keys a head; hybrid: keys alone. Both are slow.",
+                    "How tokens are lined up before blocks are cut. curve: as published. raster: a tenth faster. "
+                    "tiles: 8x8 squares. semantic, hybrid: by likeness (k-means), slow.",
                 ),
                 _from_preset(
                     "importance",
                     IMPORTANCES,
-                    "How blocks are ranked. sampled: by a random quarter of the tokens, as published. pooled: by means "
-                    "of 8 tokens, 4 times cheaper. means: by one mean per block, cheapest, can leave visible seams.",
+                    "How blocks are ranked. sampled: a random quarter of the tokens, as published. pooled: means of "
+                    "8, a quarter of the cost. means: one per block, may leave seams.",
                 ),
                 _from_preset("block_q", BLOCK_SIZES, "Tokens per query block; 128 by default."),
                 _from_preset("block_kv", BLOCK_SIZES, "Tokens per key block; 64 by default, smaller is finer."),
@@ -151,12 +148,12 @@ class PSAPatch(PSANode):
                     options=list(BACKENDS),
                     default=PatchInputs.backend,
                     advanced=True,
-                    tooltip="auto: Triton on a GPU, plain torch on a CPU. Where neither serves, the model stays dense.",
+                    tooltip="auto: Triton on a GPU, plain torch on a CPU. If neither works, the model stays dense.",
                 ),
                 io.Boolean.Input(
                     "verbose", default=PatchInputs.verbose, advanced=True, tooltip="Write one log line per step."
                 ),
-                # New inputs come last and are optional, so that workflows and prompts saved before keep working.
+                # New inputs come last and are optional, so that older workflows and prompts keep working.
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
@@ -164,8 +161,8 @@ class PSAPatch(PSANode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "bf16: queries and keys stay in the model's 16 bits. int8: they are rounded to 8 bits with one "
-                        "scale a block, 0.1 % more error; as fast as 16 bits on an H100. auto: bf16. Triton only."
+                        "bf16: queries and keys keep the model's 16 bits. int8: rounded to 8 bits, 0.1 % more error, "
+                        "as fast as 16 bits on an H100; Triton only. auto: bf16."
                     ),
                 ),
                 io.Int.Input(
@@ -176,16 +173,14 @@ class PSAPatch(PSANode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Choose the levels in every step (1), or only in every second (2), third (3) ... one and keep "
-                        "them in between: saves the 10 to 35 % of the attention that choosing takes, for 4 bytes per "
-                        "pair of blocks, head and layer (0.7 GB for Wan 1.3B at 720p). On the demo model the video is "
-                        "as close to dense as without."
+                        "Choose the levels only in every so-many-th step and keep them in between. Saves the 10 to "
+                        "35 % of attention that choosing takes, but needs memory."
                     ),
                 ),
                 Pyramid.Input(
                     "psa_pyramid",
                     optional=True,
-                    tooltip="A pyramid of your own from PSA Pyramid, in place of the preset, which must then be auto.",
+                    tooltip="Your own levels from PSA Pyramid, used instead of the preset, which must then be auto.",
                 ),
                 io.Float.Input(
                     "falling",
@@ -196,10 +191,8 @@ class PSAPatch(PSANode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Spend more of the same work in the first sparse steps: at 0.6 their density falls from 1.6 to "
-                        "0.4 times what the slider says. On eight clips of the demo model 0.4 to 1.2 dB closer to "
-                        "dense at no cost in time, on the demo's own clip 0.1 dB further away (1.7 dB where "
-                        "start_percent is 0.25); not tried on real weights. 0: all steps alike."
+                        "Spend more of the same work in the first sparse steps: at 0.6, density falls from 1.6 to "
+                        "0.4 times the slider's. Not tried on real weights. 0: all steps alike."
                     ),
                 ),
             ],

@@ -1,4 +1,4 @@
-"""PSA Pyramid: the shape of the pyramid, a slider per level. Schema and tooltips only."""
+"""PSA Pyramid: the user's own levels, one slider each. Schema and tooltips only."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class PSAPyramid(PSANode):
             category="model/patch",
             description=(
                 "How much of the video is seen at which resolution: a slider per level, the most important blocks at "
-                "the finest. Connect it to psa_pyramid of PSA Patch; it takes the preset's place. What is left over is "
-                "dropped, or seen as one mean row a block with tail."
+                "the finest. Connect it to psa_pyramid of PSA Patch, where it is used instead of the preset. The "
+                "rest is dropped, or with tail seen as one mean row per block."
             ),
             search_aliases=["pyramid levels", "sparse attention levels", "PSA levels", "PSA preset"],
             inputs=[
                 _slider(
                     "full",
                     0.10,
-                    "Share of the block pairs that are seen at full resolution, the most important ones. Each 0.01 "
-                    "costs 0.01 of the dense work.",
+                    "Share of the block pairs seen at full resolution, the most important ones. Each 0.01 costs 0.01 "
+                    "of the dense work.",
                 ),
                 _slider("half", 0.05, "Share seen at half resolution, two tokens as one. Each 0.01 costs 0.005."),
                 _slider("quarter", 0.0, "Share seen at a quarter, four tokens as one. Each 0.01 costs 0.0025."),
@@ -66,9 +66,8 @@ class PSAPyramid(PSANode):
                     "tail",
                     default=OWN_SHAPE["tail"],
                     tooltip=(
-                        "off: blocks of no level are not seen at all; closest to dense on the demo model, by 3 dB at "
-                        "sparsity 0.85. on: one mean row of each is kept, 1/64 of its work at block_kv 64; helps where "
-                        "attention is flat."
+                        "off: blocks without a level are not seen; 3 dB closer to dense on the demo model at 0.85. "
+                        "on: keeps one mean row of each; helps if attention is flat."
                     ),
                 ),
                 io.Combo.Input(
@@ -76,18 +75,16 @@ class PSAPyramid(PSANode):
                     options=list(MODES),
                     default=OWN_SHAPE["mode"],
                     tooltip=(
-                        "topk: the levels are shares of the blocks, the same for every row. budget: they are shares of "
-                        "the attention mass, so easy rows get fewer blocks, all scaled to meet the slider. threshold: "
-                        "shares of the mass as written; the sparsity follows the video."
+                        "topk: levels are shares of the blocks, the same for every row. budget: shares of attention "
+                        "mass, scaled to the slider. threshold: shares of the mass as written."
                     ),
                 ),
                 io.Boolean.Input(
                     "as_written",
                     default=False,
                     tooltip=(
-                        "off: the sparsity slider of PSA Patch scales all levels together until it is met. on: the "
-                        "levels are taken as they stand and that slider does not act (0 still is the stock model). "
-                        "Threshold mode always takes them as they stand; budget mode never."
+                        "off: the sparsity slider of PSA Patch scales all levels. on: levels are used as set, and of "
+                        "the slider only 0 (unpatched) counts. Not in budget mode."
                     ),
                 ),
                 _combo(
@@ -105,20 +102,20 @@ class PSAPyramid(PSANode):
                 _slider(
                     "similarity_half",
                     0.0,
-                    "Only blocks whose neighbouring tokens are at least this alike (cosine, 0 to 1) may be seen at "
-                    "half resolution; others are refined, so less is saved. 0 sets no limit; the paper takes 0.70.",
+                    "Blocks whose neighbouring tokens are less alike than this (cosine, 0 to 1) are seen finer than "
+                    "at half resolution. 0: no limit; the paper uses 0.70.",
                     advanced=True,
                 ),
                 _slider(
                     "similarity_quarter",
                     0.0,
-                    "The same for a quarter of the resolution. 0 sets no limit; the paper takes 0.65.",
+                    "The same for a quarter of the resolution. 0: no limit; the paper uses 0.65.",
                     advanced=True,
                 ),
                 _slider(
                     "similarity_eighth",
                     0.0,
-                    "The same for an eighth of the resolution. 0 sets no limit; the paper takes 0.60.",
+                    "The same for an eighth of the resolution. 0: no limit; the paper uses 0.60.",
                     advanced=True,
                 ),
                 _combo(
@@ -132,8 +129,8 @@ class PSAPyramid(PSANode):
                     "importance",
                     IMPORTANCES,
                     OWN_SHAPE["importance"],
-                    "How blocks are ranked. sampled: by a random quarter of the tokens, as published. pooled: by means "
-                    "of 8 tokens, 4 times cheaper. means: by one mean per block, cheapest, can leave visible seams.",
+                    "How blocks are ranked. sampled: a random quarter of the tokens, as published. pooled: means of "
+                    "8, a quarter of the cost. means: one per block, may leave seams.",
                 ),
                 _combo(
                     "precision",
@@ -147,8 +144,8 @@ class PSAPyramid(PSANode):
                     default="",
                     advanced=True,
                     tooltip=(
-                        "A name, up to 64 letters: running the node writes the pyramid to user/psa_presets/NAME.json, "
-                        "and PSA Patch lists it as user/NAME after a reload (key R). Empty writes nothing."
+                        "A name, up to 64 letters. Running the node writes user/psa_presets/NAME.json; PSA Patch "
+                        "lists it after a reload (key R). Empty writes nothing."
                     ),
                 ),
             ],

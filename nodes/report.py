@@ -21,22 +21,22 @@ class PSAReport(PSANode):
             accept_all_inputs=True,
             category="model/patch",
             description=(
-                "A picture and the figures of the last sampling run of a model from PSA Patch: sparsity of every step "
-                "and layer, seconds, where the model looked at which resolution, calls that stayed dense and why. Give "
-                "it the sampler's latent, so that it runs after the sampler."
+                "A picture and the figures of the last sampling run of a model from PSA Patch: sparsity of every "
+                "step and layer, seconds, where the model looked at which resolution, which calls stayed dense and "
+                "why. Connect the sampler's latent, so that it runs after the sampler."
             ),
             search_aliases=["PSA statistics", "sparsity report", "PSA picture", "attention map", "sparsity heat map"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from PSA Patch, the one that the sampler used."),
-                io.Latent.Input("samples", tooltip="The sampler's output; handed on unchanged."),
-                # What came later is optional: prompts sent by earlier versions of a workflow do not have it.
+                io.Latent.Input("samples", tooltip="The sampler's output; passed on unchanged."),
+                # Later inputs are optional: prompts from earlier versions of a workflow do not have them.
                 io.Int.Input(
                     "layer",
                     default=-1,
                     optional=True,
                     min=-1,
                     max=999,
-                    tooltip="Transformer block whose map is drawn, counted from 0; -1 takes the one in the middle.",
+                    tooltip="Transformer block whose map is drawn, counted from 0; -1 is the middle one.",
                 ),
                 io.Int.Input(
                     "head",
@@ -51,16 +51,16 @@ class PSAReport(PSANode):
                     default="psa/report",
                     optional=True,
                     advanced=True,
-                    tooltip="Where the PNG is saved in ComfyUI's output folder; empty shows it without saving.",
+                    tooltip="Where to save the PNG in ComfyUI's output folder; empty shows it without saving.",
                 ),
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="The decoded video, to draw the map on; without it the latent's own preview is taken.",
+                    tooltip="The decoded video to draw the map on; without it the latent's own preview is used.",
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="samples", tooltip="The latent that came in."),
+                io.Latent.Output(display_name="samples", tooltip="The latent, unchanged."),
                 io.String.Output(display_name="report", tooltip="All figures as JSON."),
                 io.Image.Output(display_name="picture", tooltip="The picture, 1200 pixels wide."),
             ],
@@ -82,5 +82,5 @@ def save_picture(picture, prefix: str, node: type[io.ComfyNode]) -> dict:
         return ui.PreviewImage(picture, cls=node).as_dict()
     try:
         return ui.ImageSaveHelper.get_save_images_ui(picture, filename_prefix=prefix, cls=node).as_dict()
-    except Exception as error:  # ComfyUI refuses a folder outside with a plain Exception
+    except Exception as error:  # ComfyUI refuses a folder outside its own with a plain Exception
         raise wrong_prefix(prefix, node.define_schema().display_name) from error

@@ -1,5 +1,6 @@
-"""Whether a value can be an input's, read off the node's own schema: numbers in their range, choices of their menu, and
-of what comes over a link its kind. ComfyUI checks less: NaN is in every range there, and what a link brings in none.
+"""Whether a value is possible for an input, according to the node's own schema: numbers in their range, choices in
+their menu, and for a link the kind of its value. ComfyUI checks less: it lets NaN pass in every range, and does not
+check values from links at all.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def check_values(node: str, specs: Iterable[io.Input], inputs: dict[str, Any], a
     """Raise InputError for the first of `inputs` that its spec of the schema does not allow.
 
     Args:
-        inputs: by name, without those that are not there; `LINK` is not judged. alone: names of inputs whose ranges
-            and menus a rule of the node judges, which can say more.
+        inputs: by name, without missing ones; `LINK` is not checked. alone: names of inputs whose ranges and menus a
+            rule of the node checks, because it can say more.
     """
     for spec in specs:
         value = inputs.get(spec.id)
@@ -81,7 +82,7 @@ def name_unknown(node: str, given: Iterable[str], known: Iterable[str]) -> list[
 def _check_number(node: str, spec: Any, value: object) -> None:
     whole = isinstance(spec, io.Int.Input)
     least, most = (None if limit is None else _plain(limit) for limit in (spec.min, spec.max))
-    # True is a number to Python, and no size or count to a library.
+    # To Python True is a number, but to a library it is not a size or a count.
     fits = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
     if fits and math.isfinite(value):
         if (least is None or value >= least) and (most is None or value <= most):
@@ -94,7 +95,7 @@ def _check_number(node: str, spec: Any, value: object) -> None:
 
 
 def _check_choice(node: str, spec: Any, value: object) -> None:
-    # A file in a folder is written with another separator where a prompt comes from Windows.
+    # A prompt from Windows has another separator in the path of a file.
     if str(value).replace("\\", "/") not in {str(option).replace("\\", "/") for option in spec.options or ()}:
         raise InputError.of_choice(spec.id, value, spec.options or (), node)
 
