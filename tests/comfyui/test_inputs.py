@@ -287,4 +287,4 @@ def test_a_real_server_refuses_the_prompt_before_it_loads_anything(client):
     assert "custom_nodes" not in json.dumps(errors)
     told = client.post("/psa/check", {"node": "PSAPyramid", "inputs": pyramid["inputs"]})
     assert told["refused"] == errors[0]["details"].partition(" - ")[2]
-    assert client.post("/psa/check", {"node": "KSampler", "inputs": {}}) == {"refused": None}
+    assert client.post("/psa/check", {"node": "KSampler", "inputs": {}}) == {"refused": None, "figures": None}
