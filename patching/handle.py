@@ -76,13 +76,11 @@ class SamplingWrapper:
         try:
             run.end(completed)
             if completed:
-                run.notes += find(run)
-            for note in run.notes:
-                log.warning("PSA: %s", note)
+                run.record.note(find(run.record))
             handle.report = make_report(run)
             if completed and handle.report["steps"]:
                 log.info("PSA: %s", summary(handle.report))
-            handle.maps = None if run.maps is None else run.maps.to_host()
+            handle.maps = None if run.record.maps is None else run.record.maps.to_host()
             if self.on_end is not None:
                 self.on_end(figures(run, handle.report, completed))
         except Exception:
@@ -102,10 +100,9 @@ class CallListener:
         run: Run | None = options.get(RUN_KEY)
         if run is None:
             return
-        run = options[RUN_KEY] = run.part(core.worker_of(options))
-        if not run.steps:
-            run.plan(core.schedule(options), x.device)
-            run.replaced = core.replaced_forwards(network)
+        run = options[RUN_KEY] = run.of_worker(core.worker_of(options))
+        if not run.record.steps:
+            run.plan(core.schedule(options), x.device, core.replaced_forwards(network))
         run.begin_model_call(
             core.current_sigma(options),
             *self.read_call(network, x, context, conds),
@@ -119,17 +116,17 @@ def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]
     sparse ones, share of the whole run's attention that was saved, seconds (by kind of step the median, and in all),
     what stayed dense and why (reason -> calls), why all of it did where that is so, and sentences about the run."""
     return {
-        "run": run.began,
+        "run": run.record.began,
         "completed": completed,
-        "steps": run.planned_steps,
-        "kinds": dict(Counter(step.kind for step in run.steps)),
+        "steps": run.record.planned_steps,
+        "kinds": dict(Counter(step.kind for step in run.record.steps)),
         "sparsity": report["mean_sparsity"],
         "saved": report["saved"],
         "seconds": median_seconds(report),
         "time": report["time"],
         "dense": why_dense(run) if completed else None,
-        "reasons": dict(run.fallbacks),
-        "notes": run.notes,
+        "reasons": dict(run.record.fallbacks),
+        "notes": run.record.notes,
     }
 
 

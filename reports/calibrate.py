@@ -72,7 +72,6 @@ class Measuring:
         self.errors: dict[float, list[float]] = defaultdict(list)
         self.seconds: dict[float, list[float]] = defaultdict(list)
         self.dense_seconds: list[float] = []
-        self.fallbacks: Counter[str] = Counter()
         self._place: tuple[Any, ...] = ()
 
     def before_call(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
@@ -98,7 +97,6 @@ class Measuring:
         self.dense_seconds.append(seconds)
         for settings in self.settings:
             run = Run(settings, *self.sigmas, pictured_block=-1, latent_size=tuple(x.shape[2:]), pixels=self.pixels)
-            run.fallbacks = self.fallbacks
             run.begin_model_call(sigma, *self._place, latent_size=tuple(x.shape[2:]))
             options[RUN_KEY] = run
             try:
@@ -107,8 +105,8 @@ class Measuring:
                 output, seconds = _timed(call, x.device)
             finally:
                 options.pop(RUN_KEY, None)
-            if self.fallbacks:  # the rest of the run would only waste time
-                raise _stays_dense(self.fallbacks)
+            if run.record.fallbacks:  # the rest of the run would only waste time
+                raise _stays_dense(run.record.fallbacks)
             error = (output.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-12)
             self.errors[settings.config.sparsity].append(float(error))
             self.seconds[settings.config.sparsity].append(seconds)

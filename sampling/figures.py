@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..kernels.density import pair_cost
-from .record import DENSE, KINDS, SPARSE, UNSEEN, LevelMap, Step
+from .record import DENSE, KINDS, SPARSE, UNSEEN, LevelMap, Record, Step
 from .run import Run
 
 MOST_PAIRS = 65536
@@ -29,10 +29,10 @@ MOST_PAIRS = 65536
 
 def make_report(run: Run) -> dict[str, Any]:
     """Read the run's figures from the device, once, and put them into a dictionary."""
-    config = run.settings.config
+    config, record = run.settings.config, run.record
     calls = [
         (step, block, grid, density)
-        for step in run.steps
+        for step in record.steps
         for (block, density), grid in zip(step.densities, step.grids, strict=True)
     ]
     values = (1 - torch.stack([density for *_, density in calls]).cpu()).tolist() if calls else []
@@ -45,34 +45,34 @@ def make_report(run: Run) -> dict[str, Any]:
         by_layer[block].append(value)
         by_both[id(step)][block].append(value)
         by_grid[grid].append(value)
-    layouts = sorted(run.layouts, key=lambda layout: -layout.video)
-    shares = level_shares(run)
+    layouts = sorted(record.layouts, key=lambda layout: -layout.video)
+    shares = level_shares(record)
     level_map = None
-    if run.level_map is not None:
+    if record.level_map is not None:
         # At 720p there are half a million pairs; the page and the log of a prompt need not carry them all.
-        stride = max(1, math.ceil((run.level_map.factors.numel() / MOST_PAIRS) ** 0.5))
+        stride = max(1, math.ceil((record.level_map.factors.numel() / MOST_PAIRS) ** 0.5))
         level_map = {
-            "step": run.level_map.step,
-            "grid": list(run.level_map.layout.grid),
-            "block": run.level_map.block,
+            "step": record.level_map.step,
+            "grid": list(record.level_map.layout.grid),
+            "block": record.level_map.block,
             "head": 0,
             "block_q": config.block_q,
             "block_kv": config.block_kv,
             "order": config.order,
             "stride": stride,
-            "factors": run.level_map.factors[::stride, ::stride].cpu().tolist(),
-            "token_levels": _token_levels(run.level_map, config.block_kv),
+            "factors": record.level_map.factors[::stride, ::stride].cpu().tolist(),
+            "token_levels": _token_levels(record.level_map, config.block_kv),
         }
     return {
-        "backend": run.backend,
+        "backend": record.backend,
         "preset": run.settings.preset,
         "mode": config.mode,
         "target_sparsity": config.sparsity,
         "mean_sparsity": _mean(values),
-        "saved": share_saved(run.steps, sum(values)),
+        "saved": share_saved(record.steps, sum(values)),
         "shares": shares,
         "coverage": None if shares is None else sum(shares.values()),
-        "time": _time(run.steps),
+        "time": _time(record.steps),
         "grid": list(layouts[0].grid) if layouts else None,
         "grids": [
             {"grid": list(grid), "sparse_calls": len(by_grid[grid]), "sparsity": _mean(by_grid[grid])}
@@ -90,11 +90,11 @@ def make_report(run: Run) -> dict[str, Any]:
                 "attention_seconds": None if step.attention is None else round(step.attention, 4),
                 "layers": {str(block): _mean(found) for block, found in sorted(by_both[id(step)].items())},
             }
-            for step in run.steps
+            for step in record.steps
         ],
         "layers": {str(block): _mean(by_layer[block]) for block in sorted(by_layer)},
-        "fallbacks": [{"reason": reason, "calls": count} for reason, count in run.fallbacks.items()],
-        "notes": list(run.notes),
+        "fallbacks": [{"reason": reason, "calls": count} for reason, count in record.fallbacks.items()],
+        "notes": list(record.notes),
         "level_map": level_map,
     }
 
@@ -133,13 +133,14 @@ def share_saved(steps: list[Step], saved: float) -> float:
     return saved / (sum(calls) + unseen * statistics.mean(calls)) if calls else 0.0
 
 
-def level_shares(run: Run) -> dict[str, float] | None:
+def level_shares(record: Record) -> dict[str, float] | None:
     """Pooling factor -> share of the block pairs at it, mean over all sparse calls; None without any."""
-    ends = [ends for step in run.steps for ends in step.level_ends]
+    ends = [ends for step in record.steps for ends in step.level_ends]
     if not ends:
         return None
     mean = torch.stack(ends).mean(0).tolist()
-    return {str(f): end - start for f, (start, end) in zip(run.levels, itertools.pairwise([0.0, *mean]), strict=True)}
+    spans = itertools.pairwise([0.0, *mean])
+    return {str(factor): end - start for factor, (start, end) in zip(record.levels, spans, strict=True)}
 
 
 def _time(steps: list[Step]) -> dict[str, float | None]:

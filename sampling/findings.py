@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from .record import SKIPPED, SPARSE, Step
+from .record import SKIPPED, SPARSE, Record, Step
 from .run import Run
 
 
-def find(run: Run) -> list[str]:
+def find(record: Record) -> list[str]:
     """Sentences about a run that has ended, each with what to do; none where all went as it was meant to."""
-    if not run.steps:
+    if not record.steps:
         return [
             "no call of the model came to PSA in this run: a cache or a compiled model answered all of them; "
             "bypass that node to have PSA act"
         ]
-    watched = [step for step in run.steps if step.active] or run.steps
+    watched = [step for step in record.steps if step.active] or record.steps
     if any(step.reached for step in watched):
-        return _unseen_blocks(run, watched) + unranked_note(sum(int(n) for step in run.steps for n in step.unranked))
+        unranked = sum(int(pairs) for step in record.steps for pairs in step.unranked)
+        return _unseen_blocks(record, watched) + unranked_note(unranked)
     if all(step.kind == SKIPPED for step in watched):
         return [
             f"a cache answered all {len(watched)} steps in which PSA is active, so no attention was left to make "
@@ -27,8 +28,9 @@ def find(run: Run) -> list[str]:
             "wire PSA Patch after that node; Model Sparse Attention always goes to the front, bypass it"
         ]
     return [
-        f"no self-attention came to PSA in this run: a node has replaced the model's own forward{_named(run.replaced)} "
-        f"by one that attends without asking for PSA; the order of the nodes does not change that. Bypass that node "
+        f"no self-attention came to PSA in this run: a node has replaced the model's own forward"
+        f"{_named(record.replaced)} by one that attends without asking for PSA; the order of the nodes does not "
+        f"change that. Bypass that node "
         f"(TeaCache and MagCache packs, a Sage Attention patch that saves memory, a compiled model) to have PSA act; "
         f"core's EasyCache works with PSA"
     ]
@@ -46,15 +48,16 @@ def unranked_note(pairs: int) -> list[str]:
 
 def why_dense(run: Run) -> str | None:
     """Why nothing was sparse in a run that has ended, and what to do; None where something was."""
-    if any(step.kind == SPARSE for step in run.steps):
+    record = run.record
+    if any(step.kind == SPARSE for step in record.steps):
         return None
-    active = [step for step in run.steps if step.active]
-    if run.fallbacks:
+    active = [step for step in record.steps if step.active]
+    if record.fallbacks:
         if run.settings.dense_blocks >= set().union(*(step.blocks for step in active)):
             return "all blocks are listed in dense_blocks; list fewer"
-        return max(run.fallbacks, key=run.fallbacks.__getitem__)
-    if run.notes:
-        return run.notes[0]
+        return max(record.fallbacks, key=record.fallbacks.__getitem__)
+    if record.notes:
+        return record.notes[0]
     if not active:
         return (
             "none of its steps is between start_percent and end_percent; lower start_percent, raise end_percent, or "
@@ -63,19 +66,19 @@ def why_dense(run: Run) -> str | None:
     return None
 
 
-def _unseen_blocks(run: Run, watched: list[Step]) -> list[str]:
+def _unseen_blocks(record: Record, watched: list[Step]) -> list[str]:
     """Blocks whose self-attention came in no active step that was computed, while that of others did."""
-    missing = sorted(set(range(run.blocks or 0)) - set().union(*(step.blocks for step in watched)))
+    missing = sorted(set(range(record.blocks or 0)) - set().union(*(step.blocks for step in watched)))
     if not missing:
         return []
-    if run.blocks_are_named:
+    if record.blocks_are_named:
         which = f"block{'s' * (len(missing) > 1)} {ranges(missing)}"
     else:
-        which = f"{len(missing)} of {run.blocks} blocks"
+        which = f"{len(missing)} of {record.blocks} blocks"
     was, them = ("was", "it") if len(missing) == 1 else ("were", "them")
     return [
         f"{which} {was} never seen by PSA: a node computes or compiles {them} apart, or leaves {them} out"
-        f"{_named(run.replaced)}; bypass that node to have {them} sparse"
+        f"{_named(record.replaced)}; bypass that node to have {them} sparse"
     ]
 
 

@@ -1,12 +1,24 @@
-"""What was measured in one sampler step; numbers that a GPU computed stay there until the step or the run has ended."""
+"""What was measured in a run, step by step; what a GPU computed stays there until the step or the run has ended."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 
+from ..kernels.attention import AttentionResult
 from ..kernels.order import TokenLayout, TokenOrder
+from ..kernels.semantic import SEMANTIC_ORDERS
+from .clock import Clock
+from .maps import RunMaps, block_map, centre
+from .position import Position
+
+log = logging.getLogger("ComfyUI-PSA")
 
 SPARSE, DENSE, SKIPPED, UNSEEN, INTERRUPTED = KINDS = ("sparse", "dense", "skipped", "unseen", "interrupted")
 """What became of a step: some calls were sparse; all that came stayed dense; none came, because a cache answered; its
@@ -80,3 +92,206 @@ class LevelMap:
     layout: TokenLayout
     factors: torch.Tensor
     order: TokenOrder
+
+
+class Record:
+    """Figures of one run; told what happens, asked when it has ended (`figures.py`, `findings.py`).
+
+    Attributes:
+        began: when, in seconds since the epoch. blocks: number of the model's transformer blocks, where it is known.
+        blocks_are_named: whether the model says which block an attention call is of.
+        replaced: parts of the model whose forward another node has replaced. layouts: of all model calls.
+        backend, levels: of the sparse calls. level_map, maps: pictures, where any were asked for.
+        fallbacks: why calls of active steps stayed dense, and how many. notes: sentences about the run as a whole.
+    """
+
+    def __init__(
+        self,
+        pictured_block: int = -1,
+        on_step: Callable[[dict], None] | None = None,
+        *,
+        blocks: int | None = None,
+        verbose: bool = False,
+        told: set[str] | None = None,
+    ) -> None:
+        """pictured_block: whose first head is pictured, -1 for no pictures. on_step: gets the figures of every step
+        that has ended; without it nothing is read from the device before the run has ended. told: reasons that
+        need not be logged again; others may share it."""
+        self.began = time.time()
+        self.blocks = blocks
+        self.blocks_are_named = True
+        self.replaced: list[str] = []
+        self.planned_steps: int | None = None
+        self.backend: str | None = None
+        self.levels: tuple[int, ...] = ()
+        self.layouts: list[TokenLayout] = []
+        self.level_map: LevelMap | None = None
+        self.maps: RunMaps | None = None
+        self.steps: list[Step] = []
+        self.fallbacks: Counter[str] = Counter()
+        self.notes: list[str] = []
+        self._pictured_block, self._on_step, self._verbose = pictured_block, on_step, verbose
+        self._told = set() if told is None else told
+        self._clock = Clock()
+
+    def beside(self) -> Record:
+        """One for another worker of the same run: no pictures, no display; failures are counted in one place."""
+        other = Record(verbose=self._verbose, told=self._told)
+        other.fallbacks = self.fallbacks
+        return other
+
+    def plan(self, steps: int | None, device: torch.device, replaced: Sequence[str] = ()) -> None:
+        """Called before the first model call: number of steps, device, and what has been replaced in the model."""
+        self.planned_steps, self.replaced = steps, list(replaced)
+        self._clock = Clock(device)
+
+    def begin_steps(self, steps: Sequence[tuple[int, float]], position: Position) -> None:
+        """Steps begin, as (index, noise level); all but the last one came without a model call."""
+        for index, sigma in steps:
+            self._end_step()
+            self.steps.append(Step(index, sigma, time.perf_counter(), position.is_active(sigma)))
+
+    def model_call(self, layout: TokenLayout | None, foreign: bool = False) -> None:
+        """A model call begins; foreign: whether another attention override is in front of PSA's."""
+        if layout is not None and layout not in self.layouts:
+            self.layouts.append(layout)
+        self.steps[-1].foreign |= foreign
+
+    def self_attention(self, position: Position) -> None:
+        """A self-attention call begins."""
+        self.blocks_are_named = position.named
+        if self.steps:
+            self.steps[-1].blocks.add(position.block)
+        if position.active:
+            self._clock.start()
+
+    def fell_back(self, reason: str, calls: int = 1) -> None:
+        """Count calls that stay dense although their step is sparse; each reason is logged once."""
+        self.tell(reason)
+        self.fallbacks[reason] += calls
+        self.dense_call(calls)
+
+    def tell(self, reason: str) -> None:
+        """Log why calls stay dense, once."""
+        if reason not in self._told:
+            self._told.add(reason)
+            log.warning("PSA: staying dense: %s", reason)
+
+    def dense_call(self, calls: int = 1) -> None:
+        """Count self-attention calls that ran dense."""
+        if self.steps:
+            self.steps[-1].dense_calls += calls
+
+    def other_call(self) -> None:
+        """Note an attention call that is no self-attention: the model does run."""
+        if self.steps:
+            self.steps[-1].other_calls = True
+
+    def sparse_call(self, position: Position, result: AttentionResult) -> None:
+        """Record a sparse call: its density (it stays on the device) and, for one block, the map of levels."""
+        self._clock.stop()
+        self.backend = result.backend
+        step, block, layout = self.steps[-1], position.block, position.layout
+        self.density(block, result.density)
+        step.grids.append(layout.grid)
+        if result.unranked is not None:
+            step.unranked.append(result.unranked)
+        self.levels = result.lists.levels
+        step.level_ends.append(result.lists.ends.float().mean((0, 1, 2)) / result.lists.blocks.shape[-1])
+        if self._pictured_block < 0:
+            return
+        pictured = self.level_map
+        if block == self._pictured_block and (pictured is None or layout.video >= pictured.layout.video):
+            factors = result.lists.of_head(0, 0).factors()
+            self.level_map = LevelMap(step.index, block, layout, factors, result.key_order.of_head(0, 0))
+        if position.in_last_sparse_step:
+            self._map(position, result)
+
+    def density(self, block: int, density: torch.Tensor) -> None:
+        """The density of a call of `block`, where no more is known of it: a scalar tensor."""
+        self.steps[-1].densities.append((block, density))
+
+    def _map(self, position: Position, result: AttentionResult) -> None:
+        """Keep where this block's heads look; a picture must never end a run."""
+        layout, block, config = position.layout, position.block, position.config
+        orders = result.query_order, result.key_order
+        try:
+            if self.maps is None or layout.video > self.maps.tokens:
+                shared = None if config.order in SEMANTIC_ORDERS else result.key_order.inverse
+                step, spot = self.steps[-1].index, centre(layout.grid)
+                self.maps = RunMaps(step, layout.grid, config.block_kv, spot, shared, whole=position.whole)
+            if layout.grid == self.maps.grid and block not in self.maps.blocks:
+                self.maps.blocks[block] = block_map(result.lists, *orders, self.maps.spot, layout.grid, config.block_q)
+        except RuntimeError:  # out of memory
+            log.debug("PSA: no map of block %d", block, exc_info=True)
+
+    def note(self, sentences: Sequence[str]) -> None:
+        """Keep and log what the run as a whole shows."""
+        for sentence in sentences:
+            log.warning("PSA: %s", sentence)
+        self.notes += sentences
+
+    def end(self, position: Position, completed: bool = True) -> None:
+        """Close the last step. completed: False after an error or an interrupt, which broke off the last step."""
+        self._end_step(completed)
+        if completed:
+            self.begin_steps(position.steps_left(), position)
+            self._end_step()
+        self._clock = Clock()
+
+    def take_in(self, other: Record) -> None:
+        """Add what another worker measured, step by step, on another device: from here on all is on the host."""
+        self.backend, self.levels = self.backend or other.backend, self.levels or other.levels
+        self.layouts += [layout for layout in other.layouts if layout not in self.layouts]
+        steps = {step.index: step for step in self.steps}
+        for step in other.steps:
+            if step.index in steps:
+                steps[step.index].take_in(step)
+            else:
+                self.steps.append(step)
+        self.steps.sort(key=lambda step: step.started)
+        for step in self.steps:
+            step.to_host()
+
+    def _end_step(self, done: bool = True) -> None:
+        if not self.steps or self.steps[-1].kind:
+            return
+        step = self.steps[-1]
+        step.seconds = time.perf_counter() - step.started
+        step.attention = self._clock.take()
+        step.kind = self._kind(step) if done else INTERRUPTED
+        if done and self._on_step is not None:
+            self._on_step(self._figures(step))
+        if self._verbose:
+            calls = f"{len(step.densities)} sparse and {step.dense_calls} dense self-attention calls"
+            log.info("PSA: step %d, sigma %.4f, %.2f s, %s: %s", step.index, step.sigma, step.seconds, step.kind, calls)
+
+    def _kind(self, step: Step) -> str:
+        if step.reached:
+            return SPARSE if step.densities else DENSE
+        # Where calls came in other steps, the way to PSA is open, and a step without any was not computed.
+        came = any(other.reached and other.foreign >= step.foreign for other in self.steps)
+        return SKIPPED if came and not step.other_calls else UNSEEN
+
+    def _figures(self, step: Step) -> dict:
+        """What the page shows of a step; one read from the device, which the step's end has waited for anyway."""
+        sparsity, coverage, shares = None, None, None
+        if step.densities:
+            ends = torch.stack(step.level_ends).mean(0)
+            density = torch.stack([density for _, density in step.densities]).mean().reshape(1).to(ends)
+            *ends, density = torch.cat([ends, density]).tolist()
+            sparsity, coverage = 1 - density, ends[-1]
+            shares = {
+                f: end - start for f, (start, end) in zip(self.levels, itertools.pairwise([0, *ends]), strict=True)
+            }
+        return {
+            "run": self.began,
+            "step": step.index,
+            "steps": self.planned_steps,
+            "kind": step.kind,
+            "seconds": step.seconds,
+            "sparsity": sparsity,
+            "coverage": coverage,
+            "shares": shares,
+            "reasons": dict(self.fallbacks),
+        }

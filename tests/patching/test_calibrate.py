@@ -136,18 +136,18 @@ def test_a_model_on_several_gpus_is_refused(model):
 @pytest.mark.parametrize("bad", ["one", "all"])
 def test_errors_that_are_not_finite_propose_and_save_nothing(model, monkeypatch, tmp_path, bad):
     from comfyui_psa.choices import user_presets
-    from comfyui_psa.patching import override
     from comfyui_psa.reports.calibrate import calibrate
+    from comfyui_psa.sampling import self_attention
 
     monkeypatch.setattr(user_presets, "folder", lambda: tmp_path)
-    genuine = override.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
 
     def attention(q, k, v, config, **kwargs):
         if bad == "all" or config.sparsity == 0.9:
             v = v * float("nan")
         return genuine(q, k, v, config, **kwargs)
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     words = "at sparsity 0.90" if bad == "one" else "every sparsity"
     with pytest.raises(InputError, match=f"^PSA Calibrate, input model: .*NaN.*{words}.*nothing was proposed or saved"):
         calibrate(model, sampler([]), **INPUTS, save_as="mine")

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.kernels.attention import pyramid_sparse_attention
-from comfyui_psa.patching import core, override
+from comfyui_psa.patching import core
 from comfyui_psa.patching.override import RUN_KEY
 from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.sampling import self_attention
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 
@@ -37,7 +38,7 @@ def failing(monkeypatch, error, when=lambda call, q: True):
             raise error
         return pyramid_sparse_attention(q, *args, **kwargs)
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     return calls
 
 

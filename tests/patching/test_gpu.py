@@ -17,8 +17,9 @@ from comfyui_psa.kernels.attention import pyramid_sparse_attention
 from comfyui_psa.kernels.gpu.tiles import AttendTile
 from comfyui_psa.kernels.levels import BlockLists
 from comfyui_psa.kernels.order import TokenOrder
-from comfyui_psa.patching import core, override
+from comfyui_psa.patching import core
 from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.sampling import self_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,7 +92,7 @@ def calls(monkeypatch):
         seen.append(Call(place, result.backend, *distances))
         return result
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     return seen
 
 
@@ -186,7 +187,7 @@ def allowance(monkeypatch):
             torch.cuda.set_per_process_memory_fraction(1.0)
             limit["needed"] = max(limit["needed"], torch.cuda.max_memory_reserved() - before)
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     return limit
 
 
@@ -423,7 +424,7 @@ def test_two_gpus(tiny_wan, sample, monkeypatch):
         devices.add((q.device, threading.get_ident()))
         return pyramid_sparse_attention(q, *args, **kwargs)
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     told = []
     psa = comfy.multigpu.create_multigpu_deepclones(patch_model(model, **PATCH, on_step=told.append), 2)
     out = sample(psa, **arguments)

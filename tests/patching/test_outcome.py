@@ -2,9 +2,9 @@
 
 import pytest
 
-from comfyui_psa.patching import override
 from comfyui_psa.patching.live import asked_of
 from comfyui_psa.patching.patch import patch_model
+from comfyui_psa.sampling import self_attention
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 BLOCKS, STEPS = 2, 4
@@ -31,14 +31,14 @@ def told(model, tiny_wan):
 @pytest.mark.parametrize("changes", [{}, {"dense_blocks": "1"}, {"start_percent": 0.6}, {"start_percent": 0.0}])
 def test_what_is_saved_is_a_share_of_all_attention_of_the_run(told, monkeypatch, changes):
     densities = []
-    genuine = override.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
 
     def watched(*args, **kwargs):
         result = genuine(*args, **kwargs)
         densities.append(float(result.density))
         return result
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", watched)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", watched)
     found = told(**changes)
     assert densities
     # Work that was done: the density of every call that was sparse, 1 for every other one of the run.
@@ -72,7 +72,7 @@ def test_a_run_that_was_broken_off_gives_no_reason(model, tiny_wan, monkeypatch)
     def stop(*args, **kwargs):
         raise Stopped
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", stop)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", stop)
     ended = []
     with pytest.raises(Stopped):
         tiny_wan.sample(patch_model(model, **PATCH, on_end=ended.append), steps=STEPS)

@@ -147,12 +147,12 @@ def test_what_psa_cannot_serve_stays_dense_with_one_line(model, caplog, changes,
 
 
 def test_a_failure_in_the_kernels_ends_in_the_dense_path(model, stock, caplog, monkeypatch):
-    from comfyui_psa.patching import override
+    from comfyui_psa.sampling import self_attention
 
     def broken(*args, **kwargs):
         raise RuntimeError("out of shared memory\nsecond line")
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", broken)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", broken)
     psa = patched(model)
     assert torch.equal(sample(psa), stock)
     fallbacks = report(psa)["fallbacks"]

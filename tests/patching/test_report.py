@@ -40,18 +40,18 @@ def sample(model):
 @pytest.fixture(scope="module")
 def run(model):
     """A patched model that has sampled, its factors call by call as numpy arrays, and what the page was told."""
-    from comfyui_psa.patching import override
     from comfyui_psa.patching.patch import KEY, patch_model
+    from comfyui_psa.sampling import self_attention
 
     recorded, told = [], []
-    genuine = override.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
 
     def recording(*args, **kwargs):
         result = genuine(*args, **kwargs)
         recorded.append(result.factors.numpy().astype(np.float64))
         return result
 
-    override.pyramid_sparse_attention = recording
+    self_attention.pyramid_sparse_attention = recording
     try:
         psa = patch_model(
             model, sparsity=0.75, preset="auto", start_percent=0.25, end_percent=1.0, min_tokens=0, block_kv="32",
@@ -59,7 +59,7 @@ def run(model):
         )  # fmt: skip
         samples = sample(psa)
     finally:
-        override.pyramid_sparse_attention = genuine
+        self_attention.pyramid_sparse_attention = genuine
     return (
         psa,
         psa.get_attachment(KEY),
@@ -175,18 +175,18 @@ def test_a_model_that_stayed_dense_gets_a_picture_that_says_why(model):
 
 def test_orders_that_follow_the_data(model, monkeypatch):
     """Centroids go on from step to step, and the maps follow the order of every head."""
-    from comfyui_psa.patching import override
     from comfyui_psa.patching.patch import KEY, patch_model
+    from comfyui_psa.sampling import self_attention
 
     results, given = [], []
-    genuine = override.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
 
     def recording(*args, **kwargs):
         given.append(kwargs["centroids"])
         results.append(genuine(*args, **kwargs))
         return results[-1]
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", recording)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", recording)
     psa = patch_model(
         model, sparsity=0.75, preset="auto", start_percent=0.25, end_percent=1.0, min_tokens=0, order="semantic",
     )  # fmt: skip
@@ -208,18 +208,18 @@ def test_orders_that_follow_the_data(model, monkeypatch):
     ("steps", "expected"), [(1, [False, False, False]), (2, [False, True, False]), (9, [False, True, True])]
 )
 def test_levels_are_kept_for_the_steps_asked_for(model, monkeypatch, steps, expected):
-    from comfyui_psa.patching import override
     from comfyui_psa.patching.patch import patch_model
+    from comfyui_psa.sampling import self_attention
 
     results, given = [], []
-    genuine = override.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
 
     def recording(*args, **kwargs):
         given.append(kwargs["lists"])
         results.append(genuine(*args, **kwargs))
         return results[-1]
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", recording)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", recording)
     psa = patch_model(
         model, sparsity=0.75, preset="auto", start_percent=0.25, end_percent=1.0, min_tokens=0, reuse_steps=steps,
     )  # fmt: skip

@@ -10,10 +10,11 @@ import weakref
 import pytest
 import torch
 
-from comfyui_psa.patching import core, override
+from comfyui_psa.patching import core
 from comfyui_psa.patching.override import RUN_KEY, PSAOverride
 from comfyui_psa.patching.patch import KEY, patch_model
 from comfyui_psa.reports.show import show_report
+from comfyui_psa.sampling import self_attention
 from comfyui_psa.sampling.run import Run
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
@@ -46,7 +47,7 @@ class Recorder:
 
     def __init__(self, monkeypatch):
         self.given, self.results, self.configs = [], [], []
-        genuine = override.pyramid_sparse_attention
+        genuine = self_attention.pyramid_sparse_attention
 
         def attention(q, k, v, config, **kwargs):
             self.given.append(kwargs["lists"])
@@ -54,7 +55,7 @@ class Recorder:
             self.results.append(genuine(q, k, v, config, **kwargs))
             return self.results[-1]
 
-        monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+        monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
 
 
 def sample_custom(tiny_wan, model, sigmas, sampler="euler"):
@@ -285,14 +286,14 @@ def test_windows_of_5_of_13_frames_with_kept_levels(model, sample, monkeypatch):
     from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
 
     seen = []
-    genuine = override.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
 
     def attention(q, k, v, config, **kwargs):
         result = genuine(q, k, v, config, **kwargs)
         seen.append((kwargs["lists"], result.lists))
         return result
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     psa = patch_model(model, **PATCH | {"reuse_steps": 2})
     names = ("context_length", "context_overlap", "context_schedule", "context_stride", "closed_loop", "fuse_method")
     inputs = dict(zip(names, (17, 8, "standard_static", 1, False, "pyramid"), strict=True))  # pixels: 5 and 2 of latent
@@ -458,9 +459,9 @@ def test_the_step_that_was_broken_off_is_not_shown_as_done(model, sample, monkey
             raise Stopped
         return genuine(*args, **kwargs)
 
-    genuine = override.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
     with monkeypatch.context() as patch:
-        patch.setattr(override, "pyramid_sparse_attention", stop)
+        patch.setattr(self_attention, "pyramid_sparse_attention", stop)
         with pytest.raises(Stopped), caplog.at_level("INFO"):
             sample(psa, steps=4)
     assert [figures["step"] for figures in told] == [0, 1]

@@ -25,7 +25,7 @@ def calls(tiny_wan):
 
         def before_call(network, x, context, options, conds):
             sigma = core.current_sigma(options)
-            seen.append((1 - sigma / (shift - (shift - 1) * sigma), options[RUN_KEY].active))
+            seen.append((1 - sigma / (shift - (shift - 1) * sigma), options[RUN_KEY].position.active))
 
         core.add_wrappers(watched, "psa_test", sampling=lambda run, *a, **k: run(*a, **k), before_call=before_call)
         sample(watched, **arguments)

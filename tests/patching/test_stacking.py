@@ -591,10 +591,10 @@ def on_two_devices(model, tiny_wan):
 
 @pytest.mark.parametrize("before", [True, False])
 def test_two_gpus(model, sample, tiny_wan, before, monkeypatch):
-    from comfyui_psa.patching import override
+    from comfyui_psa.sampling import self_attention
 
     threads, at_once = set(), threading.Barrier(2, timeout=60)
-    real = override.pyramid_sparse_attention
+    real = self_attention.pyramid_sparse_attention
 
     def attention(*args, **kwargs):
         threads.add(threading.get_ident())
@@ -613,7 +613,7 @@ def test_two_gpus(model, sample, tiny_wan, before, monkeypatch):
         else patch_model(on_two_devices(model, tiny_wan), **patch)
     )
     with monkeypatch.context() as watching:
-        watching.setattr(override, "pyramid_sparse_attention", attention)
+        watching.setattr(self_attention, "pyramid_sparse_attention", attention)
         out = sample(two, **arguments)
     assert len(threads) == 2
     assert_close(out, expected, 1e-5)
@@ -626,13 +626,14 @@ def test_two_gpus(model, sample, tiny_wan, before, monkeypatch):
 
 def test_a_failure_on_one_of_two_gpus_is_its_own(model, sample, tiny_wan, monkeypatch):
     from comfyui_psa.patching import override
+    from comfyui_psa.sampling import self_attention
 
     heads, here = {"cpu": [], "cpu:0": []}, threading.local()
-    real, real_try = override.pyramid_sparse_attention, override._try
+    real, real_sparse = self_attention.pyramid_sparse_attention, override._sparse
 
-    def attempt(run, q, k, v, call):
-        here.device = str(call["transformer_options"]["multigpu_thread_device"])
-        return real_try(run, q, k, v, call)
+    def attempt(*args, **kwargs):
+        here.device = str(kwargs["transformer_options"]["multigpu_thread_device"])
+        return real_sparse(*args, **kwargs)
 
     def attention(q, *args, **kwargs):
         heads[here.device].append(q.shape[1])
@@ -640,8 +641,8 @@ def test_a_failure_on_one_of_two_gpus_is_its_own(model, sample, tiny_wan, monkey
             raise torch.OutOfMemoryError("full")
         return real(q, *args, **kwargs)
 
-    monkeypatch.setattr(override, "_try", attempt)
-    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    monkeypatch.setattr(override, "_sparse", attempt)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     psa = patch_model(on_two_devices(model, tiny_wan), **PATCH | {"start_percent": 0.0})
     assert torch.isfinite(sample(psa, cfg=5.0, negative=tiny_wan.conditioning(seed=4), steps=3)).all()
     assert heads["cpu:0"] == [2, *[1] * 12], "the one whose memory is full goes on in two groups"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from comfyui_psa.patching import override
 from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.sampling import self_attention
 
 PATCH = {"sparsity": 0.5, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.0, "end_percent": 1.0}
 SIZE = {"width": 256, "height": 256, "length": 9, "batch_size": 1}
@@ -23,13 +23,13 @@ class Encoder:
 def layouts(monkeypatch):
     """The layouts (before, grid, after) that PSA took."""
     seen = set()
-    real = override.pyramid_sparse_attention
+    real = self_attention.pyramid_sparse_attention
 
     def attention(*args, layout, **kwargs):
         seen.add((layout.before, layout.grid, layout.after))
         return real(*args, layout=layout, **kwargs)
 
-    monkeypatch.setattr(override, "pyramid_sparse_attention", attention)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     return seen
 
 

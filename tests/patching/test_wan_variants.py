@@ -189,8 +189,8 @@ def different(one, other):
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.row}-{case.kind}-{n}" for n, case in enumerate(CASES)])
 def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case, models, tiny_wan, monkeypatch):
-    from comfyui_psa.patching import override
     from comfyui_psa.patching.patch import KEY, patch_model
+    from comfyui_psa.sampling import self_attention
 
     model, extra = models(case.kind), make_extra(case, tiny_wan)
     before, grid, after = case.layout
@@ -212,9 +212,9 @@ def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case
         assert different(tokens, first_tokens(model, tiny_wan, case, extra, noise)) == [place]
 
     seen = []
-    real = override.pyramid_sparse_attention
+    real = self_attention.pyramid_sparse_attention
     monkeypatch.setattr(
-        override, "pyramid_sparse_attention", lambda *args, **kw: seen.append(kw["layout"]) or real(*args, **kw)
+        self_attention, "pyramid_sparse_attention", lambda *args, **kw: seen.append(kw["layout"]) or real(*args, **kw)
     )
     inputs = {"preset": "auto", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "mode": "topk"}
     stock = tiny_wan.sample(model, size=case.size, extra=extra)

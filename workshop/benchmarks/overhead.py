@@ -37,18 +37,17 @@ def main() -> None:
     def run_of(live: bool) -> Run:
         run = Run(settings, 2.0, 0.0, pictured_block=layers // 2, on_step=told.append if live else None)
         run.plan(schedule.tolist(), device)
-        run.layout = layout
         return run
 
     def attend(run: Run):
-        order = run.order(device)
+        order = run.kept.order(settings.config, grid, device)
         return pyramid_sparse_attention(q, k, v, settings.config, layout=layout, order=order)
 
     def step(run: Run, index: int) -> None:
         run.begin_model_call(1 - index / STEPS, layout, ())
         for block in range(layers):
             run.begin_self_attention(block)
-            run.sparse_call(block, attend(run))
+            run.sparse_call(attend(run))
 
     def seconds(work) -> float:
         if gpu:

@@ -62,16 +62,16 @@ class SparseAttention:
         """Called before every model call."""
         self._step, self._block = step, 0
         self.run.begin_model_call(float(self.schedule.sigmas[step]), self.layout, ())
-        self.run.active = step in self._active
         sigmas = [self.schedule.sigmas[sparse] for sparse in self._active]
         place = place_among(sigmas, self.schedule.sigmas[step])
-        self._config = self.run.config = config_at(self.settings.config, self.settings.falling, place)
+        self._config = config_at(self.settings.config, self.settings.falling, place)
+        self.run.position.decide(self._config, step in self._active)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Output [B, H, L, D] of q, k, v [B, H, L, D]."""
         block = self._block
         self._block += 1
-        if self.run.active and block not in self.settings.dense_blocks:
+        if self.run.position.active and block not in self.settings.dense_blocks:
             if "reuse" in self.prototype:
                 return self._reused(q, k, v, block)
             if "static" in self.prototype:
@@ -79,13 +79,13 @@ class SparseAttention:
             if "sol" in self.prototype:
                 order = self.run.order(q.device)
                 output, density = sol_attention(*(order.apply(x) for x in (q, k, v)), float(self.prototype["sol"]))
-                self.run.steps[-1].densities.append((block, density))
+                self.run.record.density(block, density)
                 return order.undo(output)
             if "rank" in self.prototype:
                 order = self.run.order(q.device)
                 lists = ranked_lists(order.apply(q), order.apply(k), self._config, self.prototype["rank"])
                 return self._with_lists(q, k, v, block, order, lists)
-            self.run.config = self._here(block)
+            self.run.position.decide(self._here(block), True)
         options = {RUN_KEY: self.run}
         return self._override(
             _dense, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
@@ -98,18 +98,18 @@ class SparseAttention:
             RuntimeError: a call fell back to dense attention.
         """
         self.run.end()
-        unwanted = [reason for reason in self.run.fallbacks if "is listed in dense_blocks" not in reason]
+        unwanted = [reason for reason in self.run.record.fallbacks if "is listed in dense_blocks" not in reason]
         if unwanted:
             raise RuntimeError("; ".join(unwanted))
         means = []
-        for step in self.run.steps:
+        for step in self.run.record.steps:
             total = sum(float(density) for _, density in step.densities) + step.dense_calls
             means.append(total / (len(step.densities) + step.dense_calls))
         return means
 
     def layer_densities(self) -> dict[int, float]:
         """Mean density of each block over its sparse calls."""
-        calls = [(block, float(density)) for step in self.run.steps for block, density in step.densities]
+        calls = [(block, float(density)) for step in self.run.record.steps for block, density in step.densities]
         blocks = sorted({block for block, _ in calls})
         return {block: _mean([density for b, density in calls if b == block]) for block in blocks}
 
@@ -158,7 +158,7 @@ class SparseAttention:
             q, k, v, self._config, layout=self.layout, order=order, backend=self.settings.backend, lists=lists
         )
         self._lists[block] = result.lists
-        self.run.steps[-1].densities.append((block, result.density))
+        self.run.record.density(block, result.density)
         return result.output
 
 

@@ -1,0 +1,140 @@
+"""Where a run is: its step and the pyramid there, the grid of the model call, the block of the attention call."""
+
+from __future__ import annotations
+
+import torch
+
+from ..choices.settings import PatchSettings
+from ..kernels.config import PyramidConfig
+from ..kernels.falling import config_at
+from ..kernels.order import TokenLayout
+from .schedule import Place, Schedule
+
+
+def is_active(sigma: float, sigma_start: float, sigma_end: float) -> bool:
+    """Whether a model call at noise level `sigma` lies in PSA's part of the schedule.
+
+    A step at the start itself is inside, and one at the end outside. The sampler's noise levels are rounded to float32,
+    the bounds are not: without slack 16 steps at a shift of 12 would have 5 dense ones at a start of 0.25.
+    """
+    slack = 1 + 1e-6
+    return sigma_end * slack < sigma <= sigma_start * slack
+
+
+class Position:
+    """Moved by model calls and attention calls; measures nothing and keeps nothing.
+
+    Attributes:
+        active: whether the current model call lies in PSA's part of the schedule. config: the pyramid at its step.
+        layout: where its video tokens lie; None before the first call, or where the call could not be read.
+        context_tokens: lengths that its cross-attention may have.
+        forward: which of the model calls of its step it is, counted from 0.
+        block: transformer block of the current attention call; named: whether the model itself said which.
+        planned_steps: number of steps of the sampler, where it is known.
+    """
+
+    def __init__(
+        self,
+        settings: PatchSettings,
+        sigma_start: float,
+        sigma_end: float,
+        latent_size: tuple[int, ...] = (),
+        pixels: tuple[int, int] | None = None,
+    ) -> None:
+        """latent_size: (time, height, width) of the latent that is sampled, where it is known; a call on less of it is
+        one on a part of the video. pixels: frames and pixels that stand for one of the latent, where they are known."""
+        self._settings = settings
+        self._bounds = sigma_start, sigma_end
+        self._latent_size, self._pixels = latent_size, pixels
+        self._call_size: tuple[int, ...] = ()
+        self._schedule = Schedule(None, self.is_active)
+        self._place = Place(-1, False)
+        self._calls = 0
+        self.config: PyramidConfig = settings.config
+        self.layout: TokenLayout | None = None
+        self.context_tokens: tuple[int, ...] = ()
+        self.active = False
+        self.forward = 0
+        self.block = -1
+        self.named = True
+        self.planned_steps: int | None = None
+
+    def beside(self) -> Position:
+        """One of the same run for another worker."""
+        return Position(self._settings, *self._bounds, self._latent_size, self._pixels)
+
+    def plan(self, sigmas: list[float] | None) -> None:
+        """Called before the first model call, with the sampler's noise levels (steps + 1), where they are known."""
+        if sigmas is not None and len(sigmas) > 1:
+            self._schedule = Schedule(sigmas[:-1], self.is_active)
+            self.planned_steps = len(sigmas) - 1
+
+    def is_active(self, sigma: float) -> bool:
+        """Whether a model call at noise level `sigma` lies in PSA's part of the schedule."""
+        return is_active(sigma, *self._bounds)
+
+    def begin_model_call(
+        self,
+        sigma: float,
+        layout: TokenLayout | None,
+        context_tokens: tuple[int, ...],
+        call_size: tuple[int, ...] = (),
+    ) -> list[tuple[int, float]]:
+        """A model call begins, see `Run.begin_model_call`; the steps that began since the last one as (index, noise
+        level), this call's own at the end: none where its step goes on, several where some came without a call."""
+        self.layout, self.context_tokens, self._call_size = layout, context_tokens, call_size
+        self.active = self.is_active(sigma)
+        before, place = self._place, self._schedule.move(sigma)
+        self._place = place
+        self.config = config_at(self._settings.config, self._settings.falling, place.share)
+        self._calls = 0
+        if place.step == before.step:
+            self.forward += 1
+            return []
+        self.forward = 0
+        both = before.on_level and place.on_level
+        return [*self._levels(before.step + 1, place.step if both else before.step), (place.step, sigma)]
+
+    def steps_left(self) -> list[tuple[int, float]]:
+        """Steps of the schedule after the current one, as (index, noise level); none where it is not on it."""
+        return self._levels(self._place.step + 1, len(self._schedule.levels)) if self._place.on_level else []
+
+    def _levels(self, first: int, end: int) -> list[tuple[int, float]]:
+        return [(step, self._schedule.levels[step]) for step in range(first, end)]
+
+    def begin_self_attention(self, block: int | None) -> None:
+        """A self-attention call begins; models that do not say their block have one call a block, in order."""
+        self.named = block is not None
+        self.block = self._calls if block is None else block
+        self._calls += 1
+
+    def decide(self, config: PyramidConfig, active: bool) -> None:
+        """For experiments, which choose the pyramid of the current call and whether it is sparse for themselves."""
+        self.config, self.active = config, active
+
+    @property
+    def in_last_step(self) -> bool:
+        """Whether no other step of the schedule comes after this one."""
+        return self._place.on_level and self._place.step == len(self._schedule.levels) - 1
+
+    @property
+    def in_last_sparse_step(self) -> bool:
+        """Whether this is the last step of the schedule in which PSA is active."""
+        return self._schedule.sparse_steps[-1:] == [self._place.step]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the current model call is on the whole video, not on an area or window of it."""
+        return not any(size < whole for size, whole in zip(self._call_size, self._latent_size, strict=False))
+
+    @property
+    def size(self) -> str:
+        """The size of the current model call, as the user knows it where that can be said."""
+        if self._pixels is None or not self._call_size:
+            return "x".join(map(str, self.layout.grid)) + " of them in time, height, width"
+        (time, height, width), (frames, pixels) = self._call_size, self._pixels
+        return f"{(time - 1) * frames + 1} frames of {width * pixels}x{height * pixels}"
+
+    def case(self, q: torch.Tensor) -> tuple:
+        """What decides whether the kernels can compute a call on q [B, H, L, D]: all but its values."""
+        return self.layout, q.shape, q.dtype, q.device

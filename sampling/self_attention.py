@@ -1,0 +1,151 @@
+"""One self-attention call of a run, for ComfyUI and diffusers alike: why it stays dense, or PSA with what earlier steps
+have left, in fewer heads at a time where memory is short. What fails ends as a reason, never as an error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable
+
+import torch
+
+from ..kernels.attention import AttentionResult, pyramid_sparse_attention
+from ..kernels.backends import gradient_reason
+from ..kernels.config import ConfigError
+from .run import Run, log
+
+WITHOUT_MEMORY = "PSA ran out of memory, even with one head at a time"
+
+
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """What differs between the programs that run a model.
+
+    Attributes:
+        is_out_of_memory: whether an error means that the device's memory was full.
+        free_cached_memory: gives memory that nothing uses back to the device.
+        failure: why calls stay dense after an error, as a sentence for the log.
+    """
+
+    is_out_of_memory: Callable[[BaseException], bool]
+    free_cached_memory: Callable[[], None]
+    failure: Callable[[Run, Exception], str]
+
+
+def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Why PSA leaves a self-attention call q, k, v [B, H, L, D] of an active step dense; None when it takes it."""
+    settings, position = run.settings, run.position
+    layout, tokens = position.layout, q.shape[2]
+    if tokens < settings.min_tokens:
+        return (
+            f"{tokens} tokens ({position.size}) are fewer than min_tokens {settings.min_tokens}, where dense is "
+            f"usually faster; set min_tokens to {tokens} or less to have them sparse"
+        )
+    if tokens != layout.length:
+        grid = "x".join(map(str, layout.grid))
+        known = f"{layout.before} + {grid} + {layout.after} tokens"
+        return (
+            f"{tokens} tokens, but {known} are expected of this model: something else has added some; bypass the node "
+            f"that does"
+        )
+    if tokens in position.context_tokens:
+        return (
+            f"the video and the conditioning both have {tokens} tokens, so self-attention cannot be told apart; sample "
+            f"another length or size"
+        )
+    if layout.video < 2 * settings.config.block_q:
+        return (
+            f"{layout.video} video tokens ({position.size}) are fewer than two query blocks of "
+            f"{settings.config.block_q}; sample a longer or larger video"
+        )
+    if not q.is_floating_point() or q.element_size() < 2:
+        return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served; load the model in another type"
+    if position.block in settings.dense_blocks:
+        return f"block {position.block} is listed in dense_blocks"
+    return gradient_reason(q, k, v) or run.kept.refusal(position.case(q), position.config.sparsity)
+
+
+def attend(
+    run: Run,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    prompts: Hashable,
+    host: Host,
+    scale: float | None = None,
+) -> torch.Tensor | str:
+    """PSA on q, k, v [B, H, L, D], recorded: the output [B, H, L, D], or the reason why there is none.
+
+    Args:
+        prompts: what tells the model calls of a step apart, the same in every step.
+    """
+    result = None
+    while result is None:
+        result = _try(run, q, k, v, prompts, host, scale)
+    if isinstance(result, str):
+        return result
+    run.sparse_call(result)
+    return result.output
+
+
+def _try(
+    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompts: Hashable, host: Host, scale: float | None
+) -> AttentionResult | str | None:
+    """PSA in `run.kept.groups` groups of heads, or the reason why it cannot be.
+
+    None where it is to be tried again: there are more groups now, because memory was full. It returns before that,
+    because an error that is being handled keeps what it was computing alive.
+    """
+    case, sparsity = run.position.case(q), None
+    try:
+        return _in_groups(run, q, k, v, prompts, scale)
+    except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
+        if not host.is_out_of_memory(error):
+            reason = host.failure(run, error)
+            sparsity = run.position.config.sparsity if isinstance(error, ConfigError) else None
+            log.debug("PSA: the failure in full", exc_info=True)
+        else:
+            reason = None if run.kept.split(q.shape[1]) else WITHOUT_MEMORY
+    if reason is not None:
+        # Not tried again: there is a call in every block and step, and a compiler may need seconds to fail.
+        run.kept.refuse(case, reason, sparsity)
+        return reason
+    log.warning("PSA: out of memory; going on in %d groups of heads", run.kept.groups)
+    host.free_cached_memory()
+    return None
+
+
+def _in_groups(
+    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompts: Hashable, scale: float | None
+) -> AttentionResult:
+    groups = list(zip(*(x.chunk(run.kept.groups, 1) for x in (q, k, v)), strict=True))
+    results: list[AttentionResult] = []
+    # Groups write into one output: kept one by one and joined at the end, they would take its memory twice.
+    output = None if len(groups) == 1 else q.new_empty(*(q.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
+    for number, part in enumerate(groups):
+        place = run.position.block, prompts, run.position.layout, number, *part[0].shape[:2]
+        kept = run.kept.lists(place)
+        result = pyramid_sparse_attention(
+            *part,
+            run.position.config,
+            layout=run.position.layout,
+            order=run.order(q.device),
+            scale=scale,
+            backend=run.settings.backend,
+            lists=kept,
+            centroids=run.kept.centroids(place),
+        )
+        run.kept.put(place, result, reused=kept is not None)
+        if output is not None:
+            heads = output.narrow(1, sum(other.output.shape[1] for other in results), result.output.shape[1])
+            heads.copy_(result.output)
+            result = dataclasses.replace(result, output=heads)
+        results.append(result)
+    return results[0] if output is None else _together(results, output)
+
+
+def _together(results: list[AttentionResult], output: torch.Tensor) -> AttentionResult:
+    """Results of groups of heads as one, with the output that they share; lists and orders are the first group's."""
+    density = torch.stack([result.density for result in results]).mean()
+    return dataclasses.replace(results[0], output=output, density=density)
