@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from ..choices.presets import load_presets
-from ..choices.settings import AUTO, MOST_SPARSITY, PatchInputs
+from ..choices.settings import AUTO, MOST_REUSE_STEPS, MOST_SPARSITY, PatchInputs, PatchSettings
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError
 from ..kernels.falling import check_falling
 from ..kernels.refusal import refusal
+from ..kernels.semantic import SEMANTIC_ORDERS
 from .interception import InterceptedForward
 from .layout import MODELS
 from .schedule import Schedule
@@ -40,29 +41,39 @@ class AppliedPSA:
     @property
     def sparse_calls(self) -> int:
         """Self-attention calls that PSA computed since it was applied."""
-        return sum(state.sparse_calls for state in self.states)
+        return sum(state.totals().sparse for state in self.states)
 
     @property
     def dense_calls(self) -> int:
         """Self-attention calls that stayed dense: of the warm-up, and those in `fallbacks`."""
-        return sum(state.dense_calls for state in self.states)
+        return sum(state.totals().dense for state in self.states)
 
     @property
     def fallbacks(self) -> Counter[str]:
         """Why calls outside the warm-up stayed dense, and how many."""
-        return sum((state.fallbacks for state in self.states), Counter())
+        return sum((state.totals().fallbacks for state in self.states), Counter())
 
     def mean_sparsity(self) -> float | None:
         """Mean sparsity of the calls that PSA computed; reads from the device."""
-        sums = [float(state.figures[0]) for state in self.states if state.figures is not None]
-        return 1 - sum(sums) / self.sparse_calls if sums else None
+        totals = [state.totals() for state in self.states]
+        densities = [float(total.sums[0]) for total in totals if total.sums is not None]
+        return 1 - sum(densities) / sum(total.sparse for total in totals) if densities else None
 
     def unranked_pairs(self) -> int:
         """Pairs of blocks whose importance was not a finite number, and which ranked last; reads from the device.
 
         More than none means that the model's own queries or keys are infinite or not a number.
         """
-        return sum(int(state.figures[1]) for state in self.states if state.figures is not None)
+        sums = [state.totals().sums for state in self.states]
+        return sum(int(found[1]) for found in sums if found is not None)
+
+    def reports(self) -> list[dict[str, Any] | None]:
+        """The figures of the last run of each transformer, as PSA Report shows them: `sampling/figures.py` names them.
+
+        None where it has not run yet. Reads from the device. Seconds of the last step end when its forward returns,
+        which a GPU does not wait for.
+        """
+        return [state.report() for state in self.states]
 
     def remove(self) -> None:
         """Take PSA away, where nothing has replaced it; the transformers are as they were."""
@@ -89,6 +100,7 @@ class _Patch:
         for part in self._parts:
             part.remove()
         self._parts.clear()
+        self.state.forget()
         if self.transformer.__dict__.get(_ATTRIBUTE) is self:
             del self.transformer.__dict__[_ATTRIBUTE]
 
@@ -103,6 +115,7 @@ def apply_psa(
     min_tokens: int = PatchInputs.min_tokens,
     backend: str = PatchInputs.backend,
     falling: float = PatchInputs.falling,
+    reuse_steps: int = PatchInputs.reuse_steps,
     **changes: Any,
 ) -> AppliedPSA:
     """Let a diffusers pipeline attend with PSA. Applying it again replaces the setting.
@@ -117,6 +130,8 @@ def apply_psa(
         backend: auto, triton or torch.
         falling: how far the density falls over the sparse steps, 0 to 0.8, see `kernels/falling.py`; a transformer
             without its pipeline knows no steps and keeps it.
+        reuse_steps: levels are chosen in every such step and kept in between; 1 chooses them in every step. A
+            transformer without its pipeline knows no steps: there it must be 1.
         changes: other fields of `kernels.config.PyramidConfig`, such as block_kv.
 
     Returns:
@@ -139,6 +154,10 @@ def apply_psa(
         raise _error("warm_up", warm_up, "a share from 0.0 to 1.0 or a step count")
     if warm_up and not knows_steps:
         raise _error("warm_up", warm_up, "0, a bare transformer knows no steps")
+    if not 1 <= reuse_steps <= MOST_REUSE_STEPS:
+        raise _error("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}")
+    if reuse_steps > 1 and not knows_steps:
+        raise _error("reuse_steps", reuse_steps, "1, a bare transformer knows no steps")
     planned = []
     for transformer in transformers:
         family = type(transformer).__name__
@@ -148,12 +167,24 @@ def apply_psa(
             check_falling(falling, config)
         except (ConfigError, TypeError) as error:
             raise ValueError(f"apply_psa, {error}") from error
+        if reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
+            raise _error("reuse_steps", reuse_steps, f"1 with the order {config.order}, whose blocks change every step")
         steps = warm_up if chosen.dense_steps is None else chosen.dense_steps
-        schedule = Schedule(pipe, steps) if knows_steps and (steps or falling) else None
-        state = TransformerState(
-            family, config, schedule, frozenset(dense_blocks), min_tokens, backend, falling, off=sparsity == 0
+        schedule = Schedule(pipe, steps) if knows_steps else None
+        settings = PatchSettings(
+            config=config,
+            preset=chosen.name,
+            start_percent=0.0,
+            end_percent=1.0,
+            dense_steps=None,
+            dense_blocks=frozenset(dense_blocks),
+            min_tokens=min_tokens,
+            backend=backend,
+            verbose=False,
+            reuse_steps=reuse_steps,
+            falling=falling,
         )
-        planned.append((transformer, state))
+        planned.append((transformer, TransformerState(family, settings, schedule, off=sparsity == 0)))
     remove_psa(pipe)
     patches = [_Patch(transformer, state) for transformer, state in planned]
     return AppliedPSA([patch.state for patch in patches], patches)

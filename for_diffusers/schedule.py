@@ -6,12 +6,32 @@ replaced, and pipelines share a transformer. So the scheduler is looked up in ev
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import weakref
 from typing import Any
 
 import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """Where a call is among the steps of its run.
+
+    Attributes:
+        source: the scheduler's own list, a new object for every run.
+        timesteps: of all steps, falling. dense: how many of the first stay dense. now: the one of the call.
+    """
+
+    source: object
+    timesteps: list[float]
+    dense: int
+    now: float
+
+    def go_on_from(self, before: Steps) -> bool:
+        """Whether this call can be of the same run as the one before."""
+        return self.source is before.source and self.now <= before.now
 
 
 class Schedule:
@@ -23,8 +43,8 @@ class Schedule:
         self.warm_up = warm_up
         self._pipe = _reference(pipe)
 
-    def place(self, timestep: torch.Tensor | float) -> tuple[list[float], float] | None:
-        """The timesteps of the run's sparse steps, falling, and that of this call; None if no scheduler is known.
+    def find(self, timestep: torch.Tensor | float) -> Steps | None:
+        """The steps of the run, and the one that a call at `timestep` belongs to; None if no scheduler is known.
 
         Steps are the scheduler's distinct timesteps; some schedulers evaluate one of them twice. The call belongs to
         the nearest one, because a model's own type may lose half the numbers between. Reads from the device.
@@ -36,7 +56,8 @@ class Schedule:
         # Wan2.2 5B has one timestep per token, zero for tokens of a given image.
         now = float(torch.as_tensor(timestep).max())
         dense = self.warm_up if isinstance(self.warm_up, int) else self.warm_up * len(listed)
-        return listed[math.ceil(dense - 1e-6) :], min(listed, key=lambda other: abs(other - now))
+        nearest = min(listed, key=lambda other: abs(other - now))
+        return Steps(timesteps, listed, math.ceil(dense - 1e-6), nearest)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to other pipelines, which are found when they run.

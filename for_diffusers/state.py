@@ -1,24 +1,28 @@
-"""The state of a patched transformer: its current calls, one for each thread, and what its attention calls came to."""
+"""The state of a patched transformer: its current calls and runs, one of each for a thread, and what they came to."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
 
-from ..kernels.attention import AttentionResult, pyramid_sparse_attention
-from ..kernels.backends import NO_GRADIENTS, BackendError, gradient_reason
-from ..kernels.config import ConfigError, PyramidConfig
-from ..kernels.falling import config_at, place_among
-from ..kernels.order import TokenLayout, TokenOrder, make_order
-from ..kernels.semantic import SEMANTIC_ORDERS
+from ..choices.settings import PatchSettings
+from ..kernels.backends import NO_GRADIENTS, BackendError
+from ..kernels.config import ConfigError
+from ..kernels.order import TokenLayout
+from ..sampling.figures import make_report
+from ..sampling.kept import Kept
+from ..sampling.record import Record
+from ..sampling.run import Run
+from ..sampling.self_attention import Host, attend, decline_reason
 from .layout import MODELS
-from .schedule import Schedule
+from .schedule import Schedule, Steps
 
 log = logging.getLogger("ComfyUI-PSA")
 
@@ -35,95 +39,161 @@ UNREACHED = (
 )
 
 
+_MOST_CALLS = 64
+"""Calls at one timestep that count as one step; a loop that never leaves it must not pile up figures."""
+
+
 @dataclasses.dataclass
 class Call:
     """One forward of the transformer.
 
     Attributes:
-        layout: where the video tokens lie; None where the call could not be read.
-        config: the pyramid of its step. active: whether its step is one for PSA.
+        run: the sampling run that it belongs to.
         reason: why all of it stays dense, None where nothing speaks against PSA.
         with_graph: whether autograd was on when it began.
-        orders: the token orders that it uses, by device.
         attentions: how many self-attention modules have run.
     """
 
-    config: PyramidConfig
-    active: bool
-    layout: TokenLayout | None = None
+    run: Run
     reason: str | None = None
     with_graph: bool = False
-    orders: dict[torch.device, TokenOrder] = dataclasses.field(default_factory=dict)
     attentions: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Totals:
+    """What the calls of all runs came to.
+
+    Attributes:
+        sums: density and pairs without a finite score, summed over the sparse calls, on the device; None without any.
+    """
+
+    sparse: int = 0
+    dense: int = 0
+    fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
+    sums: torch.Tensor | None = None
+
+    def plus(self, record: Record) -> Totals:
+        """With those of one more run."""
+        densities = [density for step in record.steps for _, density in step.densities]
+        dense = self.dense + sum(step.dense_calls for step in record.steps)
+        sums = self.sums
+        if densities:
+            pairs = [pairs for step in record.steps for pairs in step.unranked]
+            density = torch.stack(densities).float().sum()
+            found = torch.stack([density, torch.stack(pairs).sum().to(density) if pairs else density.new_zeros(())])
+            sums = found if sums is None else sums + found.to(sums.device)
+        return Totals(self.sparse + len(densities), dense, self.fallbacks + record.fallbacks, sums)
 
 
 class TransformerState:
     """Decides for every attention call of one transformer; counts what it decided."""
 
-    def __init__(
-        self,
-        family: str,
-        config: PyramidConfig,
-        schedule: Schedule | None,
-        dense_blocks: frozenset[int],
-        min_tokens: int,
-        backend: str,
-        falling: float,
-        off: bool,
-    ) -> None:
+    def __init__(self, family: str, settings: PatchSettings, schedule: Schedule | None, off: bool) -> None:
         """family: a name of `layout.MODELS`. schedule: None where steps are not told apart. off: every call stays
         dense, and no reason is given."""
-        self.family = family
-        self.config, self.schedule, self.falling, self.off = config, schedule, falling, off
-        self.dense_blocks, self.min_tokens, self.backend = dense_blocks, min_tokens, backend
-        self.sparse_calls = 0
-        self.dense_calls = 0
-        self.fallbacks: Counter[str] = Counter()
-        # Density and pairs without a finite score, summed over the sparse calls, on the device.
-        self.figures: torch.Tensor | None = None
+        self.family, self.settings, self.schedule, self.off = family, settings, schedule, off
         self._told: set[str] = set()
-        self._failures: dict[tuple, str] = {}  # by the sizes and the type of the call
-        self._calls: dict[int, Call] = {}  # by thread: two pipelines may run one transformer at the same time
-        self._kept_orders: tuple[TokenLayout | None, dict[torch.device, TokenOrder]] = None, {}
+        self._refusals: dict[Hashable, str] = {}
+        self._ended = Totals()
+        # By thread: two pipelines may run one transformer at the same time.
+        self._calls: dict[int, Call] = {}
+        self._runs: dict[int, tuple[Run, Steps | None]] = {}
+        self._latest: Run | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_calls": {}, "_lock": None}
+        # A copy counts on from here, in runs of its own.
+        return self.__dict__ | {"_ended": self.totals(), "_calls": {}, "_runs": {}, "_latest": None, "_lock": None}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
+    def totals(self) -> Totals:
+        """What all calls came to until now."""
+        with self._lock:
+            return functools.reduce(Totals.plus, (run.record for run, _ in self._runs.values()), self._ended)
+
+    @property
+    def sparse_calls(self) -> int:
+        """Self-attention calls that PSA computed."""
+        return self.totals().sparse
+
+    def report(self) -> dict[str, Any] | None:
+        """The figures of the run that began last, see `sampling/figures.py`; None before any. Reads from the device."""
+        run = self._latest
+        if run is None:
+            return None
+        run.record.end_step()
+        return make_report(run)
+
     def begin_call(self, transformer: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Before a forward of the transformer. One read from the device where steps are told apart."""
-        call = Call(self.config, active=not self.off, with_graph=torch.is_grad_enabled())
-        self._calls[threading.get_ident()] = call
-        if self.off:
-            return
-        try:
-            call.layout, timestep = MODELS[self.family].read_call(transformer, args, kwargs)
-        except Exception:  # the transformer itself says what it needs
-            log.debug("PSA: a call that cannot be read", exc_info=True)
-            call.reason = UNREADABLE
-            return
-        layout, orders = self._kept_orders
-        call.orders = dict(orders) if layout == call.layout else {}
-        if self.schedule is not None:
-            place = self.schedule.place(timestep)
-            if place is None:
-                call.reason = NO_STEPS
-                return
-            sparse, now = place
-            call.active = now in sparse
-            call.config = config_at(self.config, self.falling, place_among(sparse, now))
+        layout, timestep, steps, reason = None, None, None, None
+        if not self.off:
+            try:
+                layout, timestep = MODELS[self.family].read_call(transformer, args, kwargs)
+            except Exception:  # the transformer itself says what it needs
+                log.debug("PSA: a call that cannot be read", exc_info=True)
+                reason = UNREADABLE
+            else:
+                steps = None if self.schedule is None else self.schedule.find(timestep)
+                if steps is None and self.schedule is not None and (self.schedule.warm_up or self.settings.falling):
+                    reason = NO_STEPS
+        run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")))
+        run.begin_model_call(0.0 if steps is None else steps.now, layout, ())
+        if run.position.in_last_step:
+            run.kept.last_step()
+        self._calls[threading.get_ident()] = Call(run, reason, torch.is_grad_enabled())
+
+    def _run(self, steps: Steps | None, layout: TokenLayout | None, device: torch.device) -> Run:
+        """The run of this thread that a call belongs to. Nobody says where one begins: at a list of timesteps that the
+        scheduler has made anew, at one that rises, and at every call where no steps are known."""
+        thread = threading.get_ident()
+        with self._lock:
+            run, before = self._runs.get(thread, (None, None))
+            goes_on = steps is not None and before is not None and steps.go_on_from(before)
+            if not goes_on or run.position.forward + 1 >= _MOST_CALLS:
+                kept = Kept(self.settings.reuse_steps, self._refusals) if run is None else run.kept
+                others = {other.ident for other in threading.enumerate()} - {thread}
+                self._end_runs(lambda ident: ident not in others)
+                if layout is not None:
+                    kept.only_orders_of(layout.grid)
+                run = self._latest = self._begin_run(steps, kept, device)
+            self._runs[thread] = run, steps
+            return run
+
+    def _begin_run(self, steps: Steps | None, kept: Kept, device: torch.device) -> Run:
+        start = float("inf")  # all of the run is sparse
+        if self.off or (steps is not None and steps.dense >= len(steps.timesteps)):
+            start = -1.0  # all of it is dense
+        elif steps is not None:
+            start = steps.timesteps[steps.dense]
+        run = Run(self.settings, start, -1.0, pictured_block=-1, kept=kept, told=self._told)
+        run.plan(None if steps is None else [*steps.timesteps, 0.0], device)
+        return run
+
+    def _end_runs(self, over: Callable[[int], bool]) -> None:
+        """Count and drop the runs of threads that are `over`."""
+        for thread in [thread for thread in self._runs if over(thread)]:
+            run, _ = self._runs.pop(thread)
+            self._ended = self._ended.plus(run.record)
+            run.kept.clear()
+
+    def forget(self) -> None:
+        """PSA is taken away: keep what was counted, and no more."""
+        with self._lock:
+            self._end_runs(lambda _: True)
+            self._calls.clear()
 
     def end_call(self, transformer: torch.nn.Module, _: Any, output: Any) -> None:
-        """After a forward, `output` being None where it failed. What it used is kept for the next one, and no more."""
+        """After a forward, `output` being None where it failed."""
         call = self._calls.pop(threading.get_ident(), None)
-        if call is None or self.off:
+        if call is None:
             return
-        self._kept_orders = call.layout, call.orders
-        if output is not None and not call.attentions:
+        if output is not None and not call.attentions and not self.off:
             self._stays_dense(call, UNREACHED, len(MODELS[self.family].blocks(transformer)))
+        call.run.record.model_call_ended()
 
     def current_call(self) -> Call | None:
         """The call of the transformer that this thread is in."""
@@ -152,82 +222,43 @@ class TransformerState:
 
         None where the call stays dense; that is counted and, once for each reason, logged.
         """
-        if not call.active:
+        run = call.run
+        run.begin_self_attention(block)
+        if not run.position.active:
             self._stays_dense(call, None)
             return None
-        case = call.layout, query.shape, query.dtype, query.device
-        reason = call.reason or self._failures.get(case)
-        reason = reason or self._decline_reason(call, block, query, key, value, attn_mask, dropout_p, is_causal)
-        if reason is None:
-            try:
-                order = self._order(call, query.device)
-                result = pyramid_sparse_attention(
-                    query, key, value, call.config, layout=call.layout, order=order, scale=scale, backend=self.backend
-                )
-            except Exception as error:  # dense is always better than a dead pipeline
-                # Not tried again: there is a call in every block and step, and a compiler may need seconds to fail.
-                reason = self._failures[case] = f"{_failure(error)} (until apply_psa is called again)"
-            else:
-                self._count_sparse(result)
-                return result.output
-        self._stays_dense(call, reason)
-        return None
-
-    def _decline_reason(
-        self,
-        call: Call,
-        block: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: Any,
-        dropout_p: float,
-        is_causal: bool,
-    ) -> str | None:
-        tokens = q.shape[2]
-        if mask is not None or is_causal or dropout_p:
-            return "the attention call carries a mask"
-        if q.shape != k.shape or tokens != call.layout.length:
-            return f"{tokens} and {k.shape[2]} tokens, but {call.layout.length} are expected of this model"
-        if tokens < self.min_tokens:
-            return (
-                f"{tokens} tokens are fewer than min_tokens {self.min_tokens}, where dense is usually faster; set "
-                f"min_tokens to {tokens} or less to have them sparse"
-            )
-        if call.layout.video < 2 * self.config.block_q:
-            return f"{call.layout.video} video tokens are fewer than two query blocks of {self.config.block_q}"
-        if block in self.dense_blocks:
-            return f"block {block} is listed in dense_blocks"
-        # The first pass of a reentrant checkpoint runs without a graph, its second pass must compute the same.
-        if call.with_graph and not torch.is_grad_enabled():
-            return NO_GRADIENTS
-        return gradient_reason(q, k, v)
-
-    def _order(self, call: Call, device: torch.device) -> TokenOrder | None:
-        if call.config.order in SEMANTIC_ORDERS:
+        masked = attn_mask is not None or is_causal or bool(dropout_p)
+        found = _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)
+        if found is None:
+            # The calls of a step come in the same order in every step.
+            found = attend(run, query, key, value, prompts=run.position.forward, host=DIFFUSERS, scale=scale)
+        if isinstance(found, str):
+            self._stays_dense(call, found)
             return None
-        if device not in call.orders:
-            call.orders[device] = make_order(call.config.order, call.layout.grid, call.config.tile, device)
-        return call.orders[device]
-
-    def _count_sparse(self, result: AttentionResult) -> None:
-        figures = torch.stack([result.density, result.unranked.to(result.density)])
-        with self._lock:
-            self.sparse_calls += 1
-            self.figures = figures if self.figures is None else self.figures + figures.to(self.figures.device)
+        return found
 
     def _stays_dense(self, call: Call, reason: str | None, calls: int = 1) -> None:
         """Count; and say why, once. In the warm-up there is only something to say where no step would be sparse."""
-        with self._lock:
-            self.dense_calls += calls
-            if reason is None:
-                return
-            if call.active:
-                self.fallbacks[reason] += calls
-            told = reason in self._told
-            self._told.add(reason)
-        if not told:
-            log.warning("PSA: staying dense: %s", reason)
+        record = call.run.record
+        if reason is not None and call.run.position.active:
+            record.fell_back(reason, calls)
+            return
+        record.dense_call(calls)
+        if reason is not None:
+            record.tell(reason)
+
+
+def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) -> str | None:
+    """What only a pipeline can have against a call of an active step."""
+    if call.reason is not None:
+        return call.reason
+    if masked:
+        return "the attention call carries a mask"
+    tokens, expected = q.shape[2], call.run.position.layout.length
+    if q.shape != k.shape or tokens != expected:
+        return f"{tokens} and {k.shape[2]} tokens, but {expected} are expected of this model"
+    # The first pass of a reentrant checkpoint runs without a graph, its second pass must compute the same.
+    return NO_GRADIENTS if call.with_graph and not torch.is_grad_enabled() else None
 
 
 def _unseen_reason(attention: torch.nn.Module) -> str:
@@ -240,8 +271,14 @@ def _unseen_reason(attention: torch.nn.Module) -> str:
     )
 
 
-def _failure(error: Exception) -> str:
-    if isinstance(error, BackendError | ConfigError):
-        return str(error)
-    log.debug("PSA: the failure in full", exc_info=True)
-    return f"PSA failed: {str(error).splitlines()[0] if str(error) else 'no reason was given'}"
+def _failure(run: Run, error: Exception) -> str:
+    known = isinstance(error, BackendError | ConfigError)
+    words = str(error) if known else f"PSA failed: {next(iter(str(error).splitlines()), 'no reason was given')}"
+    return f"{words} (until apply_psa is called again)"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.cuda.OutOfMemoryError)
+
+
+DIFFUSERS = Host(_is_out_of_memory, torch.cuda.empty_cache, _failure)

@@ -44,6 +44,7 @@ class Kept:
         self.reuse_steps = reuse_steps
         self.groups = 1
         self._step = 0
+        self._last = False
         self._entries: dict[Hashable, _Entry] = {}
         self._orders: dict[tuple, TokenOrder] = {}
         self._refusals: dict[Hashable, str] = {} if refusals is None else refusals
@@ -72,6 +73,9 @@ class Kept:
 
     def put(self, place: Hashable, result: AttentionResult, reused: bool) -> None:
         """The call at `place` has been computed, with the levels that were kept or with new ones."""
+        if self._last:
+            self._entries.pop(place, None)
+            return
         entry = self._entries.get(place)
         if reused and entry is not None:
             entry.calls += 1
@@ -80,9 +84,14 @@ class Kept:
         if lists is not None or result.centroids is not None:
             self._entries[place] = _Entry(self._step, 1, lists, result.centroids)
 
+    def last_step(self) -> None:
+        """No step comes after this one, so that a call leaves nothing."""
+        self._last = True
+
     def clear(self) -> None:
         """Forget levels and centroids: their run has ended."""
         self._entries.clear()
+        self._last = False
 
     def split(self, heads: int) -> bool:
         """Memory is short: calls of `heads` heads are computed in more groups from now on; False where each has one
@@ -90,7 +99,7 @@ class Kept:
         if self.groups >= heads:
             return False
         self.groups = min(2 * self.groups, heads)
-        self.clear()
+        self._entries.clear()
         return True
 
     def order(self, config: PyramidConfig, grid: Grid, device: torch.device) -> TokenOrder | None:

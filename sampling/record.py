@@ -32,6 +32,7 @@ class Step:
     """Figures of one sampler step.
 
     Attributes:
+        ended: when its last model call returned, where that is told.
         active: whether it lies in PSA's part of the schedule.
         foreign: whether another attention override was in front of PSA's. other_calls: whether attention other than
             self-attention came, which shows that the model ran. blocks: those whose self-attention came.
@@ -45,6 +46,7 @@ class Step:
     index: int
     sigma: float
     started: float
+    ended: float = 0.0
     active: bool = False
     foreign: bool = False
     seconds: float = 0.0
@@ -149,7 +151,7 @@ class Record:
         """Steps begin, as (index, noise level); all but the last one came without a model call."""
         for index, sigma in steps:
             self._end_step()
-            self.steps.append(Step(index, sigma, time.perf_counter(), position.is_active(sigma)))
+            self.steps.append(Step(index, sigma, time.perf_counter(), active=position.is_active(sigma)))
 
     def model_call(self, layout: TokenLayout | None, foreign: bool = False) -> None:
         """A model call begins; foreign: whether another attention override is in front of PSA's."""
@@ -225,11 +227,20 @@ class Record:
         except RuntimeError:  # out of memory
             log.debug("PSA: no map of block %d", block, exc_info=True)
 
+    def model_call_ended(self) -> None:
+        """The model call has returned."""
+        self.steps[-1].ended = time.perf_counter()
+
     def note(self, sentences: Sequence[str]) -> None:
         """Keep and log what the run as a whole shows."""
         for sentence in sentences:
             log.warning("PSA: %s", sentence)
         self.notes += sentences
+
+    def end_step(self) -> None:
+        """Close the step of the last model call that has returned, so that its figures can be read."""
+        if self.steps and self.steps[-1].ended:
+            self._end_step(until=self.steps[-1].ended)
 
     def end(self, position: Position, completed: bool = True) -> None:
         """Close the last step. completed: False after an error or an interrupt, which broke off the last step."""
@@ -253,11 +264,11 @@ class Record:
         for step in self.steps:
             step.to_host()
 
-    def _end_step(self, done: bool = True) -> None:
+    def _end_step(self, done: bool = True, until: float | None = None) -> None:
         if not self.steps or self.steps[-1].kind:
             return
         step = self.steps[-1]
-        step.seconds = time.perf_counter() - step.started
+        step.seconds = (until or time.perf_counter()) - step.started
         step.attention = self._clock.take()
         step.kind = self._kind(step) if done else INTERRUPTED
         if done and self._on_step is not None:

@@ -99,16 +99,16 @@ def test_warm_up_in_steps_and_as_a_share(pipes, warm_up, dense):
 
 
 def test_the_density_falls_over_the_sparse_steps(pipes, monkeypatch):
-    from comfyui_psa.for_diffusers import state
+    from comfyui_psa.sampling import self_attention
 
     asked = []
-    genuine = state.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
 
     def recording(q, k, v, config, **more):
         asked.append(1 - config.sparsity)
         return genuine(q, k, v, config, **more)
 
-    monkeypatch.setattr(state, "pyramid_sparse_attention", recording)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", recording)
     pipe = pipes.pipeline(pipes.wan())
     apply_psa(pipe, 0.6, min_tokens=0, warm_up=1, falling=0.5)
     pipes.run(pipe)
@@ -146,7 +146,7 @@ def test_what_it_cannot_serve_stays_dense_with_a_reason(pipes, caplog):
 
 
 def test_a_kernel_that_fails_is_tried_once(pipes, monkeypatch, caplog):
-    from comfyui_psa.for_diffusers import state
+    from comfyui_psa.sampling import self_attention
 
     tries = []
 
@@ -157,7 +157,7 @@ def test_a_kernel_that_fails_is_tried_once(pipes, monkeypatch, caplog):
     model = pipes.wan()
     stock = pipes.velocity(model)
     with monkeypatch.context() as failing:
-        failing.setattr(state, "pyramid_sparse_attention", broken)
+        failing.setattr(self_attention, "pyramid_sparse_attention", broken)
         applied = apply_psa(model, 0.6, **pipes.SETTINGS)
         for _ in range(2):
             assert torch.equal(pipes.velocity(model), stock)

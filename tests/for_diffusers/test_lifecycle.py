@@ -58,7 +58,7 @@ def test_whatever_is_raised_inside_a_self_attention(pipes, error, place):
 
 
 def test_an_interrupt_inside_the_kernel(pipes, monkeypatch):
-    from comfyui_psa.for_diffusers import state
+    from comfyui_psa.sampling import self_attention
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -67,7 +67,7 @@ def test_an_interrupt_inside_the_kernel(pipes, monkeypatch):
     stock = pipes.velocity(model)
     applied = apply_psa(model, 0.6, **pipes.SETTINGS)
     with monkeypatch.context() as patch:
-        patch.setattr(state, "pyramid_sparse_attention", interrupted)
+        patch.setattr(self_attention, "pyramid_sparse_attention", interrupted)
         with pytest.raises(KeyboardInterrupt):
             pipes.velocity(model)
     assert not _get_current_function_mode_stack()

@@ -136,16 +136,16 @@ def tensors_of(model):
 
 @pytest.mark.parametrize("size", [WIDE, LONG])
 def test_a_size_that_fails_leaves_the_others_sparse(pipes, monkeypatch, size):
-    from comfyui_psa.for_diffusers import state
+    from comfyui_psa.sampling import self_attention
 
-    genuine = state.pyramid_sparse_attention
+    genuine = self_attention.pyramid_sparse_attention
 
     def failing(q, *args, **more):
         if more["layout"].grid == (3, 16, 16):
             raise RuntimeError("not at this size")
         return genuine(q, *args, **more)
 
-    monkeypatch.setattr(state, "pyramid_sparse_attention", failing)
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", failing)
     pipe = pipes.pipeline(pipes.wan())
     applied = apply_psa(pipe, **PSA, warm_up=0)
     pipes.run(pipe, 1)
