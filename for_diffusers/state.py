@@ -49,7 +49,7 @@ class Call:
 
     Attributes:
         run: the sampling run that it belongs to.
-        reason: why all of it stays dense, None where nothing speaks against PSA.
+        reason: why all of it stays dense, None if PSA can take it.
         with_graph: whether autograd was on when it began.
         attentions: how many self-attention modules have run.
     """
@@ -147,8 +147,11 @@ class TransformerState:
         self._calls[threading.get_ident()] = Call(run, reason, torch.is_grad_enabled())
 
     def _run(self, steps: Steps | None, layout: TokenLayout | None, device: torch.device) -> Run:
-        """The run of this thread that a call belongs to. Nobody says where one begins: at a list of timesteps that the
-        scheduler has made anew, at one that rises, and at every call where no steps are known."""
+        """The run of this thread that a call belongs to.
+
+        Nothing tells where a run begins. It begins when the scheduler has made a new list of timesteps, when the
+        timestep rises, and with every call if no steps are known.
+        """
         thread = threading.get_ident()
         with self._lock:
             run, before = self._runs.get(thread, (None, None))

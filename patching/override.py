@@ -111,8 +111,8 @@ def failure(run: Run, error: Exception) -> str:
         return f"{missing}; {_WITHOUT_TRITON}"
     words = next(iter(str(error).splitlines()), "")
     return (
-        f"the kernels failed on this machine{f' ({words})' if words else ''}; the rest of this run is dense, the next "
-        f"one tries again; please report it if it fails every time"
+        f"the kernels failed on this machine{f' ({words})' if words else ''}; this size stays dense for the rest "
+        f"of the run, the next one tries again; please report it if it fails every time"
     )
 
 

@@ -157,8 +157,8 @@ def test_a_failure_in_the_kernels_ends_in_the_dense_path(model, stock, caplog, m
     assert torch.equal(sample(psa), stock)
     fallbacks = report(psa)["fallbacks"]
     assert [entry["reason"] for entry in fallbacks] == [
-        "the kernels failed on this machine (out of shared memory); the rest of this run is dense, the next one tries "
-        "again; please report it if it fails every time"
+        "the kernels failed on this machine (out of shared memory); this size stays dense for the rest of the run, the "
+        "next one tries again; please report it if it fails every time"
     ]
     assert sum("out of shared memory" in record.message for record in caplog.records) == 1
 

@@ -270,6 +270,28 @@ def test_area_prompts(model, sample, tiny_wan, first):
     json.dumps(found)
 
 
+def test_kernels_that_fail_at_one_size_leave_the_others_sparse(model, sample, tiny_wan, monkeypatch, caplog):
+    genuine, tried = self_attention.pyramid_sparse_attention, []
+
+    def attention(*args, **kwargs):
+        tried.append(kwargs["layout"].grid)
+        if kwargs["layout"].grid == (3, 16, 8):
+            raise RuntimeError("not at this size")
+        return genuine(*args, **kwargs)
+
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
+    psa = patch_model(model, **PATCH)
+    sample(psa, steps=4, positive=area(tiny_wan, 8, 32, 16, 0, 0) + tiny_wan.conditioning())
+    assert [(entry["grid"], entry["sparse_calls"]) for entry in report(psa)["grids"]] == [
+        ([3, 16, 16], 6),
+        ([3, 16, 8], 0),
+    ]
+    assert tried.count((3, 16, 8)) == 1
+    ((reason, calls),) = [entry.values() for entry in report(psa)["fallbacks"]]
+    assert ("not at this size" in reason, calls) == (True, 6)
+    assert caplog.text.count("staying dense") == 1
+
+
 def test_areas_that_are_all_parts(model, sample, tiny_wan):
     psa = patch_model(model, **PATCH)
     sides = area(tiny_wan, 8, 32, 20, 0, 0) + area(tiny_wan, 9, 32, 12, 0, 20)
