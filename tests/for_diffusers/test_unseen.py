@@ -112,7 +112,7 @@ def test_nothing_is_said_of_a_pipeline_that_psa_is_off_in(pipes, caplog):
 
 def readme_backends():
     """The backends that the README promises."""
-    sentence = re.search(r"Attention backends that PSA sees: ([^.]+)\.", README.read_text(encoding="utf-8"))
+    sentence = re.search(r"PSA sees these attention backends: ([^.]+)\.", README.read_text(encoding="utf-8"))
     return re.findall(r"`(\w+)`", sentence[1])
 
 
