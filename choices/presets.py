@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from ..kernels.config import ConfigError, PyramidConfig
 
@@ -38,7 +39,7 @@ class Preset:
 
     name: str
     about: str
-    settings: dict[str, object]
+    settings: dict[str, Any]
     sparsity: float | None = None
     as_written: bool = False
     dense_steps: int | None = None
@@ -50,7 +51,7 @@ class Preset:
         threshold mode, where density follows the data, or because the preset says so."""
         return not self.as_written and self.settings["mode"] != "threshold"
 
-    def config(self, sparsity: float | None, **changes: object) -> PyramidConfig:
+    def config(self, sparsity: float | None, **changes: Any) -> PyramidConfig:
         """The configuration with other settings in it, at a target sparsity where they are scaled.
 
         Raises:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..kernels.backends import BACKENDS
-from ..kernels.config import BLOCK_SIZES, ConfigError, PyramidConfig
+from ..kernels.config import BLOCK_SIZES, SPARSITY, ConfigError, PyramidConfig
 from ..kernels.falling import check_falling
 from ..kernels.semantic import SEMANTIC_ORDERS
 from .errors import InputError
@@ -38,7 +38,7 @@ class PatchInputs:
         The others have the names of the node's inputs, whose tooltips say what they do.
     """
 
-    sparsity: float = PyramidConfig.sparsity
+    sparsity: float = SPARSITY
     preset: str = AUTO
     start_percent: float = 0.25
     end_percent: float = 1.0
@@ -58,7 +58,7 @@ class PatchInputs:
     psa_pyramid: Preset | None = None
     falling: float = 0.0
 
-    def changes(self) -> dict[str, object]:
+    def changes(self) -> dict[str, Any]:
         """Fields of the configuration that the inputs set, the others being the preset's.
 
         Raises:
@@ -235,7 +235,7 @@ def check_shape(**inputs: Any) -> None:
     raise errors[0]
 
 
-def _block_size(field: str, value: object) -> int:
+def _block_size(field: str, value: Any) -> int:
     if str(value) not in map(str, BLOCK_SIZES):
         raise InputError.of_choice(field, value, (FROM_PRESET, *BLOCK_SIZES))
     return int(value)

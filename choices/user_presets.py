@@ -10,6 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from ..kernels.config import IMPORTANCES, MODES, ORDERS, PRECISIONS, REDUCTIONS, ConfigError
 from ..kernels.refusal import refusal, shown
@@ -196,7 +197,7 @@ def write_preset(
     given, name, where = name, check_name(name, node), where or folder()
     if where is None or not name:
         raise InputError("save_as", given, "a name, inside ComfyUI", node, do="leave save_as empty")
-    entry = {"about": about or preset.about, "made": made}
+    entry: dict[str, Any] = {"about": about or preset.about, "made": made}
     entry |= {field: preset.settings[field] for field in FIELDS if field in preset.settings}
     entry |= {"sparsity": preset.sparsity, "as_written": preset.as_written or None, "dense_steps": preset.dense_steps}
     entry = {field: value for field, value in entry.items() if value not in (None, "", {})}
@@ -233,7 +234,7 @@ def _files(where: Path | None) -> list[Path]:
     return [where / name for name in names if _NAME.fullmatch(name[: -len(".json")])][:MOST_FILES]
 
 
-def _wrong(field: str, value: object) -> str | None:
+def _wrong(field: str, value: Any) -> str | None:
     """What is allowed for a field, when the value is something else."""
     if field in _CHOICES:
         return None if isinstance(value, str) and value in _CHOICES[field] else ", ".join(_CHOICES[field])
@@ -253,9 +254,9 @@ def _wrong(field: str, value: object) -> str | None:
     return None if isinstance(value, str) and len(value) <= 1000 else "a text of up to 1000 letters"
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9
 
 
-def _is_share(value: object) -> bool:
+def _is_share(value: Any) -> bool:
     return _is_number(value) and 0 <= value <= 1

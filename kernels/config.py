@@ -18,6 +18,8 @@ IMPORTANCES = ("pooled", "means", "sampled")
 REDUCTIONS = ("max", "mean")
 PRECISIONS = ("auto", "bf16", "int8")
 BLOCK_SIZES = (32, 64, 128)
+SPARSITY = 0.85
+"""What is saved where nobody says otherwise."""
 
 # How much rounding error we forgive in sums of shares and in sparsities.
 _TOLERANCE = 1e-6
@@ -69,7 +71,7 @@ class PyramidConfig:
 
     shares: Mapping[int, float] = dataclasses.field(default_factory=lambda: {1: 0.4, 2: 0.1, 4: 0.1, 8: 0.2})
     mode: str = "budget"
-    sparsity: float | None = 0.85
+    sparsity: float | None = SPARSITY
     tail: bool = True
     block_q: int = 128
     block_kv: int = 64
