@@ -37,7 +37,7 @@ def test_another_core_is_the_one_that_is_tested(tmp_path, monkeypatch, way):
     core = another_core(tmp_path / "core")
     monkeypatch.setenv("COMFYUI_PATH", str(core if way == "environment" else tmp_path / "other"))
     options = ["--comfyui", str(core)] if way == "option" else []
-    found = dev("test", *options, "--collect-only", str(ROOT / "tests" / "devtools" / "test_workflow.py"))
+    found = dev("test", *options, "--collect-only", str(Path(__file__).with_name("test_workflow.py")))
     assert found.returncode == 0, found.stdout + found.stderr
     assert f"ComfyUI 9.9.9 in {core}" in found.stdout
 
@@ -46,7 +46,9 @@ def test_a_core_that_is_not_there_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     by_dev = dev("test", "--collect-only")
     command = [sys.executable, "-m", "pytest", "--collect-only", f"--rootdir={ROOT}"]
-    by_pytest = subprocess.run([*command, ROOT / "tests" / "devtools"], capture_output=True, text=True, timeout=60)
+    by_pytest = subprocess.run(
+        [*command, ROOT / "tests" / "workshop" / "tools"], capture_output=True, text=True, timeout=60
+    )
     for found in (by_dev, by_pytest):
         assert found.returncode != 0
         assert f"here is no ComfyUI in {tmp_path.resolve()}" in found.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "workshop" / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[3] / "workshop" / "benchmarks"
 COLUMNS = "gpu,date,torch,triton,shape,method,precision,density,ms,dense_ms,speedup,rel_l1,extra_mb"
 
 
