@@ -12,7 +12,6 @@ stride-th row and column, and the share of its resolution at which each token wa
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import Counter, defaultdict
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.density import pair_cost
+from ..kernels.density import coverage_of, level_shares, pair_cost
 from .record import DENSE, KINDS, SPARSE, UNSEEN, LevelMap, Record, Step
 from .run import Run
 
@@ -46,7 +45,7 @@ def make_report(run: Run) -> dict[str, Any]:
         by_both[id(step)][block].append(value)
         by_grid[grid].append(value)
     layouts = sorted(record.layouts, key=lambda layout: -layout.video)
-    shares = level_shares(record)
+    shares = mean_shares(record)
     level_map = None
     if record.level_map is not None:
         # At 720p there are half a million pairs; the page and the log of a prompt need not carry them all.
@@ -70,8 +69,8 @@ def make_report(run: Run) -> dict[str, Any]:
         "target_sparsity": config.sparsity,
         "mean_sparsity": _mean(values),
         "saved": share_saved(record.steps, sum(values)),
-        "shares": shares,
-        "coverage": None if shares is None else sum(shares.values()),
+        "shares": None if shares is None else {str(factor): share for factor, share in shares.items()},
+        "coverage": None if shares is None else coverage_of(shares),
         "time": _time(record.steps),
         "grid": list(layouts[0].grid) if layouts else None,
         "grids": [
@@ -133,14 +132,12 @@ def share_saved(steps: list[Step], saved: float) -> float:
     return saved / (sum(calls) + unseen * statistics.mean(calls)) if calls else 0.0
 
 
-def level_shares(record: Record) -> dict[str, float] | None:
+def mean_shares(record: Record) -> dict[int, float] | None:
     """Pooling factor -> share of the block pairs at it, mean over all sparse calls; None without any."""
     ends = [ends for step in record.steps for ends in step.level_ends]
     if not ends:
         return None
-    mean = torch.stack(ends).mean(0).tolist()
-    spans = itertools.pairwise([0.0, *mean])
-    return {str(factor): end - start for factor, (start, end) in zip(record.levels, spans, strict=True)}
+    return level_shares(record.levels, torch.stack(ends).mean(0).tolist())
 
 
 def _time(steps: list[Step]) -> dict[str, float | None]:

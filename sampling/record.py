@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import time
 from collections import Counter
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..kernels.attention import AttentionResult
+from ..kernels.density import coverage_of, level_shares
 from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
 from .clock import Clock
@@ -291,10 +291,8 @@ class Record:
             ends = torch.stack(step.level_ends).mean(0)
             density = torch.stack([density for _, density in step.densities]).mean().reshape(1).to(ends)
             *ends, density = torch.cat([ends, density]).tolist()
-            sparsity, coverage = 1 - density, ends[-1]
-            shares = {
-                f: end - start for f, (start, end) in zip(self.levels, itertools.pairwise([0, *ends]), strict=True)
-            }
+            shares = level_shares(self.levels, ends)
+            sparsity, coverage = 1 - density, coverage_of(shares)
         return {
             "run": self.began,
             "step": step.index,
