@@ -1,1 +1,1 @@
-"""What a user may choose: settings, presets, what a choice means before it runs, and the errors of wrong ones."""
+"""What a user may choose: settings, presets, what a choice means before it runs, and the errors for wrong choices."""

@@ -1,4 +1,4 @@
-"""The sentences for wrong inputs, shared by everything that nodes call."""
+"""The sentences for wrong inputs, shared by all code that nodes call."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _MOST_CHOICES = 24
 
 
 class NodeError(ValueError):
-    """What ends a node: `told`, which begins with the node's name, and a sentence that says what to do. Without the
-    second none can be made."""
+    """An error that ends a node: `told`, which starts with the node's name, and a sentence that says what to do, which
+    must not be missing."""
 
     # ComfyUI shows a class as its module and name, and the module begins with the folder of the user's pack.
     __module__ = "builtins"
@@ -38,7 +38,7 @@ class InputError(NodeError):
 
     @classmethod
     def of_choice(cls, field: str, given: object, choices: Iterable[object], node: str = "PSA Patch") -> InputError:
-        """The error of a value that is none of the choices; of a long list those most like it are named."""
+        """The error for a value that is not among the choices; for a long list it names the most similar ones."""
         names = [str(choice) for choice in choices]
         if not names:
             return cls(field, given, "an entry of its menu, which is empty", node, do="Press R to read the menu again")
@@ -55,6 +55,6 @@ def is_model(value: object) -> bool:
 
 
 def require_model(model: object, node: str = "PSA Patch") -> None:
-    """Raise InputError where a node was given something else than a MODEL, which ComfyUI's API lets through."""
+    """Raise InputError if a node was given something other than a MODEL, which ComfyUI's API lets through."""
     if not is_model(model):
         raise InputError("model", model, "the MODEL output of a loader", node, do="connect a model loader to model")

@@ -1,7 +1,7 @@
 """What a setting means before any data is seen: the figures that the nodes show while a slider moves.
 
-Nothing is measured here, and the page computes nothing: `picture.py` hands it these. Costs are those of `density.py`:
-a pair of blocks at pooling factor f costs 1/f.
+Nothing is measured here, and the page computes nothing: it gets these figures from `picture.py`. Costs are those of
+`density.py`: a pair of blocks at pooling factor f costs 1/f.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from ..kernels.config import PyramidConfig
 from ..kernels.density import coverage_of, density_of, level_shares
 from ..kernels.levels import topk_ends
 
-# Key blocks of the sequence that is assumed. With so many, rounding to whole blocks changes no digit that is shown.
+# Key blocks of the assumed sequence. With that many, rounding to whole blocks changes no digit that is shown.
 BLOCKS = 4096
 
 # Time of the attention call over dense cuDNN attention = fixed + per_work * density, fitted to the rows of `auto` in
 # workshop/results/attention-gpu.csv (H100, 0.85 to 0.95): the slowest and the fastest of its six shapes.
 SLOWEST = (0.2036, 0.765)  # CogVideoX-5B, 17,550 tokens
 FASTEST = (0.0476, 0.876)  # Wan 14B at 720p, 64,800 tokens
-# What those rows leave out, from the same table at 0.85: (slowest, fastest) on top of `fixed`.
+# Costs that those rows do not have, from the same table at 0.85: (slowest, fastest), added to `fixed`.
 SAMPLED_EXTRA = (0.138, 0.079)
 MASS_EXTRA = (0.283, 0.011)
 
@@ -30,9 +30,9 @@ class Expectation:
 
     Attributes:
         shares: pooling factor -> share of the block pairs, 0 for those not seen at all. Adds up to 1.
-        sparsity: share of the work that is saved; coverage: share of the pairs of which anything is seen.
-        speedup: of the attention call against dense, (least, most) as measured on an H100; the page shows it on
-            one only, since it says nothing of other GPUs.
+        sparsity: share of the work that is saved; coverage: share of the pairs that are seen at any level.
+        speedup: of the attention call against dense, (least, most) as measured on an H100. The page only shows it on
+            an H100, since it says nothing about other GPUs.
     """
 
     shares: dict[int, float] | None
@@ -42,7 +42,7 @@ class Expectation:
 
 
 def expect(config: PyramidConfig) -> Expectation:
-    """The figures of a setting on a long sequence. A similarity cap refines blocks: the sparsity is then the most."""
+    """The figures of a setting on a long sequence. A similarity cap refines blocks, so sparsity is an upper bound."""
     if config.mode != "topk":
         sparsity = config.sparsity
         coverage = 1.0 if config.tail else None
@@ -54,7 +54,7 @@ def expect(config: PyramidConfig) -> Expectation:
 
 
 def speedup(config: PyramidConfig, density: float) -> tuple[float, float]:
-    """Dense time over PSA's time of one attention call at `density`, (least, most) of the shapes that were measured."""
+    """Dense time divided by PSA's time for one attention call at `density`, (least, most) over the measured shapes."""
     times = []
     for i, (fixed, per_work) in enumerate((SLOWEST, FASTEST)):
         extra = SAMPLED_EXTRA[i] if config.importance == "sampled" else 0.0

@@ -1,6 +1,7 @@
-"""What the PSA Pyramid node was told, as a preset of its own: the value of the type PSA_PYRAMID.
+"""The inputs of the node PSA Pyramid as a preset: the value of the type PSA_PYRAMID.
 
-Impossible mixes raise an error that names the node, the input, what was given and what is allowed; nothing is clamped.
+Impossible combinations raise an error that names the node, the input, what was given and what is allowed; nothing is
+clamped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CAPS = {"similarity_half": 2, "similarity_quarter": 4, "similarity_eighth": 8}
 
 
 def make_pyramid(*, save_as: str = "", **inputs: Any) -> Preset:
-    """A pyramid from the inputs of the node, those of `check_pyramid`; written as `save_as` if given.
+    """The levels from the inputs of the node, the same as for `check_pyramid`; saved as `save_as` if given.
 
     Raises:
         InputError: an input is wrong or the combination is impossible.
@@ -52,7 +53,7 @@ def check_pyramid(
     block_kv: int | str,
     precision: str,
 ) -> Preset:
-    """The pyramid that the inputs of the node describe; raises InputError where it is impossible."""
+    """The levels that the inputs of the node describe; raises InputError if they are impossible."""
     levels = dict(zip(LEVELS, (full, half, quarter, eighth), strict=True))
     shares = {factor: levels[name] for name, factor in LEVELS.items() if levels[name] > 0}
     if not shares:
@@ -75,14 +76,14 @@ def check_pyramid(
     }
     pyramid = Preset(NODE, "from the node PSA Pyramid", settings, as_written=as_written)
     try:
-        pyramid.unscaled()  # the shape alone; whether it meets the slider is for PSA Patch to say
+        pyramid.unscaled()  # only the levels; PSA Patch checks whether they can meet the slider
     except ConfigError as error:
         raise _error(error.field, error.given, error.allowed, error.do) from error
     return pyramid
 
 
 def _caps(shares: dict[int, float], sliders: dict[str, float]) -> dict[int, float]:
-    """Similarity caps by pooling factor; empty without any. A slider at 0 sets no limit to its level."""
+    """Similarity caps by pooling factor; empty if there are none. A slider at 0 sets no limit for its level."""
     given = {factor: sliders[name] for name, factor in CAPS.items()}
     if not any(given.values()):
         return {}
@@ -91,7 +92,7 @@ def _caps(shares: dict[int, float], sliders: dict[str, float]) -> dict[int, floa
             level = next(level for level, pooled in LEVELS.items() if pooled == factor)
             allowed = f"0 while no level is pooled that far ({level} and coarser are 0)"
             raise _error(name, given[factor], allowed, f"set {name} to 0 or raise {level}")
-    # -1 is passed by every block; a level left out would be closed to all of them.
+    # Every block passes -1; a level that is left out would be closed to all blocks.
     return {factor: cap or -1.0 for factor, cap in given.items() if factor <= max(shares)}
 
 

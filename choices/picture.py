@@ -1,5 +1,5 @@
-"""What the page draws of a setting before it runs, as plain data: computed from the inputs that a node shows, by the
-functions that the node itself runs with."""
+"""What the page draws for a setting before it runs, as plain data: computed from the inputs that a node shows, by the
+same functions that the node itself runs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NAMES = {field.name for field in dataclasses.fields(PatchInputs)}
 
 
 def pyramid_of(shown: Mapping[str, Any]) -> Preset:
-    """The pyramid of a PSA Pyramid that shows these inputs; raises InputError where it is impossible."""
+    """The levels of a PSA Pyramid that shows these inputs; raises InputError if they are impossible."""
     return check_pyramid(**{name: value for name, value in shown.items() if name != "save_as"})
 
 
 def patch_figures(shown: Mapping[str, Any], pyramid: Preset | None = None, auto: str = "") -> dict[str, Any] | None:
-    """Figures of a PSA Patch; None where its sparsity is 0 and nothing is sparse.
+    """Figures of a PSA Patch; None if its sparsity is 0 and nothing is sparse.
 
     Args:
-        shown: its inputs by name; pyramid: that of a connected PSA Pyramid. auto: the preset that `auto` was in a run
-            of before; "" takes the one that most models get.
+        shown: its inputs by name; pyramid: the levels of a connected PSA Pyramid. auto: the preset that `auto` was in
+            an earlier run; "" takes the one that most models get.
 
     Raises:
         InputError: the combination is impossible.
@@ -40,7 +40,7 @@ def patch_figures(shown: Mapping[str, Any], pyramid: Preset | None = None, auto:
 
 
 def pyramid_figures(shown: Mapping[str, Any], sparsity: float | None = None) -> dict[str, Any]:
-    """Figures of a PSA Pyramid, scaled to the `sparsity` of the PSA Patch that it feeds, where there is one above 0.
+    """Figures of a PSA Pyramid, scaled to the `sparsity` of the PSA Patch that it feeds, if that is above 0.
 
     Raises:
         InputError: the combination is impossible.
@@ -53,13 +53,13 @@ def pyramid_figures(shown: Mapping[str, Any], sparsity: float | None = None) -> 
 
 
 def figures(config: PyramidConfig) -> dict[str, Any]:
-    """The figures of `expect` and what else a picture needs.
+    """The figures of `expect`, and what else a picture needs.
 
     Returns:
         sparsity, coverage, speedup: as in `Expectation`. shares: pooling factor -> share of the block pairs, or, with
-        `of_mass`, of the attention mass, since the pairs then follow the data; 0 is what is not seen.
-        target: the sparsity that the levels are scaled to, None as they are written. tail: factor of the tail's rows,
-        None without it. capped: whether similarity caps refine some blocks.
+        `of_mass`, of the attention mass, since the pairs then follow the data; factor 0 is not seen at all.
+        target: the sparsity that the levels are scaled to, None if used as written. tail: factor of the tail's rows,
+        None without a tail. capped: whether similarity caps refine some blocks.
     """
     found = expect(config)
     shares = found.shares
@@ -80,5 +80,5 @@ def figures(config: PyramidConfig) -> dict[str, Any]:
 
 
 def suggested_sparsities() -> dict[str, float]:
-    """Preset name -> the sparsity that it was made for, of the presets that say one."""
+    """Preset name -> the sparsity that it was made for, for presets that have one."""
     return {name: preset.sparsity for name, preset in usable_presets().items() if preset.sparsity is not None}

@@ -1,11 +1,11 @@
 """Presets: the published settings of PSA, unchanged, and ours derived from each.
 
-The published numbers stand in `presets.json` (arXiv 2512.04025 and the official release; shares are the differences of
+The published numbers are in `presets.json` (arXiv 2512.04025 and the official release; shares are the differences of
 its cumulative bounds). A published preset computes what the paper describes, with sampled importance. Ours keeps the
-shape of the pyramid; it meets the slider (budget mode instead of threshold) and ranks blocks, 128 queries and 64 keys,
-by the mean weight of pooled tokens, a quarter of the published scores. What else differs stands under "ours" in the
-file. The tail, which goes beyond the paper, is off: on the demo model it costs more than it gives. "evidence" names the
-page that measures ours.
+levels but meets the slider (budget mode instead of threshold). It ranks blocks of 128 queries and 64 keys by the mean
+weight of pooled tokens, with a quarter of the published scores. Other differences are under "ours" in the file. The
+tail, which is not in the paper, is off: on the demo model it costs more than it gives. "evidence" names the page that
+measures ours.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from ..kernels.config import ConfigError, PyramidConfig
 PUBLISHED_SUFFIX = " (published)"
 _NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence")
 RANKING = {"importance": "pooled", "reduction": "mean"}
-"""How ours rank blocks."""
+"""How our presets rank blocks."""
 OWN_SHAPE = {"mode": "topk", "tail": False, "order": "curve", **RANKING}
-"""What a pyramid of the user's has where they do not say otherwise, in PSA Pyramid and in a preset file."""
+"""Defaults for the user's own levels, in PSA Pyramid and in a preset file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Preset:
 
     Attributes:
         about: a sentence; settings: fields of `PyramidConfig`, without `sparsity`.
-        dense_steps: how many of a run's first steps it leaves dense; None where a share of the schedule says it.
-        evidence: page of this repository that measures it against others; empty where nothing does.
+        dense_steps: how many of a run's first steps stay dense; None if a share of the schedule decides.
+        evidence: page of this repository that measures it against others; empty if there is none.
         sparsity: the target that it was made for, a suggestion to the user, or None.
-        as_written: True takes the shares as they are; a target sparsity then does not act.
+        as_written: True uses the shares as they are; a target sparsity then has no effect.
     """
 
     name: str
@@ -47,12 +47,12 @@ class Preset:
 
     @property
     def is_scaled(self) -> bool:
-        """Whether the shares are scaled to meet a target sparsity. Otherwise they are taken as they are written: in
-        threshold mode, where density follows the data, or because the preset says so."""
+        """Whether the shares are scaled to meet a target sparsity. Otherwise they are used as written: in threshold
+        mode, where density follows the data, or because the preset is `as_written`."""
         return not self.as_written and self.settings["mode"] != "threshold"
 
     def config(self, sparsity: float | None, **changes: Any) -> PyramidConfig:
-        """The configuration with other settings in it, at a target sparsity where they are scaled.
+        """The configuration with other settings in it, at a target sparsity if the shares are scaled.
 
         Raises:
             ConfigError: the combination is impossible.
@@ -67,26 +67,26 @@ class Preset:
         return PyramidConfig(sparsity=sparsity if changed.is_scaled else None, **changed.settings)
 
     def unscaled(self) -> PyramidConfig:
-        """The shape alone, whatever sparsity is asked of it. Budget mode, which needs one, cuts the mass as threshold
-        mode does.
+        """The levels alone, without a target sparsity. Budget mode needs one; here it cuts the mass like threshold
+        mode.
 
         Raises:
-            ConfigError: the shape is impossible.
+            ConfigError: the levels are impossible.
         """
         mode = self.settings["mode"]
         return self.config(None, **({"mode": "threshold"} if mode == "budget" and not self.as_written else {}))
 
 
 def load_presets(path: Path | None = None) -> dict[str, Preset]:
-    """All presets by name: for every entry of the file ours under its name and, where there is one, the published one
-    beside it."""
+    """All presets by name: for every entry of the file ours under its name, and the published one too if there is
+    one."""
     entries = json.loads((path or Path(__file__).with_name("presets.json")).read_text(encoding="utf-8"))
     presets: dict[str, Preset] = {}
     for name, entry in entries.items():
         settings = {key: value for key, value in entry.items() if key not in _NOT_SETTINGS}
         for field in ("shares", "similarity_cap"):
             settings[field] = {int(factor): share for factor, share in settings.get(field, {}).items()}
-        # A threshold preset would leave the slider without effect; budget mode is its way to meet it.
+        # In a threshold preset the slider would have no effect; in budget mode the levels meet it.
         mode = "budget" if settings["mode"] == "threshold" else settings["mode"]
         ours = {"mode": mode, "shares": settings["shares"], "order": settings["order"], "tail": False}
         ours |= RANKING | entry.get("ours", {})

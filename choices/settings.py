@@ -1,4 +1,4 @@
-"""What PSA Patch is told, with its defaults, and what becomes of it: one immutable object. No model is touched here."""
+"""The inputs of PSA Patch with their defaults, and the settings made from them. No model is touched here."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ AUTO = "auto"
 AUTO_PRESETS = ("module-default", "cogvideox-5b", "cogvideox1.5-5b")
 """What `auto` can stand for (`family.py`); the first is the preset of Wan."""
 ANY_SPARSITY = 0.95
-"""One that every pyramid reaches, to judge the other inputs where the slider is 0."""
+"""A sparsity that all levels can reach, to check the other inputs if the slider is 0."""
 FROM_PRESET = "preset"
 MOST_SPARSITY = 0.97
 MOST_REUSE_STEPS = 100
 _FIELD = {"shares": "pyramid"}
-"""Field of the configuration -> input of the node, where they differ."""
+"""Field of the configuration -> input of the node, if they differ."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PatchInputs:
-    """What PSA Patch was told, as its widgets say it. Every default of the node and of `apply_psa` is here alone.
+    """The inputs of PSA Patch, as its widgets show them. This is the one home of the node's and `apply_psa`'s defaults.
 
     Attributes:
-        preset: a name of `user_presets.preset_names`, or `auto`; psa_pyramid: the pyramid of a connected PSA Pyramid,
-            which takes the preset's place.
-        The others have the names of the node's inputs, whose tooltips say what they do.
+        preset: a name from `user_presets.preset_names`, or `auto`; psa_pyramid: the levels of a connected PSA Pyramid,
+            used instead of the preset.
+        The others are named like the node's inputs; the tooltips there explain them.
     """
 
     sparsity: float = SPARSITY
@@ -59,7 +59,7 @@ class PatchInputs:
     falling: float = 0.0
 
     def changes(self) -> dict[str, Any]:
-        """Fields of the configuration that the inputs set, the others being the preset's.
+        """The fields of the configuration that the inputs set; the others come from the preset.
 
         Raises:
             InputError: a block size or `pyramid` cannot be read.
@@ -76,7 +76,7 @@ class PatchInputs:
 
 
 _OWN = ("mode", "pyramid", "tail", "order", "importance", "block_q", "block_kv", "precision")
-"""Inputs that set a field of the configuration, where they are not left as they are."""
+"""Inputs that set a field of the configuration, unless they keep their default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,14 +84,14 @@ class PatchSettings:
     """Settings of one patched model, made by `make_settings`.
 
     Attributes:
-        config: the pyramid; preset: the name it came from.
+        config: levels and everything else about the attention; preset: the name it came from.
         start_percent, end_percent: part of the schedule in which PSA is active, as ComfyUI counts percent.
-        dense_steps: how many steps stay dense where the schedule begins, instead of start_percent; None for percent.
+        dense_steps: how many steps stay dense at the start of the schedule, instead of start_percent; None for percent.
         dense_blocks: indices of transformer blocks that stay dense.
         min_tokens: shorter sequences stay dense.
         backend: auto, triton or torch; verbose: log every step.
-        reuse_steps: levels are chosen in every such step and kept in between; 1 chooses them in every step.
-        falling: how far the density falls over the sparse steps, see `kernels/falling.py`; 0 keeps it.
+        reuse_steps: levels are chosen in every so-many-th step and kept in between; 1 chooses them in every step.
+        falling: how far the density falls over the sparse steps, see `kernels/falling.py`; 0 keeps it constant.
     """
 
     config: PyramidConfig
@@ -107,7 +107,7 @@ class PatchSettings:
     falling: float
 
     def __str__(self) -> str:
-        """What a user would tell another one of them."""
+        """The settings in words, as one user would tell another."""
         config = self.config
         target = "levels as written" if config.sparsity is None else f"sparsity {config.sparsity:g}"
         begin = f"{self.start_percent:.0%}" if self.dense_steps is None else f"step {self.dense_steps + 1}"
@@ -124,10 +124,10 @@ class PatchSettings:
 
 
 def make_settings(*, auto: str = AUTO_PRESETS[0], blocks: int | None = None, **inputs: Any) -> PatchSettings:
-    """Settings from the inputs of the node, every one of them judged.
+    """Settings from the inputs of the node, each of them checked.
 
     Args:
-        auto: the preset that `auto` is for this model; blocks: the model's block count, where it is known.
+        auto: the preset that `auto` means for this model; blocks: the model's block count, if known.
         inputs: those of `PatchInputs`.
 
     Raises:
@@ -157,7 +157,7 @@ def make_settings(*, auto: str = AUTO_PRESETS[0], blocks: int | None = None, **i
 
 
 def make_config(asked: PatchInputs, auto: str) -> tuple[Preset, PyramidConfig]:
-    """The preset (or connected pyramid) and its configuration with the inputs that differ from it.
+    """The preset (or connected PSA Pyramid), and its configuration with the changes from the inputs.
 
     Raises:
         InputError: the combination is impossible.
@@ -181,7 +181,7 @@ def make_config(asked: PatchInputs, auto: str) -> tuple[Preset, PyramidConfig]:
 
 
 def _judges(*names: str) -> Callable[[Callable], Callable]:
-    """Names the inputs that a rule of the node judges (`nodes/base.py`), where they are too many to write out."""
+    """Names the inputs that a rule of the node checks (`nodes/base.py`), if there are too many to write out."""
 
     def mark(rule: Callable) -> Callable:
         parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names]
@@ -199,7 +199,7 @@ def check_window(start_percent: float, end_percent: float) -> None:
 
 
 def check_one_pyramid(preset: str, psa_pyramid_given: bool, node: str = "PSA Patch") -> None:
-    """Raise InputError where a preset is chosen and a pyramid connected, of which only one can act."""
+    """Raise InputError if a preset is chosen and a PSA Pyramid connected: only one of them can be used."""
     if psa_pyramid_given and preset != AUTO:
         allowed = f"{AUTO} while PSA Pyramid is connected, which takes the preset's place"
         raise InputError("preset", preset, allowed, node, do="set preset to auto or unplug PSA Pyramid")
@@ -207,7 +207,7 @@ def check_one_pyramid(preset: str, psa_pyramid_given: bool, node: str = "PSA Pat
 
 @_judges("psa_pyramid_given", *_OWN)
 def check_place(psa_pyramid_given: bool, **own: Any) -> None:
-    """Raise InputError for what is set beside a connected PSA Pyramid, which says it for itself."""
+    """Raise InputError for inputs that are set here although the connected PSA Pyramid has its own."""
     if psa_pyramid_given:
         _refuse_beside_pyramid(PatchInputs(**own).changes())
 
@@ -222,7 +222,7 @@ def _refuse_beside_pyramid(changes: dict[str, object]) -> None:
 
 @_judges("sparsity", "preset", "psa_pyramid", *_OWN, "falling", "reuse_steps")
 def check_shape(**inputs: Any) -> None:
-    """Raise InputError for an impossible pyramid; with preset `auto` where it is so for every model."""
+    """Raise InputError for impossible levels; with preset `auto` only if they are impossible for every model."""
     asked = PatchInputs(**inputs)
     asked = dataclasses.replace(asked, sparsity=asked.sparsity or ANY_SPARSITY)
     errors: list[InputError] = []
@@ -242,7 +242,7 @@ def _block_size(field: str, value: Any) -> int:
 
 
 def check_blocks(dense_blocks: str) -> None:
-    """Raise InputError where no block could be meant; how many a model has is not known here."""
+    """Raise InputError if the text cannot name blocks; how many a model has is not known here."""
     parse_blocks(dense_blocks)
 
 
@@ -259,7 +259,7 @@ def parse_pyramid(text: str) -> dict[int, float]:
 
 
 def parse_blocks(text: str, blocks: int | None = None) -> frozenset[int]:
-    """'0, 1, 38-39' -> {0, 1, 38, 39}. `blocks` is the number of transformer blocks, where it is known."""
+    """'0, 1, 38-39' -> {0, 1, 38, 39}. `blocks` is the number of transformer blocks, if known."""
     allowed = "block numbers and ranges such as '0, 1, 38-39'" + (f", from 0 to {blocks - 1}" if blocks else "")
     do = "write it like this, or leave dense_blocks empty"
     indices: set[int] = set()

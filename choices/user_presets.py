@@ -1,7 +1,7 @@
-"""Presets of the user: JSON files in ComfyUI's `user/psa_presets`, one preset a file, listed as `user/NAME`.
+"""The user's own presets: JSON files in ComfyUI's `user/psa_presets`, one preset per file, listed as `user/NAME`.
 
-A file is data from anywhere: it is read with a size limit and checked field by field, and what is wrong with it becomes
-a sentence. A file that cannot be read stays in the list, so that choosing it says why.
+A file may come from anywhere: it is read with a size limit and checked field by field, and whatever is wrong with it
+becomes a sentence. A file that cannot be read stays in the list; choosing it says why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOST_FILES = 200
 MOST_DENSE_STEPS = 1000
 _NAME = re.compile(r"[\w(][\w ().,+-]{0,63}")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-"""Names that Windows keeps for itself."""
+"""Names that Windows reserves."""
 _FLAGS = ("tail", "as_written")
 _CHOICES = {
     "mode": MODES,
@@ -44,7 +44,7 @@ class PresetError(ValueError):
 
 
 def folder() -> Path | None:
-    """The user's folder, which need not exist; None outside of ComfyUI."""
+    """The user's folder, which may not exist; None outside ComfyUI."""
     try:
         import folder_paths
     except ImportError:
@@ -53,15 +53,15 @@ def folder() -> Path | None:
 
 
 def preset_names(where: Path | None = None) -> list[str]:
-    """Names of all presets, the pack's own first; files that turn out to be wrong are among the user's."""
+    """Names of all presets, the pack's own first; the user's include files that turn out to be wrong."""
     return [*load_presets(), *(PREFIX + path.stem for path in _files(where or folder()))]
 
 
 def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -> Preset:
-    """The preset of that name, the pack's own or the user's; `node` is the one that an error names.
+    """The preset of that name, the pack's or the user's; `node` is the one that an error names.
 
     Raises:
-        InputError: no such preset, or its file is wrong, saying what.
+        InputError: no such preset, or its file is wrong; says what is wrong.
     """
     if not name.startswith(PREFIX):
         presets = load_presets()
@@ -80,9 +80,9 @@ def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -
 
 
 def fingerprint(name: str, where: Path | None = None) -> str:
-    """Changes when the preset of that name means something else, so that a node that takes it runs again.
+    """Changes when the preset of that name means something else, so that a node that uses it runs again.
 
-    Only what acts counts: a node that writes the file it has read, with a new sparsity or sentence, has not changed it.
+    Only effective fields count: writing the file again with a new sparsity or sentence does not change it.
     """
     if not name.startswith(PREFIX):
         return name
@@ -94,7 +94,7 @@ def fingerprint(name: str, where: Path | None = None) -> str:
 
 
 def usable_presets(where: Path | None = None) -> dict[str, Preset]:
-    """All presets by name without those that are wrong: what the page needs to draw them."""
+    """All valid presets by name: what the page needs to draw them."""
     presets = load_presets()
     for path in _files(where or folder()):
         try:
@@ -108,11 +108,11 @@ def read_preset(path: Path) -> Preset:
     """The preset in a file.
 
     Raises:
-        PresetError: it cannot be read, is no preset, or its mix is impossible.
+        PresetError: it cannot be read, is not a preset, or its combination is impossible.
     """
     try:
-        if not path.is_file():  # opening a pipe would wait for ever
-            raise PresetError("it cannot be read: it is no file")
+        if not path.is_file():  # opening a pipe would wait forever
+            raise PresetError("it cannot be read: it is not a file")
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except OSError as error:
@@ -120,7 +120,7 @@ def read_preset(path: Path) -> Preset:
     if len(data) > MOST_BYTES:
         raise PresetError(f"it is larger than {MOST_BYTES // 1024} kB; a preset is a few hundred bytes")
     try:
-        entry = json.loads(data)  # UTF-8 or UTF-16, with a byte-order mark or not, as editors write it
+        entry = json.loads(data)  # UTF-8 or UTF-16, with or without a byte-order mark, as editors write it
     except json.JSONDecodeError as error:
         raise PresetError(f"it is not JSON: see line {error.lineno}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:
@@ -132,7 +132,7 @@ def parse_preset(stem: str, entry: object) -> Preset:
     """A preset from the content of a file, every field checked.
 
     Raises:
-        PresetError: naming the field, what was given and what is allowed.
+        PresetError: names the field, what was given and what is allowed.
     """
     if not isinstance(entry, dict):
         raise PresetError(f"it holds a {type(entry).__name__}, not an object {{...}}")
@@ -163,7 +163,7 @@ def parse_preset(stem: str, entry: object) -> Preset:
 
 
 def check_name(save_as: str, node: str) -> str:
-    """The name that a preset is to be saved under, without prefix and `.json`; "" for none.
+    """The name to save a preset under, without prefix and `.json`; "" for none.
 
     Raises:
         InputError: a name that cannot be a file's.
@@ -186,10 +186,10 @@ def write_preset(
     where: Path | None = None,
     node: str = "PSA Pyramid",
 ) -> Path:
-    """Write a preset as a file of the user's; one of the same name is replaced.
+    """Write a preset as a user file; a file of the same name is replaced.
 
     Args:
-        name: of the file, not empty; about: a sentence; made: where the numbers come from; node: for errors.
+        name: the file's, not empty; about: a sentence; made: where the numbers come from; node: for errors.
 
     Raises:
         InputError: a name that cannot be a file's, no folder, or the folder cannot be written.
@@ -207,7 +207,7 @@ def write_preset(
     path = where / f"{name}.json"
     try:
         where.mkdir(parents=True, exist_ok=True)
-        # Written beside and moved, so that a full disk leaves the old file.
+        # Written to another file and then moved, so that a full disk leaves the old file.
         part = where / f"{name}.json.part"
         if part.is_symlink():
             raise PresetError(f"{part} is a link, which is not followed; delete it and save again")
@@ -224,7 +224,7 @@ def write_preset(
 
 
 def _files(where: Path | None) -> list[Path]:
-    """The user's preset files, by name. What cannot be a preset's name is left out."""
+    """The user's preset files, by name. Files whose name cannot be a preset's are left out."""
     if where is None:
         return []
     try:
@@ -235,7 +235,7 @@ def _files(where: Path | None) -> list[Path]:
 
 
 def _wrong(field: str, value: Any) -> str | None:
-    """What is allowed for a field, when the value is something else."""
+    """What is allowed for a field, if the value is something else."""
     if field in _CHOICES:
         return None if isinstance(value, str) and value in _CHOICES[field] else ", ".join(_CHOICES[field])
     if field in _FLAGS:
