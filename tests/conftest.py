@@ -1,4 +1,4 @@
-"""Loads the pack the way ComfyUI does: from its `__init__.py`, under a name of its own, the root never on sys.path."""
+"""Loads the pack the way ComfyUI does: from its `__init__.py`, under its own name, with the root never on sys.path."""
 
 import importlib.util
 import os
@@ -34,7 +34,7 @@ def pytest_report_header():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """The module `tiny_cogvideox.py` beside this file: tiny random models, made and sampled by diffusers."""
+    """The module `tiny_cogvideox.py` next to this file: tiny random models, made and sampled by diffusers."""
     spec = importlib.util.spec_from_file_location("tiny_cogvideox", Path(__file__).with_name("tiny_cogvideox.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -78,7 +78,7 @@ def comfyui():
 
 @pytest.fixture(scope="session")
 def tiny_wan(comfyui):
-    """The module `tiny_wan.py` beside this file: tiny random Wan models of every variant."""
+    """The module `tiny_wan.py` next to this file: tiny random Wan models of every variant."""
     spec = importlib.util.spec_from_file_location("tiny_wan", Path(__file__).with_name("tiny_wan.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -87,7 +87,7 @@ def tiny_wan(comfyui):
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """A real ComfyUI with an empty base directory of its own, as a user starts it; one for all tests of a run."""
+    """A real ComfyUI with its own empty base directory, as a user starts it; one for all tests of a run."""
     from comfyui_psa.workshop.tools.server import ComfyServer
 
     comfyui = comfyui_folder()
@@ -114,7 +114,7 @@ def definitions(client):
 
 @pytest.fixture(scope="session")
 def pipes():
-    """The module `tiny_pipelines.py` beside this file: tiny diffusers pipelines with random weights."""
+    """The module `tiny_pipelines.py` next to this file: tiny diffusers pipelines with random weights."""
     spec = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -26,7 +26,7 @@ def wan(layers=2, seed=0):
 
 
 def call(model, latents=None, timestep=1000.0, text=13):
-    """One forward, with whatever autograd is set to."""
+    """One forward, with autograd as it is set."""
     latents = normal(*SIZE, seed=1) if latents is None else latents
     return model(latents, torch.tensor([timestep]), normal(1, text, 4096, seed=2), return_dict=False)[0]
 

@@ -28,7 +28,7 @@ CLASSES = {
     "scail2": ("model", "SCAIL2WanModel", {"in_dim": 20}),
     "wandancer": ("model_wandancer", "WanDancerModel", {"in_dim": 36}),
 }
-"""kind -> module in comfy.ldm.wan, class, arguments beside the common ones."""
+"""kind -> module in comfy.ldm.wan, class, arguments besides the common ones."""
 
 
 def load(kind, dtype=torch.float32, scale=0.1, **changes):

@@ -31,7 +31,7 @@ def chromium():
 
 @pytest.fixture(scope="session")
 def demo_workflow():
-    """The module `demo_workflow.py` beside this file."""
+    """The module `demo_workflow.py` next to this file."""
     spec = importlib.util.spec_from_file_location("demo_workflow", Path(__file__).with_name("demo_workflow.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,7 +61,7 @@ def pages(chromium, server, client):
 
 @pytest.fixture
 def make_frontend(chromium, server, client):
-    """A page in which the test answers some addresses: `make_frontend(renderer, {address: answer})`."""
+    """A page for which the test answers some addresses: `make_frontend(renderer, {address: answer})`."""
     opened = []
 
     def make(renderer, routes):
@@ -139,7 +139,7 @@ class Frontend:
         return node
 
     def settle(self):
-        """Two frames, and what the server was asked is answered: what was changed is drawn."""
+        """Wait two frames and for the server's answers, so that every change is drawn."""
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.wait_for_timeout(100)
         self.page.wait_for_function("!document.querySelector('.psa-waiting')")
@@ -263,7 +263,7 @@ class Frontend:
         )
 
     def run(self, timeout=120):
-        """Press Ctrl+Enter and wait until the queue is empty; returns what the server said: "success" or the error."""
+        """Press Ctrl+Enter and wait until the queue is empty; returns the server's answer: "success" or the error."""
         self.page.evaluate(
             """() => {
                 const names = ["execution_success", "execution_error", "execution_interrupted"];

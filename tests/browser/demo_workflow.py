@@ -10,7 +10,7 @@ _seeds = itertools.count(11)
 
 
 def small_demo(size=256, length=9, steps=STEPS):
-    """The workflow; every one has a seed of its own, so that nothing comes from the server's cache."""
+    """The workflow; each has its own seed, so that nothing comes from the server's cache."""
     found = load_workflow(WORKFLOWS / "psa_demo.json")
     for node in found["nodes"]:
         values = node["widgets_values"]

@@ -16,7 +16,7 @@ PLAIN = sorted(path.stem for path in (ROOT / "web" / "docs").glob("*.md") if pat
 
 
 def keep(name, png, width=None):
-    """Store a picture where it belongs, small; without PSA_WRITE_PICTURES it is only looked at."""
+    """Store a picture where it belongs, small; without PSA_WRITE_PICTURES it is only checked."""
     with Image.open(io.BytesIO(png)) as picture:
         picture = picture.convert("RGB")
         assert len(picture.getcolors(1 << 24)) > 20, "something is drawn"

@@ -37,7 +37,7 @@ def test_what_follows_the_data_is_not_promised():
 
 
 def test_the_range_of_the_speedup_holds_what_was_measured():
-    """Every row of the default at a model's shape lies in the range within a tenth, which a straight line leaves."""
+    """Every row of the default at a model's shape is in the range within a tenth, the error of a straight line."""
     with RESULTS.open(newline="", encoding="utf-8") as file:
         rows = [
             row

@@ -1,4 +1,4 @@
-"""What the page is told of a node's inputs: the figures of the configuration that a run would have, or the refusal."""
+"""The page's answer about a node's inputs: the figures of the configuration that a run would have, or the refusal."""
 
 import pytest
 

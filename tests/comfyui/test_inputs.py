@@ -92,7 +92,7 @@ def test_the_patch_is_refused_before_the_model_is_loaded_by_the_sentence_of_the_
 
 
 def model():
-    """Something that passes for a MODEL: the inputs beside it must be refused before anything is done with it."""
+    """Something that passes for a MODEL: the other inputs must be refused before it is used."""
     from types import SimpleNamespace
 
     return SimpleNamespace(model=None, model_options={}, clone=None, get_model_object=None)

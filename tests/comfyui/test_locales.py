@@ -1,4 +1,4 @@
-"""Names and tooltips in every language: English is what the schemas say, and no other language lacks anything."""
+"""Names and tooltips in every language: English matches the schemas, and no other language lacks anything."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What ComfyUI offers by itself once the pack lies in `custom_nodes`: templates with pictures, and a demo that runs.
+"""What ComfyUI offers by itself once the pack is in `custom_nodes`: templates with pictures, and a demo that runs.
 
 The server of these tests is started as a user starts it: the pack is a link in `custom_nodes`, and nothing else is set.
 """

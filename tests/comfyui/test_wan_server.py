@@ -1,6 +1,6 @@
 """Wan on a real server as users wire it: a variant with a reference, and PSA in the middle of other nodes.
 
-The weights of the variant are random and tiny; the demo's conditioning stands in for a text encoder of 10 GB.
+The weights of the variant are random and tiny; the demo's conditioning replaces a text encoder of 10 GB.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Every Wan variant on a real server, wired as users wire it: core's own node makes its conditioning, PSA is sparse.
 
-Random and tiny weights; the demo's conditioning stands in for a text encoder of 10 GB, its VAE encodes what the nodes
+Random and tiny weights; the demo's conditioning replaces a text encoder of 10 GB, its VAE encodes what the nodes
 are given. Where the tokens lie is checked by tests/patching/test_wan_variants.py.
 """
 

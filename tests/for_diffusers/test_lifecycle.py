@@ -1,4 +1,4 @@
-"""Put on, interrupted, taken off, in any order and beside others' hooks: nothing is left, and nothing else is lost."""
+"""Put on, interrupted, taken off, in any order, with other hooks: nothing is left over and nothing else is lost."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ class OthersMode(TorchFunctionMode):
 
 
 def is_stock(model):
-    """No trace in what a module holds."""
+    """No trace in a module's attributes."""
     return not model._forward_pre_hooks and not model._forward_hooks and not any(
         "forward" in block.attn1.__dict__ or block.attn1._forward_hooks for block in model.blocks
     )  # fmt: skip

@@ -116,7 +116,7 @@ def test_size_a_then_b_then_a(pipes):
 
 
 def tensors_of(model):
-    """What hooks and wrappers of the model hold, to any depth, beside its weights."""
+    """Everything that the model's hooks and wrappers hold, to any depth, besides its weights."""
     weights, found, seen = {id(p) for p in model.parameters()}, [], set()
     roots = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]
     roots = [getattr(root, "__self__", root) for root in roots] + [block.attn1.__dict__ for block in model.blocks]

@@ -1,4 +1,4 @@
-"""Self-attention that PSA cannot see is noticed in the first step and said once; README names what it does see."""
+"""Self-attention that PSA cannot see is noticed in the first step and logged once; README names what PSA does see."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def warnings(caplog):
 
 
 class OwnKernel:
-    """An attention processor with a kernel of its own, as users write them."""
+    """An attention processor with its own kernel, as users write them."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
@@ -117,7 +117,7 @@ def readme_backends():
 
 
 def self_attention_by(backend, model):
-    """Only the self-attention: on a CPU some of the backends have no kernel for the cross-attention beside it."""
+    """Only the self-attention: on a CPU some of the backends have no kernel for the cross-attention."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
 
     _check_attention_backend_requirements(AttentionBackendName(backend))

@@ -92,7 +92,7 @@ def environment(folder, wheel, *distributions):
 
 
 def closure(names):
-    """These distributions and what they require, as far as it is installed."""
+    """These distributions and their requirements, as far as they are installed."""
     found, waiting = set(), list(names)
     while waiting:
         name = waiting.pop()

@@ -31,7 +31,7 @@ def half_types(triton_device):
 
 @pytest.fixture(scope="session")
 def oracle():
-    """The module `oracle.py` beside this file; tests are imported without a path to their neighbours."""
+    """The module `oracle.py` next to this file; tests are imported without a path to their neighbours."""
     spec = importlib.util.spec_from_file_location("psa_oracle", Path(__file__).with_name("oracle.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

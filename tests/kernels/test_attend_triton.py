@@ -103,7 +103,7 @@ def test_large_cases(triton_device, dtype, case, random_tensor, random_factors, 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_int8(triton_device, half_types, case, random_tensor, random_factors, poisoned):
-    """Against the reference on what the rounded queries and keys stand for: products of int8 are exact."""
+    """Against the reference on the rounded queries and keys: products of int8 are exact."""
     dtype = half_types[-1]
     q, k, v, extra, factors, stored = inputs(
         case, dtype, triton_device, random_tensor, random_factors, poisoned, batch=1, heads=2
@@ -157,7 +157,7 @@ def test_row_that_sees_nothing(triton_device):
 
 @pytest.mark.parametrize("gap", [10.0, 60.0, 300.0])
 def test_logits_far_above_the_first_tile(triton_device, half_types, random_tensor, gap):
-    """Weights are taken against a reference from the first tile; what lies far above it must not overflow."""
+    """Weights are relative to a reference from the first tile; logits far above it must not overflow."""
     for dtype in half_types if triton_device == "cuda" else (torch.float32, *half_types):
         q = torch.ones(1, 1, 64, 16, dtype=dtype, device=triton_device)
         k = torch.zeros(1, 1, 320, 16, dtype=dtype, device=triton_device)

@@ -247,7 +247,7 @@ def test_a_backend_that_cannot_serve_says_why(random_tensor, monkeypatch):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_levels_of_another_call_can_be_used(oracle, random_tensor, batch):
-    """Attention over given levels, whatever the queries and keys now say."""
+    """Attention over given levels, no matter what the queries and keys would choose now."""
     layout = LAYOUTS[1]
     config = dataclasses.replace(BUDGET, order="curve")
     lists = pyramid_sparse_attention(*qkv(random_tensor, layout.length, batch=batch), config, layout=layout).lists
@@ -302,7 +302,7 @@ assert torch.equal(results[0].output.cpu(), results[1].output.cpu())
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["auto", "int8"])
 def test_tensors_on_another_device_than_the_current_one(precision):
-    """In a process of its own, where nothing has opened the way between the two GPUs yet."""
+    """In a separate process, where nothing has enabled access between the two GPUs yet."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     root = Path(__file__).resolve().parents[2]

@@ -29,7 +29,7 @@ GPUS = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448, "sm1
 
 @pytest.fixture
 def other_gpu(monkeypatch, tmp_path):
-    """A GPU that nobody has measured, whose searches are counted: `searched` holds their cases."""
+    """A GPU that nobody has measured, with its searches counted: `searched` holds their cases."""
     searched = []
 
     def tune(device, case):

@@ -134,7 +134,7 @@ def test_a_whole_call_with_strides_past_two_to_the_31(triton_device, order):
 
 @pytest.mark.gpu
 def test_more_elements_than_two_to_the_31(triton_device):
-    """The last head of a tensor of 2^31 elements is what a call with that head alone gives."""
+    """The last head of a tensor of 2^31 elements equals a call with only that head."""
     if triton_device == "cpu":
         pytest.skip("needs a GPU")
     if torch.cuda.mem_get_info()[0] < 50e9:

@@ -124,7 +124,7 @@ def test_the_attention_kernel_has_no_more_than_35_parameters():
 
 
 def assembler_notes(ptx, folder):
-    """What ptxas says of a kernel, such as that products run one after the other (its notes C7514, C7515 and more)."""
+    """What ptxas reports about a kernel, for example that products run in sequence (notes C7514, C7515 and more)."""
     path = folder / "kernel.ptx"
     path.write_text(ptx)
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"

@@ -52,7 +52,7 @@ def test_published_topk_shares_cost_what_the_paper_says():
 
 @pytest.mark.parametrize("drawn", [(0, 1, 2, 4, 8), (1, 2, 8), (0, 2)])
 def test_shares_from_the_ends_of_levels_against_the_oracle(oracle, random_factors, drawn):
-    """A level that no pair is at, 1 or 4 here, ends where the one before it ends."""
+    """A level without pairs, 1 or 4 here, ends where the level before it ends."""
     factors, levels = random_factors((1, 3, 5, 7), drawn), (1, 2, 4, 8)
     lists = group_by_level(factors, levels)
     shares = level_shares(levels, (lists.ends.double().mean((0, 1, 2)) / 7).tolist())

@@ -59,7 +59,7 @@ def test_sampling_everything_is_the_exact_softmax(
 
 @pytest.mark.parametrize(("length_q", "length_k", "block_q", "block_kv"), SHAPES)
 def test_pooled_rows_are_divided_by_the_sum_over_means_of_32(random_tensor, length_q, length_k, block_q, block_kv):
-    """Exact where 32 neighbours are alike; elsewhere a quarter of the rows stands for all."""
+    """Exact where 32 neighbours are alike; elsewhere a quarter of the rows represents all."""
     config = PyramidConfig(importance="pooled", reduction="max", block_q=block_q, block_kv=block_kv)
     q, k = random_tensor(1, 2, length_q, 8, seed=3), random_tensor(1, 2, -(-length_k // 32), 8, seed=4)
     alike = k.repeat_interleave(32, 2)[:, :, :length_k]

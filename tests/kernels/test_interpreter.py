@@ -1,6 +1,6 @@
-"""The tests of the Triton kernels, run in Triton's interpreter where there is no GPU.
+"""The tests of the Triton kernels, run in Triton's interpreter if there is no GPU.
 
-Triton decides at import whether it interprets, so the files start again in a process of their own.
+Triton decides at import whether it interprets, so the files start again in a separate process.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What must hold for the Triton backend whatever the numbers are: known answers and symmetries of the whole call."""
+"""What must hold for the Triton backend for any numbers: known answers and symmetries of the whole call."""
 
 import dataclasses
 
@@ -78,7 +78,7 @@ def test_constant_values_come_back_under_any_map(dtypes, qkv, random_factors, pr
 
 @pytest.mark.parametrize("length", [256, 193, 255])
 def test_pooling_is_exact_where_blocks_are_constant(dtypes, qkv, random_factors, length):
-    """Then every map in which nothing is dropped gives dense attention, the short last block included."""
+    """Then every map that drops nothing gives dense attention, including the short last block."""
     factors = random_factors((1, 2, -(-length // 32), 4), LEVELS, seed=length)
     for dtype in dtypes:
         q, k, v = qkv(dtype, length)

@@ -1,4 +1,4 @@
-"""Files that went to the CogVideoX loader by mistake: the names that models have in the wild, and what is said."""
+"""Files that went to the CogVideoX loader by mistake: names of real models, and the messages."""
 
 import struct
 
@@ -77,7 +77,7 @@ def test_a_file_of_another_kind_is_named_with_its_loader(model_folders, words, n
 
 
 def test_a_model_that_comfyui_knows_by_its_weights_alone_is_named_as_comfyui_calls_it(model_folders):
-    """Names and sizes of Kandinsky 5, of which our own table knows nothing."""
+    """Names and sizes of Kandinsky 5, which our own table does not know."""
     path = model_folders / "diffusion_models" / "wrong.safetensors"
     names = {"visual_embeddings.in_layer.bias": (1792,), "visual_embeddings.in_layer.weight": (1792, 132)}
     names |= {"visual_transformer_blocks.0.cross_attention.key_norm.weight": (64,)}
@@ -135,7 +135,7 @@ def test_what_is_no_safetensors_file_is_said_to_be_what_it_is(model_folders, con
 
 
 def test_what_passes_here_the_formats_own_library_reads(tmp_path):
-    """Bytes changed and cut at random; the library raises where it refuses what passed."""
+    """Bytes changed and cut at random; the library raises if it refuses a file that passed."""
     import random
 
     from safetensors import safe_open

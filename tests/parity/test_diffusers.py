@@ -183,7 +183,7 @@ def padded(forward):
 @pytest.mark.parametrize("kind", ["5b", "2b", "1.5", "1.5-i2v"])
 @pytest.mark.parametrize("size", [(4, 13, 20), (2, 12, 21), (4, 13, 21)])
 def test_odd_sizes_are_those_of_the_padded_model(checkpoints, sample, tiny, table, monkeypatch, kind, size):
-    """8 x odd pixels, such as 1080 rows: diffusers cannot make them; the oracle is its model on the padded latent."""
+    """8 x odd pixels (1080 rows, say): diffusers cannot make them; the oracle is its model on the padded latent."""
     import diffusers
 
     checkpoint = checkpoints(kind)

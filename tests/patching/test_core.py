@@ -158,7 +158,7 @@ def test_sampling_is_told_its_noise_levels(model, tiny_wan):
 
 
 def test_calls_on_several_gpus_say_which(model, watched, tiny_wan):
-    # The CPU by another name stands for a second GPU.
+    # The CPU under another name plays the second GPU.
     both = model.clone()
     both.cached_patcher_init = (tiny_wan.load, ("t2v",))
     second = both.deepclone_multigpu(new_load_device=torch.device("cpu", 0))

@@ -1,4 +1,4 @@
-"""PSA in ComfyUI on a GPU, where the Triton kernels compute: what goes wrong there, and what users put beside it.
+"""PSA in ComfyUI on a GPU, where the Triton kernels compute: what goes wrong there, and what users combine it with.
 
 The same ground as the neighbouring files, which sample in float32 on a CPU, as far as a GPU makes a difference. ComfyUI
 takes one device for a whole process: `PSA_TEST_DEVICE=cuda python dev.py test tests/patching/test_gpu.py`.
@@ -170,7 +170,7 @@ def test_figures_of_every_step_arrive(model, sample):
 
 @pytest.fixture
 def allowance(monkeypatch):
-    """allowance["bytes"]: what PSA's kernels may allocate beside what is there; more, and the GPU really is full."""
+    """allowance["bytes"]: what PSA's kernels may still allocate; beyond that the GPU really is full."""
     limit = {"bytes": None, "needed": 0, "heads": []}
 
     def attention(q, *args, **kwargs):

@@ -1,4 +1,4 @@
-"""PSA on a small random Wan model, through ComfyUI's own sampler: what it changes, and everything that it must not."""
+"""PSA on a small random Wan model, through ComfyUI's own sampler: what it changes, and what it must not change."""
 
 import logging
 import re

@@ -1,4 +1,4 @@
-"""Whole runs as users make them: sizes, steps, parts of the video, caches, interrupts; what is said of them is true."""
+"""Whole runs as users make them: sizes, steps, parts of the video, caches, interrupts; and true reports."""
 
 import copy
 import gc
@@ -376,7 +376,7 @@ def test_skipped_steps_are_not_dense(model, sample, caplog):
 
 
 def without_options(network):
-    """As TeaCache and MagCache packs do it: a forward of their own, whose blocks get no transformer_options."""
+    """As in TeaCache and MagCache packs: their own forward, whose blocks get no transformer_options."""
 
     def forward_orig(x, t, context, clip_fea=None, freqs=None, transformer_options=None, **kwargs):
         blocks = [block.forward for block in network.blocks]

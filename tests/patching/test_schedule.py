@@ -1,4 +1,4 @@
-"""In which model calls PSA is active: by the noise level of each, whatever sampler, sampler pair or shift made it."""
+"""In which model calls PSA is active: by the noise level of each, with any sampler, sampler pair or shift."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""PSA together with what users put beside it. STACKING is README's table: every row names the tests that prove it."""
+"""PSA together with other nodes. STACKING is README's table: every row names the tests that prove it."""
 
 import functools
 import re
@@ -187,7 +187,7 @@ def test_the_backend_of_the_core(model, sample, caplog):
 
 class SparseOfTheCore:
     """Core's Model Sparse Attention, which the ComfyUI of these tests does not have, as far as others notice it: its
-    override hands what it declines to the one that was there, and moves to the front again before every step."""
+    override passes what it declines to the earlier one, and moves to the front again before every step."""
 
     def __init__(self, start):
         self.start, self.installed, self.calls = start, set(), 0
@@ -579,7 +579,7 @@ def test_two_models_at_once(model, sample, tiny_wan):
 
 
 def on_two_devices(model, tiny_wan):
-    """As MultiGPU CFG Split does it, with a copy of the weights; the CPU by another name stands for the second GPU."""
+    """As in MultiGPU CFG Split, with a copy of the weights; the CPU under another name plays the second GPU."""
     both = model.clone()
     both.cached_patcher_init = (tiny_wan.load, ("t2v",))
     second = both.deepclone_multigpu(new_load_device=torch.device("cpu", 0))

@@ -1,4 +1,4 @@
-"""PSNR and SSIM against scikit-image, which is the oracle; the side by side picture holds what it says."""
+"""PSNR and SSIM against scikit-image, which is the oracle; the side-by-side picture shows what its titles say."""
 
 import json
 import math

@@ -39,7 +39,7 @@ def sample(model):
 
 @pytest.fixture(scope="module")
 def run(model):
-    """A patched model that has sampled, its factors call by call as numpy arrays, and what the page was told."""
+    """A patched model that has sampled, its factors call by call as numpy arrays, and the message to the page."""
     from comfyui_psa.patching.patch import KEY, patch_model
     from comfyui_psa.sampling import self_attention
 

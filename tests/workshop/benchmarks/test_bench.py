@@ -44,7 +44,7 @@ def test_the_truth_is_dense_attention_on_rows_of_every_head(length):
 
 @pytest.mark.slow
 def test_a_run_on_a_cpu_writes_the_table(tmp_path):
-    """Two methods, one run each; what a run measures replaces the rows of its shape alone."""
+    """Two methods, one run each; a run only replaces the rows of its own shape."""
     path = tmp_path / "attention-cpu.csv"
     path.write_text(f"{COLUMNS},setting\n" + "x,,,,demo,psa,,,,,,,,\n" + "x,,,,synthetic,psa,,,,,,,,\n")
     command = [sys.executable, BENCHMARKS / "run.py", "--shape", "synthetic", "--runs", "1", "--out", tmp_path]
@@ -64,7 +64,7 @@ def test_a_run_on_a_cpu_writes_the_table(tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The modules `run` and `methods`, which look for the others beside them."""
+    """The modules `run` and `methods`, which look for the others next to them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     for name in ("compile_ahead", "methods", "captured", "synthetic", "timing", "truth"):
         monkeypatch.delitem(sys.modules, name, raising=False)

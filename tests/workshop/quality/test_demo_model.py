@@ -1,4 +1,4 @@
-"""The direct runner gives the latents of ComfyUI's own sampler with PSA Patch, and meets the compute it is told."""
+"""The direct runner gives the latents of ComfyUI's own sampler with PSA Patch, and meets the requested compute."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The rival of ComfyUI's core, where its package holds it: called as it is, and its share of the work counted."""
+"""The rival from ComfyUI's core, if its package has it: called as it is, and its share of the work counted."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Contact sheets and maps of the workshop: every picture lies where its row and column are, in the nodes' colours."""
+"""Contact sheets and maps of the workshop: every picture is at its row and column, in the nodes' colours."""
 
 import numpy as np
 import pytest
