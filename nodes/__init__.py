@@ -1,4 +1,4 @@
-"""The nodes of the pack: schemas and one call downward each; no logic."""
+"""The nodes of the pack: each a schema and one call down; no logic."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class PSANode(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, /, **inputs: Any) -> bool | str:
-        """What ComfyUI asks before it queues a prompt: True, or the sentence that the node itself would end with.
+        """ComfyUI calls this before it queues a prompt: True, or the sentence that the node itself would end with.
 
         An input that comes over a link arrives as None and is not checked.
         """
@@ -57,7 +57,7 @@ class PSANode(io.ComfyNode):
 
     @classmethod
     def execute(cls, /, **inputs: Any) -> io.NodeOutput:
-        """`run`, after the inputs were judged; an error that a user could not read becomes one that they can.
+        """`run`, after the inputs were checked; an error that a user could not read becomes one that they can.
 
         Inputs that the node does not have are logged and ignored: they never stop a run.
         """
@@ -85,7 +85,7 @@ class PSANode(io.ComfyNode):
 
     @classmethod
     def judge(cls, inputs: dict[str, Any], early: bool = False) -> None:
-        """Raise InputError for inputs that are wrong, each by itself or together; `LINK` stands for an unknown one.
+        """Raise InputError for inputs that are wrong, alone or together; `LINK` stands for an unknown one.
 
         early: whether the node does not run yet, so that `early_rules` are called too.
         """
@@ -102,7 +102,7 @@ class PSANode(io.ComfyNode):
 
 
 def _arguments(rule: Callable[..., object], inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """What a rule is called with, or None where an input that it judges is not known."""
+    """The arguments for a rule, or None if one of the inputs that it checks is not known."""
     found: dict[str, Any] = {}
     for name, parameter in inspect.signature(rule).parameters.items():
         if name.endswith("_given"):
@@ -115,7 +115,7 @@ def _arguments(rule: Callable[..., object], inputs: dict[str, Any]) -> dict[str,
 
 
 def _is_comfyuis(error: Exception) -> bool:
-    """Whether ComfyUI itself knows what to do with an error: an interrupt, or no memory left."""
+    """Whether ComfyUI itself handles an error: an interrupt, or no memory left."""
     import comfy.model_management
 
     return isinstance(error, comfy.model_management.InterruptProcessingException | MemoryError) or bool(
@@ -124,7 +124,7 @@ def _is_comfyuis(error: Exception) -> bool:
 
 
 def unexpected(node: str, inputs: dict[str, Any], error: Exception) -> NodeError:
-    """The sentence for an error that nobody foresaw: about the input that the error mentions, where it does."""
+    """The sentence for an error that nobody foresaw: about the input that the error mentions, if it mentions one."""
     text = f"{error} {getattr(error, 'filename', '')}"
     about = [name for name, value in inputs.items() if isinstance(value, str) and len(value) > 2 and value in text]
     reason = error.strerror if isinstance(error, OSError) and error.strerror else "an error stopped the node"

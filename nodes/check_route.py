@@ -51,7 +51,7 @@ def answer(nodes: dict[str, type[io.ComfyNode]], asked: Any) -> dict[str, Any]:
 
 
 def add_route(nodes: dict[str, type[io.ComfyNode]]) -> None:
-    """Let the running server answer for `nodes`, by their id; nothing where there is none."""
+    """Let the running server answer for `nodes`, by their id; does nothing if there is no server."""
     try:
         from aiohttp import web
         from server import PromptServer

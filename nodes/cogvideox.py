@@ -14,7 +14,7 @@ from .base import PSANode
 
 
 class PSACogVideoXLoader(PSANode):
-    """Load a CogVideoX model from a diffusers folder or a single file, with everything set as it was trained."""
+    """Load a CogVideoX model from a diffusers folder or a single file, with everything set as in training."""
 
     rules = (check_checkpoint,)
 

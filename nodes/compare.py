@@ -9,7 +9,7 @@ from .base import PSANode
 
 
 class PSACompare(PSANode):
-    """How far one video is from another: PSNR, SSIM, LPIPS, and a picture of the difference."""
+    """How different two videos are: PSNR, SSIM, LPIPS, and a picture of the difference."""
 
     rules = (check_lpips,)
 

@@ -35,7 +35,7 @@ def _combo(name: str, options: tuple, default: object, tooltip: str) -> io.Combo
 
 
 class PSAPyramid(PSANode):
-    """A pyramid of one's own for PSA Patch, in place of a preset."""
+    """The user's own levels for PSA Patch, used instead of a preset."""
 
     early_rules = (check_pyramid, partial(check_name, node=NODE))
 

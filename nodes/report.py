@@ -77,7 +77,7 @@ class PSAReport(PSANode):
 
 
 def save_picture(picture, prefix: str, node: type[io.ComfyNode]) -> dict:
-    """What the page shows of IMAGE `picture`: saved to the output folder, or without a prefix to the temporary one."""
+    """What the page shows for the IMAGE `picture`: saved to the output folder, or to the temporary one if no prefix."""
     if not prefix.strip():
         return ui.PreviewImage(picture, cls=node).as_dict()
     try:

@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def check_values(node: str, specs: Iterable[io.Input], inputs: dict[str, Any], alone: Container[str] = ()) -> None:
-    """Raise InputError for the first of `inputs` that its spec of the schema does not allow.
+    """Raise InputError for the first of `inputs` that its spec in the schema does not allow.
 
     Args:
         inputs: by name, without missing ones; `LINK` is not checked. alone: names of inputs whose ranges and menus a
@@ -66,7 +66,7 @@ def check_values(node: str, specs: Iterable[io.Input], inputs: dict[str, Any], a
 
 
 def name_unknown(node: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
-    """A sentence for every input that a prompt names and the node does not have, as after an update or a slip."""
+    """A sentence for every input in a prompt that the node does not have, for example after an update or a typo."""
     known = list(known)
     lines = []
     for name in given:

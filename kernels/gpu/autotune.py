@@ -1,7 +1,7 @@
 """The attention kernel's tile, measured on the GPU that runs it: once per GPU and kind of call, kept in Triton's cache.
 
-Not for GPUs whose tile was measured by us (`tiles.MEASURED`), nor for ROCm. The search is short by design: a handful of
-tiles on one small problem of random numbers, the built-in one first, and the fastest is kept. The environment variable
+There is no search on GPUs that we measured (`tiles.MEASURED`), nor on ROCm. The search is short by design: a handful of
+tiles on one small problem of random numbers, the built-in tile first; the fastest is kept. The environment variable
 PSA_AUTOTUNE=0 switches it off.
 """
 
@@ -34,11 +34,11 @@ log = logging.getLogger("ComfyUI-PSA")
 SWITCH = "PSA_AUTOTUNE"
 FILE = "comfyui_psa_tile.json"
 
-# No candidate begins that would probably end later, so that all of it stays under 20 s.
+# No candidate starts that would probably finish later than this, so that the whole search stays under 20 s.
 _SECONDS = 16.0
 # About a dozen calls each on the GPUs that we know.
 _WARM_UP_MS, _MEASURED_MS = 5, 20
-# Enough programs for several waves on any GPU; the levels and the density, about .15, are those of the presets.
+# Enough programs for several waves on any GPU; levels and density (about .15) are those of the presets.
 _HEADS, _TOKENS = 4, 16_384
 _LEVELS = (1, 2, 8)
 _SHARES = {1: 0.10, 2: 0.05, 8: 0.20}
@@ -62,9 +62,9 @@ class Case:
 
 
 def choose_tile(device: torch.device, case: Case) -> AttendTile:
-    """The tile for a call on `device`; the first call of a kind on a GPU that we have not measured takes the search.
+    """The tile for a call on `device`; on a GPU that we have not measured, the first call of a kind runs the search.
 
-    Never raises for the search's sake: without a result the built-in tile is tried, and fails as it would have.
+    The search itself never raises: if it has no result, the built-in tile is used, and may fail as it would anyway.
     """
     gpu = gpu_of(device)
     built_in = attend_tile(gpu, case.dim)
@@ -87,7 +87,7 @@ def _tuned(device: torch.device, case: Case) -> AttendTile | None:
 
 
 def tune(device: torch.device, case: Case) -> AttendTile | None:
-    """Measure the candidates on a GPU and return the fastest; None where nothing could be measured."""
+    """Measure the candidates on a GPU and return the fastest; None if nothing could be measured."""
     name = torch.cuda.get_device_name(device)
     kind = "int8" if case.int8 else str(case.dtype).removeprefix("torch.")
     log.info("PSA tunes its attention kernel for %s, heads of %d, %s: up to 20 s, once per GPU", name, case.dim, kind)
@@ -101,7 +101,7 @@ def tune(device: torch.device, case: Case) -> AttendTile | None:
 
 
 def candidates(gpu: str, case: Case, shared_memory: int) -> list[AttendTile]:
-    """Tiles that fit `shared_memory` bytes, those most likely to be fast first: the built-in one before all."""
+    """Tiles that fit `shared_memory` bytes, the most likely to be fast first, starting with the built-in one."""
     built_in = attend_tile(gpu, case.dim)
     row_bytes = case.dim * (case.dtype.itemsize + (1 if case.int8 else case.dtype.itemsize))
     shapes = [
@@ -112,10 +112,10 @@ def candidates(gpu: str, case: Case, shared_memory: int) -> list[AttendTile]:
     found = [built_in]
     for rows, warps, stages in shapes:
         tile = dataclasses.replace(built_in, rows=rows, warps=warps, stages=stages)
-        # What waits in the pipeline behind the tile at work; a tile that needs more than that fails and is skipped.
+        # What waits in the pipeline after the current tile; a tile that needs more than that fails and is skipped.
         if tile not in found and max(1, stages - 1) * rows * row_bytes <= shared_memory:
             found.append(tile)
-    if built_in.bulk:  # worth a try without, behind the best half of the others
+    if built_in.bulk:  # also worth trying without, after the best half of the others
         found.insert(len(found) // 2, dataclasses.replace(built_in, bulk=False))
     return found
 
@@ -126,7 +126,7 @@ def fastest(
     seconds: float = _SECONDS,
     clock: Callable[[], float] = time.monotonic,
 ) -> AttendTile | None:
-    """The tile of the least time; tiles that fail are skipped, and none begins that would not end within `seconds`."""
+    """The fastest tile; tiles that fail are skipped, and none starts that would not finish within `seconds`."""
     began, longest = clock(), 0.0
     best: tuple[float, AttendTile] | None = None
     for tile in tiles:
@@ -175,12 +175,12 @@ def _lists(generator: torch.Generator, case: Case, device: torch.device) -> Bloc
 
 
 def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program may take at most."""
+    """The most bytes that one program may use."""
     return driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
 
 
 def _milliseconds(run: Callable[[AttendTile], None], tile: AttendTile) -> float:
-    """The median of a few calls, with the second-level cache flushed before each."""
+    """The median time of a few calls, with the second-level cache flushed before each."""
     return do_bench(lambda: run(tile), warmup=_WARM_UP_MS, rep=_MEASURED_MS, return_mode="median")
 
 
@@ -193,7 +193,7 @@ def cache_key(gpu_name: str, case: Case) -> str:
 
 
 def read_tile(key: str) -> AttendTile | None:
-    """The tile that Triton's cache keeps under a key; None where there is none that can be read."""
+    """The tile that Triton's cache keeps under a key; None if there is none that can be read."""
     try:
         path = _cache(key).get_file(FILE)
         entry = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
@@ -207,7 +207,7 @@ def read_tile(key: str) -> AttendTile | None:
 
 
 def write_tile(key: str, tile: AttendTile) -> None:
-    """Keep a tile in Triton's cache; another process never sees a part of the file. Failure is no error."""
+    """Keep a tile in Triton's cache; another process never sees a partial file. A failure is only logged."""
     try:
         _cache(key).put(json.dumps(dataclasses.asdict(tile)), FILE, binary=False)
     except Exception as failure:
