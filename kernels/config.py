@@ -104,8 +104,8 @@ class PyramidConfig:
         if not 0 < self.sample_share <= 1:
             raise ConfigError("sample_share", self.sample_share, "more than 0, at most 1", "set it to 0.25")
         if len(self.tile) != 3 or any(int(n) != n or n < 1 for n in self.tile):
-            allowed = "three whole numbers of at least 1: time, height, width"
-            raise ConfigError("tile", self.tile, allowed, "set it to (1, 8, 8)")
+            numbers = "three whole numbers of at least 1: time, height, width"
+            raise ConfigError("tile", self.tile, numbers, "set it to (1, 8, 8)")
         for field in ("clusters", "cluster_iterations"):
             given = getattr(self, field)
             if len(given) != 2 or any(int(n) != n or n < 1 for n in given):

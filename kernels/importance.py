@@ -75,8 +75,9 @@ def importance(
     """
     if config.importance == "sampled":
         generator = generator or default_generator(config, q.device)
-        chosen = [sampled(x, b, config.sample_share, generator) for x, b in ((q, config.block_q), (k, config.block_kv))]
-        return reduced_softmax(*chosen, scale, config.reduction)
+        rows = sampled(q, config.block_q, config.sample_share, generator)
+        columns = sampled(k, config.block_kv, config.sample_share, generator)
+        return reduced_softmax(rows, columns, scale, config.reduction)
     queries = pooled(q, config.block_q, group_size(config, config.block_q))
     keys, *norm = (pooled(k, config.block_kv, group) for group in key_groups(config))
     return reduced_softmax(queries, keys, scale, config.reduction, *norm)

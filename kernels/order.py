@@ -62,7 +62,7 @@ class TokenOrder:
 
     def __getitem__(self, part: tuple) -> TokenOrder:
         """The order of a part of the batch and the heads."""
-        if self.index is None or self.index.ndim == 1:
+        if self.index is None or self.inverse is None or self.index.ndim == 1:
             return self
         return TokenOrder(self.index[part], self.inverse[part])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from .density import block_tokens
 
 
-def similarity_cap(k: torch.Tensor, thresholds: dict[int, float], block_kv: int) -> torch.Tensor:
+def similarity_cap(k: torch.Tensor, thresholds: Mapping[int, float], block_kv: int) -> torch.Tensor:
     """Coarsest pooling factor that each key block of k [B, H, L, D] may take: int16 [B, H, n_k].
 
     The similarity at factor f is the mean cosine similarity of tokens 0 and f-1 over all groups of f in the block. A

@@ -122,9 +122,10 @@ def _reason(error: BaseException, folder: Path) -> str:
     from huggingface_hub import errors
 
     chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
 
     def caused_by(*kinds: type[BaseException]) -> bool:
         return any(isinstance(link, kinds) for link in chain)
@@ -134,7 +135,8 @@ def _reason(error: BaseException, folder: Path) -> str:
         isinstance(link, errors.EntryNotFoundError) and not isinstance(link, errors.LocalEntryNotFoundError)
         for link in chain
     )
-    status = next((link.response.status_code for link in chain if getattr(link, "response", None) is not None), None)
+    responses = [getattr(link, "response", None) for link in chain]
+    status = next((response.status_code for response in responses if response is not None), None)
     if any(getattr(link, "errno", None) in _FULL for link in chain):
         return f"there is no room in {folder}; free some and start it again, it goes on where it stopped"
     if caused_by(PermissionError):

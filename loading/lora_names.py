@@ -96,7 +96,8 @@ def read_keys(keys: Iterable[str], names: Mapping[str, Target]) -> Reading:
     adapters = Counter(parts.adapter for parts in known.values() if parts.wrapper == wrapper and parts.adapter)
     adapter = min(adapters, key=lambda name: (-adapters[name], name), default="")
     kept: dict[str, Key] = {}
-    second_expert, other_adapters = [], []
+    second_expert: list[str] = []
+    other_adapters: list[str] = []
     for key, parts in known.items():
         if parts.wrapper != wrapper:
             (second_expert if second[parts.wrapper] else unknown).append(key)

@@ -142,7 +142,8 @@ def _whole_patches(network: Any, sizes: Sequence[int]) -> int:
 
 
 def _grid(sizes: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
-    return tuple(-(-size // patch) for size, patch in zip(sizes, patch_size, strict=True))
+    time, height, width = (-(-size // patch) for size, patch in zip(sizes, patch_size, strict=True))
+    return time, height, width
 
 
 def _product(sizes: Sequence[int]) -> int:

@@ -369,7 +369,7 @@ def attend_triton(
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int, int] | None:
-    return None if x is None else x.stride()[:3]
+    return None if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
 def _descriptor(x: torch.Tensor, rows: int, columns: int) -> object | None:

@@ -47,9 +47,9 @@ def attend_video(
     if lists is None:
         lists = _choose(q, k, config, query_order, key_order, scale, generator)
     for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
-        others = (None, None) if extra_k is None else (extra_k[part], extra_v[part])
+        others_k, others_v = (None if extra is None else extra[part] for extra in (extra_k, extra_v))
         orders = query_order[part], key_order[part]
-        _attend_part(q[part], k[part], v[part], lists[part], config, *orders, scale, *others, out[part])
+        _attend_part(q[part], k[part], v[part], lists[part], config, *orders, scale, others_k, others_v, out[part])
     return lists
 
 
@@ -93,15 +93,15 @@ def _attend_part(
     """A separate function, so that its copies are freed before the next part makes its own."""
     int8 = config.precision == "int8"
     pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
-    if int8 and extra_k is not None:
+    if pyramid.mean is not None and extra_k is not None:
         extra_k = (extra_k - pyramid.mean).to(q.dtype)
     inputs = pyramid, lists, config.block_q, scale, extra_k, extra_v
-    choices = {"uneven": config.mode != "topk", "tile": choose_tile(q.device, Case.of(q, pyramid, config.block_q))}
+    uneven, tile = config.mode != "topk", choose_tile(q.device, Case.of(q, pyramid, config.block_q))
     if query_order.index is None or q.shape[-1] <= FINDS_QUERIES:
-        attend_triton(q, *inputs, out, order=query_order, **choices)
+        attend_triton(q, *inputs, out, order=query_order, uneven=uneven, tile=tile)
     else:
         ordered = apply_order_triton(q, query_order)
-        attend_triton(ordered, *inputs, ordered, **choices)
+        attend_triton(ordered, *inputs, ordered, uneven=uneven, tile=tile)
         undo_order_triton(ordered, query_order, out)
 
 
