@@ -20,7 +20,7 @@ from ..sampling.figures import make_report
 from ..sampling.kept import Kept
 from ..sampling.record import Record
 from ..sampling.run import Run
-from ..sampling.self_attention import Host, attend, decline_reason
+from ..sampling.self_attention import Host, attend, decline_reason, own_words
 from .layout import MODELS
 from .schedule import Schedule, Steps
 
@@ -276,7 +276,7 @@ def _unseen_reason(attention: torch.nn.Module) -> str:
 
 def _failure(run: Run, error: Exception) -> str:
     known = isinstance(error, BackendError | ConfigError)
-    words = str(error) if known else f"PSA failed: {next(iter(str(error).splitlines()), 'no reason was given')}"
+    words = str(error) if known else f"PSA failed: {own_words(error) or 'no reason was given'}"
     return f"{words} (until apply_psa is called again)"
 
 

@@ -16,7 +16,7 @@ from ..kernels.backends import BackendError
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.levels import topk_ends
 from ..sampling.run import Run
-from ..sampling.self_attention import Host, attend, decline_reason
+from ..sampling.self_attention import Host, attend, decline_reason, own_words
 from . import core
 
 RUN_KEY = "psa_run"
@@ -109,7 +109,7 @@ def failure(run: Run, error: Exception) -> str:
     if isinstance(error, ImportError):
         missing = f"the package {error.name} is missing or broken" if error.name else "a library cannot be loaded"
         return f"{missing}; {_WITHOUT_TRITON}"
-    words = next(iter(str(error).splitlines()), "")
+    words = own_words(error)
     return (
         f"the kernels failed on this machine{f' ({words})' if words else ''}; this size stays dense for the rest "
         f"of the run, the next one tries again; please report it if it fails every time"

@@ -5,6 +5,7 @@ have left, in fewer heads at a time where memory is short. What fails ends as a 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Hashable
 
 import torch
@@ -30,6 +31,13 @@ class Host:
     is_out_of_memory: Callable[[BaseException], bool]
     free_cached_memory: Callable[[], None]
     failure: Callable[[Run, Exception], str]
+
+
+def own_words(error: Exception) -> str:
+    """What an error says, in one line: a compiler's begins with a place in our code, such as `at 38:12:`, and ends with
+    the reason; all others begin with it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return lines[-1] if re.match(r"at \d+:\d+", lines[0]) else lines[0]
 
 
 def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:

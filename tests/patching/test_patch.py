@@ -146,11 +146,14 @@ def test_what_psa_cannot_serve_stays_dense_with_one_line(model, caplog, changes,
     assert len(lines) == len(set(lines)) <= 2
 
 
-def test_a_failure_in_the_kernels_ends_in_the_dense_path(model, stock, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    "words", ["out of shared memory\nsecond line", "at 38:12:\n    x = tl.arange(0, 48)\n        ^\nout of shared memory"]
+)
+def test_a_failure_in_the_kernels_ends_in_the_dense_path(model, stock, caplog, monkeypatch, words):
     from comfyui_psa.sampling import self_attention
 
     def broken(*args, **kwargs):
-        raise RuntimeError("out of shared memory\nsecond line")
+        raise RuntimeError(words)
 
     monkeypatch.setattr(self_attention, "pyramid_sparse_attention", broken)
     psa = patched(model)
