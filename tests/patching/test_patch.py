@@ -147,7 +147,8 @@ def test_what_psa_cannot_serve_stays_dense_with_one_line(model, caplog, changes,
 
 
 @pytest.mark.parametrize(
-    "words", ["out of shared memory\nsecond line", "at 38:12:\n    x = tl.arange(0, 48)\n        ^\nout of shared memory"]
+    "words",
+    ["out of shared memory\nsecond line", "at 38:12:\n    x = tl.arange(0, 48)\n        ^\nout of shared memory"],
 )
 def test_a_failure_in_the_kernels_ends_in_the_dense_path(model, stock, caplog, monkeypatch, words):
     from comfyui_psa.sampling import self_attention
