@@ -1,7 +1,7 @@
-"""PSA on the transformers of a diffusers pipeline: comes and goes; no class, module or processor is replaced.
+"""Put PSA on a diffusers pipeline's transformers, and take it off again; no class, module or processor is replaced.
 
-Each transformer gets hooks that learn step and grid of a call, each self-attention a `forward` before its own that lets
-`interception.py` answer its attention while it runs. Processors stay diffusers' own, or whatever the user has set.
+Each transformer gets hooks that read the step and the grid of a call. Each self-attention gets a `forward` in front of
+its own, so that `interception.py` can compute its attention. Processors stay those of diffusers or of the user.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ATTRIBUTE = "_psa_applied"
 
 @dataclasses.dataclass
 class AppliedPSA:
-    """What `apply_psa` did, and what became of it.
+    """What `apply_psa` did, and what came of it.
 
     Attributes:
         states: one for each transformer of the pipeline.
@@ -40,12 +40,12 @@ class AppliedPSA:
 
     @property
     def sparse_calls(self) -> int:
-        """Self-attention calls that PSA computed since it was applied."""
+        """Number of self-attention calls that PSA has computed since it was applied."""
         return sum(state.totals().sparse for state in self.states)
 
     @property
     def dense_calls(self) -> int:
-        """Self-attention calls that stayed dense: of the warm-up, and those in `fallbacks`."""
+        """Number of self-attention calls that stayed dense: in the warm-up, and those in `fallbacks`."""
         return sum(state.totals().dense for state in self.states)
 
     @property
@@ -54,36 +54,36 @@ class AppliedPSA:
         return sum((state.totals().fallbacks for state in self.states), Counter())
 
     def mean_sparsity(self) -> float | None:
-        """Mean sparsity of the calls that PSA computed; reads from the device."""
+        """Mean sparsity of the calls that PSA computed, None if there were none. Reads from the device."""
         totals = [state.totals() for state in self.states]
         densities = [float(total.sums[0]) for total in totals if total.sums is not None]
         return 1 - sum(densities) / sum(total.sparse for total in totals) if densities else None
 
     def unranked_pairs(self) -> int:
-        """Pairs of blocks whose importance was not a finite number, and which ranked last; reads from the device.
+        """Number of pairs of blocks whose importance was not a finite number; they ranked last. Reads from the device.
 
-        More than none means that the model's own queries or keys are infinite or not a number.
+        If it is not 0, the model's own queries or keys are infinite or not a number.
         """
         sums = [state.totals().sums for state in self.states]
         return sum(int(found[1]) for found in sums if found is not None)
 
     def reports(self) -> list[dict[str, Any] | None]:
-        """The figures of the last run of each transformer, as PSA Report shows them: `sampling/figures.py` names them.
+        """The figures of the last run of each transformer, as PSA Report shows them; `sampling/figures.py` lists them.
 
-        None where it has not run yet. Reads from the device. Seconds of the last step end when its forward returns,
-        which a GPU does not wait for.
+        None for a transformer that has not run yet. Reads from the device. The time of the last step ends when its
+        forward returns, while a GPU may still be computing.
         """
         return [state.report() for state in self.states]
 
     def remove(self) -> None:
-        """Take PSA away, where nothing has replaced it; the transformers are as they were."""
+        """Take PSA off, unless something else has replaced it; the transformers are then as they were before."""
         for patch in self._patches:
             patch.remove()
 
 
 class _Patch:
-    """PSA on one transformer, which refers to it: hooks that tell its calls, and a `forward` before each
-    self-attention's own."""
+    """PSA on one transformer, which keeps a reference to it: hooks that report its calls, and a `forward` in front of
+    each self-attention's own."""
 
     def __init__(self, transformer: Any, state: TransformerState) -> None:
         self.transformer, self.state = transformer, state
@@ -96,7 +96,7 @@ class _Patch:
         transformer.__dict__[_ATTRIBUTE] = self
 
     def remove(self) -> None:
-        """Once is enough, and as often as you like."""
+        """Take PSA off this transformer; calling it again does nothing."""
         for part in self._parts:
             part.remove()
         self._parts.clear()
@@ -118,28 +118,29 @@ def apply_psa(
     reuse_steps: int = PatchInputs.reuse_steps,
     **changes: Any,
 ) -> AppliedPSA:
-    """Let a diffusers pipeline attend with PSA. Applying it again replaces the setting.
+    """Let a diffusers pipeline attend with PSA. Calling it again replaces the earlier settings.
 
     Args:
         pipe: a CogVideoX, Wan2.1 or Wan2.2 pipeline (both experts are patched), or one of their transformers.
         sparsity: share of the attention work that is saved in the sparse steps, 0 to 0.97; 0 keeps every call dense.
-        preset: a name of `kernels.presets.load_presets`, or auto.
+        preset: a name from `choices.presets.load_presets`, or auto.
         warm_up: how many of the first steps stay dense: a share of the steps (a float) or their number (an int). A
-            transformer without its pipeline knows no steps: there it must be 0. Presets that state steps win.
+            transformer without its pipeline knows no steps, so it must be 0 there. A preset with its own number of
+            dense steps overrides it.
         dense_blocks: transformer blocks that stay dense. min_tokens: shorter sequences stay dense.
         backend: auto, triton or torch.
-        falling: how far the density falls over the sparse steps, 0 to 0.8, see `kernels/falling.py`; a transformer
-            without its pipeline knows no steps and keeps it.
-        reuse_steps: levels are chosen in every such step and kept in between; 1 chooses them in every step. A
-            transformer without its pipeline knows no steps: there it must be 1.
+        falling: how far the density falls over the sparse steps, 0 to 0.8, see `kernels/falling.py`. A transformer
+            without its pipeline knows no steps, so its density stays the same throughout.
+        reuse_steps: levels are chosen once in so many steps and kept in between; 1 chooses them in every step. A
+            transformer without its pipeline knows no steps, so it must be 1 there.
         changes: other fields of `kernels.config.PyramidConfig`, such as block_kv.
 
     Returns:
-        What was done, with figures and `remove()`.
+        An object with the figures, and `remove()` to take PSA off again.
 
     Raises:
         TypeError: not a pipeline or transformer that PSA knows.
-        ValueError: an input is wrong; it says what was given and what is allowed.
+        ValueError: an input is wrong; the error says what was given and what is allowed.
     """
     transformers = _transformers(pipe)
     if backend not in BACKENDS:
@@ -191,7 +192,7 @@ def apply_psa(
 
 
 def remove_psa(pipe: Any) -> bool:
-    """Take PSA off a pipeline or transformer; whether it was there."""
+    """Take PSA off a pipeline or transformer; returns whether it was there."""
     found = [patch for t in _transformers(pipe) if (patch := t.__dict__.get(_ATTRIBUTE)) is not None]
     for patch in found:
         patch.remove()

@@ -1,4 +1,4 @@
-"""The state of a patched transformer: its current calls and runs, one of each for a thread, and what they came to."""
+"""The state of a patched transformer: its current calls and runs, one of each per thread, and their totals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ UNREACHED = (
 
 
 _MOST_CALLS = 64
-"""Calls at one timestep that count as one step; a loop that never leaves it must not pile up figures."""
+"""Most calls that one run may have at a timestep; a loop that stays at one timestep must not pile up figures."""
 
 
 @dataclasses.dataclass
@@ -49,7 +49,7 @@ class Call:
 
     Attributes:
         run: the sampling run that it belongs to.
-        reason: why all of it stays dense, None if PSA can take it.
+        reason: why the whole call stays dense, None if PSA can take it.
         with_graph: whether autograd was on when it began.
         attentions: how many self-attention modules have run.
     """
@@ -62,10 +62,11 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Totals:
-    """What the calls of all runs came to.
+    """Totals over the calls of all runs.
 
     Attributes:
-        sums: density and pairs without a finite score, summed over the sparse calls, on the device; None without any.
+        sums: density, and pairs without a finite score, summed over the sparse calls, on the device; None if there were
+            no such calls.
     """
 
     sparse: int = 0
@@ -74,7 +75,7 @@ class Totals:
     sums: torch.Tensor | None = None
 
     def plus(self, record: Record) -> Totals:
-        """With those of one more run."""
+        """These totals with one more run added."""
         densities = [density for step in record.steps for _, density in step.densities]
         dense = self.dense + sum(step.dense_calls for step in record.steps)
         sums = self.sums
@@ -87,11 +88,11 @@ class Totals:
 
 
 class TransformerState:
-    """Decides for every attention call of one transformer; counts what it decided."""
+    """Decides for every attention call of one transformer whether it is sparse, and counts the decisions."""
 
     def __init__(self, family: str, settings: PatchSettings, schedule: Schedule | None, off: bool) -> None:
-        """family: a name of `layout.MODELS`. schedule: None where steps are not told apart. off: every call stays
-        dense, and no reason is given."""
+        """family: a name in `layout.MODELS`. schedule: None if steps are not told apart. off: every call stays dense,
+        and no reason is given."""
         self.family, self.settings, self.schedule, self.off = family, settings, schedule, off
         self._told: set[str] = set()
         self._refusals: dict[Hashable, str] = {}
@@ -103,24 +104,24 @@ class TransformerState:
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy counts on from here, in runs of its own.
+        # A copy continues counting from here, with its own runs.
         return self.__dict__ | {"_ended": self.totals(), "_calls": {}, "_runs": {}, "_latest": None, "_lock": None}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def totals(self) -> Totals:
-        """What all calls came to until now."""
+        """Totals over all calls so far."""
         with self._lock:
             return functools.reduce(Totals.plus, (run.record for run, _ in self._runs.values()), self._ended)
 
     @property
     def sparse_calls(self) -> int:
-        """Self-attention calls that PSA computed."""
+        """Number of self-attention calls that PSA has computed."""
         return self.totals().sparse
 
     def report(self) -> dict[str, Any] | None:
-        """The figures of the run that began last, see `sampling/figures.py`; None before any. Reads from the device."""
+        """The figures of the latest run, see `sampling/figures.py`; None before the first. Reads from the device."""
         run = self._latest
         if run is None:
             return None
@@ -128,7 +129,7 @@ class TransformerState:
         return make_report(run)
 
     def begin_call(self, transformer: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Before a forward of the transformer. One read from the device where steps are told apart."""
+        """Called before a forward of the transformer. Reads once from the device if steps are told apart."""
         layout, timestep, steps, reason = None, None, None, None
         if not self.off:
             try:
@@ -149,8 +150,8 @@ class TransformerState:
     def _run(self, steps: Steps | None, layout: TokenLayout | None, device: torch.device) -> Run:
         """The run of this thread that a call belongs to.
 
-        Nothing tells where a run begins. It begins when the scheduler has made a new list of timesteps, when the
-        timestep rises, and with every call if no steps are known.
+        Nothing tells us that a new run begins. So we begin one when the scheduler has made a new list of timesteps,
+        when the timestep rises, and at every call if no steps are known.
         """
         thread = threading.get_ident()
         with self._lock:
@@ -167,9 +168,9 @@ class TransformerState:
             return run
 
     def _begin_run(self, steps: Steps | None, kept: Kept, device: torch.device) -> Run:
-        start = float("inf")  # all of the run is sparse
+        start = float("inf")  # the whole run is sparse
         if self.off or (steps is not None and steps.dense >= len(steps.timesteps)):
-            start = -1.0  # all of it is dense
+            start = -1.0  # the whole run is dense
         elif steps is not None:
             start = steps.timesteps[steps.dense]
         run = Run(self.settings, start, -1.0, pictured_block=-1, kept=kept, told=self._told)
@@ -177,20 +178,20 @@ class TransformerState:
         return run
 
     def _end_runs(self, over: Callable[[int], bool]) -> None:
-        """Count and drop the runs of threads that are `over`."""
+        """Count and drop the runs of threads for which `over` is true."""
         for thread in [thread for thread in self._runs if over(thread)]:
             run, _ = self._runs.pop(thread)
             self._ended = self._ended.plus(run.record)
             run.kept.clear()
 
     def forget(self) -> None:
-        """PSA is taken away: keep what was counted, and no more."""
+        """PSA is taken off: keep only the totals."""
         with self._lock:
             self._end_runs(lambda _: True)
             self._calls.clear()
 
     def end_call(self, transformer: torch.nn.Module, _: Any, output: Any) -> None:
-        """After a forward, `output` being None where it failed."""
+        """Called after a forward; `output` is None if it failed."""
         call = self._calls.pop(threading.get_ident(), None)
         if call is None:
             return
@@ -203,7 +204,7 @@ class TransformerState:
         return self._calls.get(threading.get_ident())
 
     def end_attention(self, call: Call, attention: torch.nn.Module, seen: bool) -> None:
-        """After a self-attention module; seen: whether `attend` was asked meanwhile."""
+        """Called after a self-attention module. seen: whether it called `attend` meanwhile."""
         call.attentions += 1
         if not seen and not self.off:
             self._stays_dense(call, _unseen_reason(attention))
@@ -223,7 +224,7 @@ class TransformerState:
     ) -> torch.Tensor | None:
         """PSA on query, key, value [B, H, L, D], with the arguments of scaled_dot_product_attention.
 
-        None where the call stays dense; that is counted and, once for each reason, logged.
+        None if the call stays dense, which is counted; each reason is logged once.
         """
         run = call.run
         run.begin_self_attention(block)
@@ -241,7 +242,7 @@ class TransformerState:
         return found
 
     def _stays_dense(self, call: Call, reason: str | None, calls: int = 1) -> None:
-        """Count; and say why, once. In the warm-up there is only something to say where no step would be sparse."""
+        """Count calls that stay dense, and log the reason once. In the warm-up, a reason means no step is sparse."""
         record = call.run.record
         if reason is not None and call.run.position.active:
             record.fell_back(reason, calls)
@@ -252,7 +253,7 @@ class TransformerState:
 
 
 def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) -> str | None:
-    """What only a pipeline can have against a call of an active step."""
+    """Why a call of an active step stays dense, for reasons that only exist in diffusers; None if there is none."""
     if call.reason is not None:
         return call.reason
     if masked:
@@ -260,7 +261,7 @@ def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) 
     tokens, expected = q.shape[2], call.run.position.layout.length
     if q.shape != k.shape or tokens != expected:
         return f"{tokens} and {k.shape[2]} tokens, but {expected} are expected of this model"
-    # The first pass of a reentrant checkpoint runs without a graph, its second pass must compute the same.
+    # The first pass of a reentrant checkpoint runs without a graph, and its second pass must compute the same.
     return NO_GRADIENTS if call.with_graph and not torch.is_grad_enabled() else None
 
 

@@ -1,5 +1,5 @@
-"""What a patched model does while it samples: a run is made when sampling starts, told of every model call, and dropped
-at the end, whatever ended it. All of it can be sent to another process; a run cannot.
+"""What a patched model does while it samples: a run is made when sampling starts, told about every model call, and
+dropped at the end, however sampling ends. Everything here can be sent to another process; a run cannot.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .override import RUN_KEY, PSAOverride
 Listener = Callable[[dict[str, Any]], None]
 
 _SCHEDULE_BEGINS = 0.005
-"""Percent before which a run counts as begun at the schedule's beginning."""
+"""Share of the schedule (0..1): a run that starts earlier than this counts as starting at the beginning."""
 
 
 @dataclasses.dataclass
 class PatchHandle:
-    """Attached to the patched model and shared by its clones: what was set, and the report of the last run."""
+    """Attached to the patched model and shared by its clones: the settings, and the report of the last run."""
 
     note: str
     settings: PatchSettings | None = None
@@ -46,7 +46,7 @@ class SamplingWrapper:
     on_end: Listener | None = None
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """Sample with a run of its own among the options; its report is kept also after an error."""
+        """Sample with a new run in the options; its report is kept even after an error."""
         guider = executor.class_obj
         run = Run(
             self.settings,
@@ -70,8 +70,8 @@ class SamplingWrapper:
             self._close(run, completed)
 
     def _close(self, run: Run, completed: bool) -> None:
-        """End a run and keep its report. It waits for the device, where an error of before may come up; a run that went
-        well must not fail by its report, and one that failed must fail by its own error."""
+        """End a run and keep its report. This waits for the device, where an earlier error may come up. A run that went
+        well must not fail because of its report, and a run that failed must fail with its own error."""
         handle = self.handle
         try:
             run.end(completed)
@@ -91,7 +91,7 @@ class SamplingWrapper:
 
 @dataclasses.dataclass(frozen=True)
 class CallListener:
-    """Tells the run its step, and where the tokens of a model call are."""
+    """Tells the run which step a model call belongs to, and where its tokens are."""
 
     read_call: CallReader
 
@@ -112,9 +112,9 @@ class CallListener:
 
 
 def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]:
-    """What a display needs of a run that has ended: number of steps by kind (see `record.KINDS`), mean sparsity of the
-    sparse ones, share of the whole run's attention that was saved, seconds (by kind of step the median, and in all),
-    what stayed dense and why (reason -> calls), why all of it did where that is so, and sentences about the run."""
+    """What a display needs of a finished run: number of steps by kind (see `record.KINDS`), mean sparsity of the sparse
+    calls, share of the whole run's attention that was saved, seconds (median by kind of step, and totals), what stayed
+    dense and why (reason -> calls), why everything stayed dense if it did, and sentences about the run."""
     return {
         "run": run.record.began,
         "completed": completed,
@@ -131,8 +131,8 @@ def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]
 
 
 def _sigma_start(settings: PatchSettings, guider: Any, sigmas: list[float]) -> float:
-    """The noise level at which PSA begins. A preset that counts steps counts them where the schedule begins: the second
-    of two samplers that share one schedule, and an image that is only reworked, have no dense steps."""
+    """The noise level at which PSA begins. A preset with a number of dense steps counts them from the beginning of the
+    schedule. So there are none in the second of two samplers that share a schedule, or when reworking a given video."""
     if settings.dense_steps is None:
         return core.percent_to_sigma(guider, settings.start_percent)
     if sigmas[0] < core.percent_to_sigma(guider, _SCHEDULE_BEGINS):

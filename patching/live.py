@@ -1,5 +1,5 @@
-"""What the page hears of a patched model: a sentence when the node runs, the figures of every step and run, and when
-another PSA Patch takes a node's place."""
+"""What the page is told about a patched model: a sentence when the node runs, the figures of every step and run, and
+when another PSA Patch replaces a node's patch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ REPLACED_EVENT = "psa.replaced"
 
 @dataclasses.dataclass(frozen=True)
 class Sender:
-    """Sends figures to the page that queued the prompt, as one event of a node; can itself be sent to a process.
+    """Sends figures of a node to the page that queued the prompt, as one event. Can be sent to another process.
 
     Attributes:
-        always: sent beside the figures, every time.
+        always: sent with the figures every time.
     """
 
     event: str
@@ -40,8 +40,8 @@ class Sender:
 
 
 def asked_of(prompt: dict[str, Any] | None, node_id: str | None) -> dict[str, Any]:
-    """The inputs of a node as its page queued them, by name; what came over a wire is None, but a PSA Pyramid gives its
-    own inputs. So the page can tell whether the figures of a run belong to the inputs that it shows."""
+    """The inputs of a node as the page queued them, by name. A wired input is None, except that a PSA Pyramid is given
+    as its own inputs. This lets the page tell whether the figures of a run belong to the inputs that it shows."""
     inputs = (prompt or {}).get(node_id, {}).get("inputs", {})
     asked = {}
     for name, value in inputs.items():
@@ -53,10 +53,10 @@ def asked_of(prompt: dict[str, Any] | None, node_id: str | None) -> dict[str, An
 
 
 def listeners(node_id: str | None, asked: dict[str, Any] | None = None) -> dict[str, Sender]:
-    """What tells the page of a node the figures of every step and run, as arguments of `patch_model`.
+    """The arguments for `patch_model` that send the figures of every step and run to the page of a node.
 
-    `asked`, see `asked_of`, goes with them: a page that was loaded since, or that queued what ComfyUI has cached, does
-    not hear of the node itself.
+    `asked`, see `asked_of`, is sent with them: a page that was loaded later, or whose prompt ComfyUI had cached, hears
+    nothing from the node itself.
     """
     if node_id is None:
         return {}
@@ -65,10 +65,10 @@ def listeners(node_id: str | None, asked: dict[str, Any] | None = None) -> dict[
 
 
 def told(model: Any, patched: Any, node_id: str | None) -> list[str]:
-    """What the page of a node is told when `model` has been `patched`: why the model stays dense ("" where it does
-    not), and the preset that was taken, which `auto` leaves to the model ("" where none was).
+    """What the page of a node is told once `model` has been `patched`: why the model stays dense ("" if it does not),
+    and the preset that is used, since `auto` leaves that to the model ("" if there is none).
 
-    Where the model comes from another PSA Patch, that node's page is told which one takes its place on this branch.
+    If the model comes from another PSA Patch, the page is also told which node replaces that one on this branch.
     """
     earlier: PatchHandle | None = model.get_attachment(KEY)
     handle: PatchHandle = patched.get_attachment(KEY)

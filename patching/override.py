@@ -1,7 +1,7 @@
-"""One attention call: PSA, or the dense attention it would have been, with the reason why.
+"""One attention call: PSA, or the dense attention that it would be without PSA, with the reason why.
 
-ComfyUI calls the override for every attention of the model, cross-attention too. What PSA declines goes to the override
-that was there before, or to the user's dense backend, with every argument as it came.
+ComfyUI calls the override for all attention of the model, including cross-attention. What PSA declines goes to the
+override that was there before, or to the user's dense backend, with all arguments unchanged.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class PSAOverride:
 
     def __init__(self, previous: Callable[..., torch.Tensor] | None) -> None:
         self.previous = previous
-        # Tracing would freeze the gating into a compiled graph. A decorator would load the compiler at import.
+        # Tracing would freeze our decisions into a compiled graph. A decorator would load the compiler at import.
         self._untraced = torch.compiler.disable(self._attend)
 
     def __reduce__(self) -> tuple:
-        """What it is made of: what the compiler wrapped cannot be sent to another process."""
+        """Made again from `previous`: what the compiler wrapped cannot be sent to another process."""
         return PSAOverride, (self.previous,)
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attention of q, k, v [B, L, H*D], or [B, H, L, D] with `skip_reshape`; see ComfyUI's attention functions."""
-        if len(args) >= 3 and args[0].shape != args[1].shape:  # cross-attention: a compiled model need not stop for it
+        if len(args) >= 3 and args[0].shape != args[1].shape:  # cross-attention: no need to break a compiled graph
             if not torch.compiler.is_compiling():
                 _note_other(kwargs)
             return self._hand_on(func, *args, **kwargs)
@@ -85,7 +85,7 @@ def is_self_attention(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
 def _sparse(
     run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: Any = None, *_: Any, **kwargs: Any
 ) -> torch.Tensor | str:
-    """PSA on one call, or the reason why it stays dense."""
+    """PSA on one call, or the reason why the call stays dense."""
     if mask is not None:
         return "the attention call carries a mask; bypass the node that sets it to have the call sparse"
     if not kwargs.get("skip_reshape"):
@@ -101,7 +101,7 @@ def _sparse(
 
 
 def failure(run: Run, error: Exception) -> str:
-    """Why calls stay dense after an error, in its own words where it has some."""
+    """Why calls stay dense after an error, in the error's own words if it has any."""
     if isinstance(error, ConfigError):
         return out_of_reach(run, error)
     if isinstance(error, BackendError):
@@ -120,7 +120,7 @@ COMFYUI = Host(core.is_out_of_memory, core.free_cached_memory, failure)
 
 
 def out_of_reach(run: Run, error: ConfigError) -> str:
-    """Why a setting cannot be had on the current number of tokens, and which sparsity could."""
+    """Why a setting is impossible with the current number of tokens, and the nearest sparsity that is possible."""
     config, layout = run.position.config, run.position.layout
     if error.field != "sparsity" or config.sparsity is None:
         return f"{error.field} {error.given} cannot be had on {layout.video} video tokens; allowed: {error.allowed}"

@@ -1,6 +1,7 @@
 """Patch a loaded ComfyUI model with PSA, and take the patch off again: a clone is changed, never the model itself.
 
-What is put onto it acts while it samples (`sampling.py`); what is assumed about ComfyUI's insides is in `core.py`.
+What the patch does while the model samples is in `handle.py` and `override.py`; what we assume about ComfyUI's insides
+is in `core.py`.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ STOCK = "sparsity is 0: the model is the stock one"
 def patch_model(
     model: Any, *, sparsity: float, on_step: Listener | None = None, on_end: Listener | None = None, **inputs: Any
 ) -> Any:
-    """A clone of a ComfyUI MODEL that attends with PSA; unpatched, with one log line, where PSA cannot serve it.
+    """A clone of a ComfyUI MODEL that attends with PSA; unpatched, with one log line, if PSA does not support it.
 
     Args:
         model: ComfyUI's ModelPatcher; sparsity 0 returns the stock model.
-        on_step: gets the figures of every step of every run, for a display. on_end: gets those of every run that
-            has ended, see `sampling.figures`.
-        inputs: the other inputs of PSA Patch, see `settings.PatchInputs`.
+        on_step: gets the figures of every step of every run, for a display. on_end: gets those of every
+            finished run, see `handle.figures`.
+        inputs: the other inputs of PSA Patch, see `choices.settings.PatchInputs`.
 
     Raises:
-        InputError: an input is wrong, naming it.
+        InputError: an input is wrong; the error names it.
     """
     require_model(model)
     family = find_family(model)
@@ -61,7 +62,7 @@ def apply_patch(
     on_step: Listener | None = None,
     on_end: Listener | None = None,
 ) -> Any:
-    """A clone of `model` with override and wrappers in place; an earlier PSA patch on it is replaced."""
+    """A clone of `model` with the override and the wrappers; an earlier PSA patch on it is replaced."""
     patched = remove_patch(model)
     handle = PatchHandle("patched", settings)
     previous = core.get_override(patched)
@@ -76,7 +77,7 @@ def apply_patch(
 
 
 def remove_patch(model: Any) -> Any:
-    """A clone of `model` without PSA: whatever override was there before is back."""
+    """A clone of `model` without PSA; an override that was there before is put back."""
     clone = model.clone()
     override = core.get_override(clone)
     if isinstance(override, PSAOverride):

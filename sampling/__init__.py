@@ -1,1 +1,1 @@
-"""One run of a sampler: where it is, what the next call may reuse, what was measured. Knows no model."""
+"""One sampling run: where it is, what the next call may reuse, what was measured. Knows nothing about models."""

@@ -1,4 +1,4 @@
-"""Seconds of attention calls without waiting for the device: events on a GPU, the host's clock on a CPU."""
+"""Times attention calls without waiting for the device: with events on a GPU, with the host's clock on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Clock:
-    """Sums the time between `start` and `stop`; on devices other than CUDA (and ROCm) and the CPU it stays silent."""
+    """Adds up the time between `start` and `stop`. Measures on CUDA, ROCm and the CPU; other devices get no figures."""
 
     def __init__(self, device: torch.device | str = "meta") -> None:
         self._kind = torch.device(device).type
@@ -16,17 +16,17 @@ class Clock:
         self._spans: list[tuple] = []
 
     def start(self) -> None:
-        """A call begins; a start without a stop is forgotten at the next one."""
+        """A call begins; a start without a stop is dropped at the next start."""
         self._started = self._now()
 
     def stop(self) -> None:
-        """The call that began last has been handed to the device."""
+        """The latest call has been handed to the device."""
         if self._started is not None:
             self._spans.append((self._started, self._now()))
             self._started = None
 
     def take(self) -> float | None:
-        """Seconds since the last `take`; None without any call. On a GPU it waits for the last one."""
+        """Seconds of the calls since the last `take`; None if there were none. On a GPU it waits for the last call."""
         spans, self._spans = self._spans, []
         if not spans:
             return None

@@ -1,12 +1,12 @@
 """The report of a sampling run: plain numbers, ready for JSON. Nothing is measured here.
 
 Fields: backend, preset, target_sparsity, mean_sparsity (of the sparse calls), saved (share of the whole run's
-self-attention, its dense steps and calls included), grid (of the largest part of the video that was computed in one
-piece), grids (of every part: grid, sparse_calls, mean sparsity), steps (index, sigma, kind: see `record.KINDS`,
-seconds, sparsity or null where nothing was sparse, sparse_calls, dense_calls, attention_seconds of its sparse calls,
-layers: one sparsity a block), layers (block index -> mean sparsity), shares (pooling factor -> mean share of the block
-pairs), coverage, time (seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks (reason,
-calls), notes (sentences about the run as a whole), level_map (pooling factors of one block's first head, every
+self-attention, including its dense steps and calls), grid (of the largest part of the video that was computed in one
+piece), grids (for every part: grid, sparse_calls, mean sparsity), steps (index, sigma, kind: see `record.KINDS`,
+seconds, sparsity or null if nothing was sparse, sparse_calls, dense_calls, attention_seconds of its sparse calls,
+layers: one sparsity per block), layers (block index -> mean sparsity), shares (pooling factor -> mean share of the
+block pairs), coverage, time (seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks
+(reason, calls), notes (sentences about the run as a whole), level_map (pooling factors of one block's first head, every
 stride-th row and column, and the share of its resolution at which each token was seen).
 """
 
@@ -27,7 +27,7 @@ MOST_PAIRS = 65536
 
 
 def make_report(run: Run) -> dict[str, Any]:
-    """Read the run's figures from the device, once, and put them into a dictionary."""
+    """Read the run's figures from the device, once, and put them in a dictionary."""
     config, record = run.settings.config, run.record
     calls = [
         (step, block, grid, density)
@@ -48,7 +48,7 @@ def make_report(run: Run) -> dict[str, Any]:
     shares = mean_shares(record)
     level_map = None
     if record.level_map is not None:
-        # At 720p there are half a million pairs; the page and the log of a prompt need not carry them all.
+        # At 720p there are half a million pairs; the page and the log of a prompt do not need all of them.
         stride = max(1, math.ceil((record.level_map.factors.numel() / MOST_PAIRS) ** 0.5))
         level_map = {
             "step": record.level_map.step,
@@ -99,7 +99,7 @@ def make_report(run: Run) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """A run in a sentence for the log, with the median times of its sparse and of its dense steps."""
+    """One sentence about a run for the log, with the median times of its sparse and dense steps."""
     seconds, count = median_seconds(report), Counter(step["kind"] for step in report["steps"])
     sparse = count[SPARSE]
     text = f"{sparse} of {len(report['steps'])} steps sparse"
@@ -114,7 +114,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def median_seconds(report: dict[str, Any]) -> dict[str, float]:
-    """Kind of step -> median seconds of its steps, of the kinds that came."""
+    """Kind of step -> median seconds of its steps, for the kinds that occurred."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for step in report["steps"]:
         seconds[step["kind"]].append(step["seconds"])
@@ -122,10 +122,10 @@ def median_seconds(report: dict[str, Any]) -> dict[str, float]:
 
 
 def share_saved(steps: list[Step], saved: float) -> float:
-    """Share of a run's self-attention that was not computed: `saved` calls' worth of all calls, sparse and dense.
+    """Share of a run's self-attention that was not computed: `saved`, in calls, out of all calls, sparse and dense.
 
-    A step whose attention went past PSA counts as many calls as the others have on average, one that a cache answered
-    none.
+    A step whose attention bypassed PSA counts as many calls as the other steps have on average; a step that a cache
+    answered counts none.
     """
     calls = [len(step.densities) + step.dense_calls for step in steps if step.reached]
     unseen = sum(step.kind == UNSEEN for step in steps)
@@ -133,7 +133,7 @@ def share_saved(steps: list[Step], saved: float) -> float:
 
 
 def mean_shares(record: Record) -> dict[int, float] | None:
-    """Pooling factor -> share of the block pairs at it, mean over all sparse calls; None without any."""
+    """Pooling factor -> its share of the block pairs, mean over all sparse calls; None if there were none."""
     ends = [ends for step in record.steps for ends in step.level_ends]
     if not ends:
         return None
@@ -141,7 +141,7 @@ def mean_shares(record: Record) -> dict[int, float] | None:
 
 
 def _time(steps: list[Step]) -> dict[str, float | None]:
-    """Seconds; attention is that of the sparse calls, None where the device has no clock for them."""
+    """Seconds; attention is only that of the sparse calls, None if the device has no clock for them."""
     seconds = {"dense_steps": 0.0, "sparse_steps": 0.0, "other_steps": 0.0}
     for step in steps:
         seconds[f"{step.kind if step.kind in (SPARSE, DENSE) else 'other'}_steps"] += step.seconds
@@ -153,7 +153,7 @@ def _time(steps: list[Step]) -> dict[str, float | None]:
 
 
 def _token_levels(level_map: LevelMap, block_kv: int) -> list[float]:
-    """Share of its resolution (0..1) at which each video token was seen, mean over query blocks: raster order."""
+    """Share of its resolution (0..1) at which each video token was seen, mean over query blocks, in raster order."""
     per_block = pair_cost(level_map.factors).mean(0)
     per_token = per_block.repeat_interleave(block_kv)[: level_map.layout.video]
     inverse = level_map.order.inverse

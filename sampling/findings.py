@@ -1,4 +1,4 @@
-"""What a run as a whole shows and no single call can: attention that never came to PSA, and why, as far as it shows."""
+"""What only the run as a whole can show: attention that never reached PSA, and why, as far as we can tell."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .run import Run
 
 
 def find(record: Record) -> list[str]:
-    """Sentences about a run that has ended, each with what to do; none where all went as it was meant to."""
+    """Sentences about a finished run, each with what to do; none if everything went as intended."""
     if not record.steps:
         return [
             "no call of the model came to PSA in this run: a cache or a compiled model answered all of them; "
@@ -37,7 +37,7 @@ def find(record: Record) -> list[str]:
 
 
 def unranked_note(pairs: int) -> list[str]:
-    """What to say where the importance of so many pairs of blocks was not a finite number; nothing for none."""
+    """What to say if the importance of `pairs` pairs of blocks was not a finite number; nothing if `pairs` is 0."""
     if not pairs:
         return []
     return [
@@ -47,7 +47,7 @@ def unranked_note(pairs: int) -> list[str]:
 
 
 def why_dense(run: Run) -> str | None:
-    """Why nothing was sparse in a run that has ended, and what to do; None where something was."""
+    """Why nothing was sparse in a finished run, and what to do; None if something was sparse."""
     record = run.record
     if any(step.kind == SPARSE for step in record.steps):
         return None
@@ -67,7 +67,7 @@ def why_dense(run: Run) -> str | None:
 
 
 def _unseen_blocks(record: Record, watched: list[Step]) -> list[str]:
-    """Blocks whose self-attention came in no active step that was computed, while that of others did."""
+    """A sentence about blocks whose self-attention reached PSA in no watched step, while that of other blocks did."""
     missing = sorted(set(range(record.blocks or 0)) - set().union(*(step.blocks for step in watched)))
     if not missing:
         return []

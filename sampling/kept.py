@@ -1,5 +1,5 @@
-"""What the next attention call may reuse: levels and centroids of the same call of an earlier step, token orders, in
-how many groups of heads calls are computed, and why calls that failed are not tried again.
+"""What the next attention call may reuse: levels and centroids from the same call in an earlier step, and token orders;
+also how many groups of heads calls are computed in, and why calls that failed are not tried again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..kernels.order import TokenOrder, make_order
 from ..kernels.semantic import SEMANTIC_ORDERS, Centroids
 
 _FORGOTTEN_AFTER = 2
-"""Steps after which what no call has asked for is dropped: windows that move on never come again."""
+"""Steps after which an entry that no call has renewed is dropped: windows that move on never come back."""
 
 Grid = tuple[int, int, int]
 
@@ -30,17 +30,17 @@ class _Entry:
 
 
 class Kept:
-    """Levels and centroids by the place of a call: which block, of which prompts, of which part of the video.
+    """Levels and centroids by the place of a call: which block, which prompts, which part of the video.
 
-    Levels serve `reuse_steps` calls, the one that chose them included, and no more than so many steps: a sampler may
-    ask several times in a step, a cache may leave steps out.
+    Levels are used for `reuse_steps` calls, including the one that chose them, and for no more than that many steps: a
+    sampler may call the model several times in a step, and a cache may skip steps.
 
     Attributes:
-        groups: in how many groups of heads a call is computed, more than one where memory is short.
+        groups: how many groups of heads a call is computed in, more than one if memory is short.
     """
 
     def __init__(self, reuse_steps: int, refusals: dict[Hashable, str] | None = None) -> None:
-        """refusals: those that others share; by default its own."""
+        """refusals: a dictionary shared with others; by default its own."""
         self.reuse_steps = reuse_steps
         self.groups = 1
         self._step = 0
@@ -50,7 +50,7 @@ class Kept:
         self._refusals: dict[Hashable, str] = {} if refusals is None else refusals
 
     def next_step(self) -> None:
-        """A step begins: drop what is too old to be of use."""
+        """A step begins: drop what is too old to be useful."""
         self._step += 1
         for place, entry in list(self._entries.items()):
             age = self._step - entry.step
@@ -60,19 +60,19 @@ class Kept:
                 del self._entries[place]
 
     def lists(self, place: Hashable) -> BlockLists | None:
-        """The levels that the call at `place` is to use; None where it has to choose."""
+        """The levels that the call at `place` should use; None if it has to choose them."""
         entry = self._entries.get(place)
         if entry is None or entry.calls >= self.reuse_steps:
             return None
         return entry.lists
 
     def centroids(self, place: Hashable) -> Centroids | None:
-        """Where k-means goes on, in orders that follow the data."""
+        """Where k-means continues from, for orders that follow the data; None if it starts from scratch."""
         entry = self._entries.get(place)
         return None if entry is None else entry.centroids
 
     def put(self, place: Hashable, result: AttentionResult, reused: bool) -> None:
-        """The call at `place` has been computed, with the levels that were kept or with new ones."""
+        """The call at `place` has been computed, with kept levels (`reused`) or with new ones."""
         if self._last:
             self._entries.pop(place, None)
             return
@@ -85,7 +85,7 @@ class Kept:
             self._entries[place] = _Entry(self._step, 1, lists, result.centroids)
 
     def last_step(self) -> None:
-        """No step comes after this one, so that a call leaves nothing."""
+        """No step comes after this one, so calls keep nothing from now on."""
         self._last = True
 
     def clear(self) -> None:
@@ -94,8 +94,8 @@ class Kept:
         self._last = False
 
     def split(self, heads: int) -> bool:
-        """Memory is short: calls of `heads` heads are computed in more groups from now on; False where each has one
-        head already. What was kept is of groups of another size."""
+        """Memory is short: calls with `heads` heads are computed in more groups from now on; False if every group has
+        only one head already. What was kept is dropped, since it belongs to groups of another size."""
         if self.groups >= heads:
             return False
         self.groups = min(2 * self.groups, heads)
@@ -116,9 +116,9 @@ class Kept:
         self._orders = {key: order for key, order in self._orders.items() if key[0] == grid}
 
     def refuse(self, case: Hashable, reason: str, sparsity: float | None = None) -> None:
-        """Calls like this one stay dense from now on; sparsity: the only one that it is true of, None for all."""
+        """Calls like this one stay dense from now on. sparsity: the only sparsity this applies to, None for all."""
         self._refusals[case, sparsity] = reason
 
     def refusal(self, case: Hashable, sparsity: float | None) -> str | None:
-        """Why such a call is not tried; None where it is."""
+        """Why a call like this one is not tried; None if it is."""
         return self._refusals.get((case, None)) or self._refusals.get((case, sparsity))

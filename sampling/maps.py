@@ -1,6 +1,6 @@
-"""Where the video was seen at which resolution, per block and head: what PSA Report draws over the frames.
+"""Which parts of the video were seen at which resolution, per block and head: what PSA Report draws over the frames.
 
-Taken in one step of a run, its last sparse one, so that it costs next to nothing; kept as one number a key block.
+Taken in only one step of a run, the last sparse one, so it costs next to nothing; kept as one number per key block.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..kernels.order import TokenOrder
 
 @dataclasses.dataclass(frozen=True)
 class BlockMap:
-    """Figures of one transformer block's call, first batch entry.
+    """Figures of one transformer block's call, for the first batch entry.
 
     Attributes:
         seen: share of its resolution (0..1) at which each key block is seen, mean over the query blocks: [H, n_k].
-        spot: pooling factor at which the query block of one spot sees each key block, 0 for not at all: [H, n_k].
-        inverse: place of every token in the order of each head's keys, int32 [H, L], where heads differ in it.
+        spot: pooling factor at which the query block at one spot sees each key block, 0 for not at all: [H, n_k].
+        inverse: place of every token in the order of each head's keys, int32 [H, L]; None if all heads share one.
     """
 
     seen: torch.Tensor
@@ -31,8 +31,11 @@ class BlockMap:
 
 @dataclasses.dataclass
 class RunMaps:
-    """The maps of one step: `blocks` by index of the transformer block, `spot` the token (time, height, width), `whole`
-    whether the grid is that of the whole video and not of an area or window of it."""
+    """The maps of one step.
+
+    `blocks` is by index of the transformer block, `spot` is a token (time, height, width), and `whole` says whether the
+    grid covers the whole video, not just an area or window of it.
+    """
 
     step: int
     grid: tuple[int, int, int]
@@ -48,7 +51,7 @@ class RunMaps:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
     def to_host(self) -> RunMaps:
-        """A copy whose tensors lie on the host."""
+        """A copy with its tensors on the host."""
         blocks = {
             index: BlockMap(item.seen.cpu(), item.spot.cpu(), _to_host(item.inverse))
             for index, item in self.blocks.items()
@@ -56,13 +59,13 @@ class RunMaps:
         return dataclasses.replace(self, inverse=_to_host(self.inverse), blocks=blocks)
 
     def over_video(self, per_block: torch.Tensor, inverse: torch.Tensor | None = None) -> torch.Tensor:
-        """Values of the key blocks [n_k] over the video: [T, H, W]. inverse: that of the head, where heads differ."""
+        """Values of the key blocks [n_k] over the video: [T, H, W]. inverse: the one of the head, if heads differ."""
         values = per_block.repeat_interleave(self.block_kv)[: self.tokens]
         inverse = self.inverse if inverse is None else inverse
         return (values if inverse is None else values[inverse.long()]).view(self.grid)
 
     def head(self, block: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`BlockMap.seen` and `BlockMap.spot` of a head over the video, [T, H, W] each."""
+        """`BlockMap.seen` and `BlockMap.spot` of one head over the video, each [T, H, W]."""
         found = self.blocks[block]
         inverse = None if found.inverse is None else found.inverse[head]
         return self.over_video(found.seen[head], inverse), self.over_video(found.spot[head], inverse)
@@ -81,7 +84,7 @@ def block_map(
     grid: tuple[int, int, int],
     block_q: int,
 ) -> BlockMap:
-    """The map of one call; head by head, so that it needs little memory."""
+    """The map of one call, made head by head so that it needs little memory."""
     token = (spot[0] * grid[1] + spot[1]) * grid[2] + spot[2]
     seen, at_spot = [], []
     for head in range(lists.blocks.shape[1]):
@@ -91,7 +94,7 @@ def block_map(
         if inverse is None:
             row = torch.tensor([token // block_q], device=factors.device)
         else:
-            row = inverse[token : token + 1] // block_q  # stays on the device: nothing waits for it
+            row = inverse[token : token + 1] // block_q  # stays on the device, so nothing has to wait
         at_spot.append(factors.index_select(0, row)[0])
     differ = key_order.inverse is not None and key_order.inverse.ndim > 1
     inverse = key_order.inverse[0, : len(seen)].to(torch.int32) if differ else None

@@ -1,4 +1,4 @@
-"""Where a run is: its step and the pyramid there, the grid of the model call, the block of the attention call."""
+"""Where a run is: its step and the settings there, the grid of the model call, the block of the attention call."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from .schedule import Place, Schedule
 
 
 def is_active(sigma: float, sigma_start: float, sigma_end: float) -> bool:
-    """Whether a model call at noise level `sigma` lies in PSA's part of the schedule.
+    """Whether a model call at noise level `sigma` is in PSA's part of the schedule.
 
-    A step at the start itself is inside, and one at the end outside. The sampler's noise levels are rounded to float32,
-    the bounds are not: without slack 16 steps at a shift of 12 would have 5 dense ones at a start of 0.25.
+    A step exactly at the start is inside, and a step exactly at the end is outside. The sampler's noise levels are
+    rounded to float32 and the bounds are not: without slack, 16 steps at a shift of 12 would have 5 dense steps at a
+    start of 0.25.
     """
     slack = 1 + 1e-6
     return sigma_end * slack < sigma <= sigma_start * slack
 
 
 class Position:
-    """Moved by model calls and attention calls; measures nothing and keeps nothing.
+    """Follows model calls and attention calls; measures nothing and keeps nothing.
 
     Attributes:
-        active: whether the current model call lies in PSA's part of the schedule. config: the pyramid at its step.
-        layout: where its video tokens lie; None before the first call, or where the call could not be read.
+        active: whether the current model call is in PSA's part of the schedule. config: the settings at its step.
+        layout: where its video tokens are; None before the first call, or if the call could not be read.
         context_tokens: lengths that its cross-attention may have.
         forward: which of the model calls of its step it is, counted from 0.
         block: transformer block of the current attention call; named: whether the model itself said which.
-        planned_steps: number of steps of the sampler, where it is known.
+        planned_steps: number of steps of the sampler, None if it is not known.
     """
 
     def __init__(
@@ -41,8 +42,8 @@ class Position:
         latent_size: tuple[int, ...] = (),
         pixels: tuple[int, int] | None = None,
     ) -> None:
-        """latent_size: (time, height, width) of the latent that is sampled, where it is known; a call on less of it is
-        one on a part of the video. pixels: frames and pixels that stand for one of the latent, where they are known."""
+        """latent_size: (time, height, width) of the latent that is sampled, if known; a call on a smaller latent is on
+        a part of the video. pixels: frames and pixels per step of the latent, in time and in space, if known."""
         self._settings = settings
         self._bounds = sigma_start, sigma_end
         self._latent_size, self._pixels = latent_size, pixels
@@ -60,17 +61,17 @@ class Position:
         self.planned_steps: int | None = None
 
     def beside(self) -> Position:
-        """One of the same run for another worker."""
+        """A position in the same run for another worker."""
         return Position(self._settings, *self._bounds, self._latent_size, self._pixels)
 
     def plan(self, sigmas: list[float] | None) -> None:
-        """Called before the first model call, with the sampler's noise levels (steps + 1), where they are known."""
+        """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known."""
         if sigmas is not None and len(sigmas) > 1:
             self._schedule = Schedule(sigmas[:-1], self.is_active)
             self.planned_steps = len(sigmas) - 1
 
     def is_active(self, sigma: float) -> bool:
-        """Whether a model call at noise level `sigma` lies in PSA's part of the schedule."""
+        """Whether a model call at noise level `sigma` is in PSA's part of the schedule."""
         return is_active(sigma, *self._bounds)
 
     def begin_model_call(
@@ -80,8 +81,12 @@ class Position:
         context_tokens: tuple[int, ...],
         call_size: tuple[int, ...] = (),
     ) -> list[tuple[int, float]]:
-        """A model call begins, see `Run.begin_model_call`; the steps that began since the last one as (index, noise
-        level), this call's own at the end: none where its step goes on, several where some came without a call."""
+        """A model call begins, see `Run.begin_model_call`.
+
+        Returns:
+            The steps that began since the last call, as (index, noise level), with this call's own at the end: none if
+            its step continues, several if some steps had no model call.
+        """
         self.layout, self.context_tokens, self._call_size = layout, context_tokens, call_size
         self.active = self.is_active(sigma)
         before, place = self._place, self._schedule.move(sigma)
@@ -96,20 +101,20 @@ class Position:
         return [*self._levels(before.step + 1, place.step if both else before.step), (place.step, sigma)]
 
     def steps_left(self) -> list[tuple[int, float]]:
-        """Steps of the schedule after the current one, as (index, noise level); none where it is not on it."""
+        """Steps of the schedule after the current one, as (index, noise level); none while it is between levels."""
         return self._levels(self._place.step + 1, len(self._schedule.levels)) if self._place.on_level else []
 
     def _levels(self, first: int, end: int) -> list[tuple[int, float]]:
         return [(step, self._schedule.levels[step]) for step in range(first, end)]
 
     def begin_self_attention(self, block: int | None) -> None:
-        """A self-attention call begins; models that do not say their block have one call a block, in order."""
+        """A self-attention call begins. Models that do not name the block have one call per block, in order."""
         self.named = block is not None
         self.block = self._calls if block is None else block
         self._calls += 1
 
     def decide(self, config: PyramidConfig, active: bool) -> None:
-        """For experiments, which choose the pyramid of the current call and whether it is sparse for themselves."""
+        """For experiments, which choose the settings of the current call, and whether it is sparse, themselves."""
         self.config, self.active = config, active
 
     @property
@@ -129,12 +134,12 @@ class Position:
 
     @property
     def size(self) -> str:
-        """The size of the current model call, as the user knows it where that can be said."""
+        """The size of the current model call, in frames and pixels if these are known."""
         if self._pixels is None or not self._call_size:
             return "x".join(map(str, self.layout.grid)) + " of them in time, height, width"
         (time, height, width), (frames, pixels) = self._call_size, self._pixels
         return f"{(time - 1) * frames + 1} frames of {width * pixels}x{height * pixels}"
 
     def case(self, q: torch.Tensor) -> tuple:
-        """What decides whether the kernels can compute a call on q [B, H, L, D]: all but its values."""
+        """What decides whether the kernels can compute a call on q [B, H, L, D]: everything but its values."""
         return self.layout, q.shape, q.dtype, q.device

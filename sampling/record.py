@@ -1,4 +1,4 @@
-"""What was measured in a run, step by step; what a GPU computed stays there until the step or the run has ended."""
+"""What was measured in a run, step by step. What a GPU computed stays on it until the step or the run has ended."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .position import Position
 log = logging.getLogger("ComfyUI-PSA")
 
 SPARSE, DENSE, SKIPPED, UNSEEN, INTERRUPTED = KINDS = ("sparse", "dense", "skipped", "unseen", "interrupted")
-"""What became of a step: some calls were sparse; all that came stayed dense; none came, because a cache answered; its
-attention was computed, but went past PSA; the run was broken off in it."""
+"""What happened in a step: some calls were sparse; all calls that came stayed dense; none came, because a cache
+answered; its attention was computed, but bypassed PSA; the run was stopped during it."""
 
 Grid = tuple[int, int, int]
 
@@ -32,15 +32,16 @@ class Step:
     """Figures of one sampler step.
 
     Attributes:
-        ended: when its last model call returned, where that is told.
-        active: whether it lies in PSA's part of the schedule.
-        foreign: whether another attention override was in front of PSA's. other_calls: whether attention other than
-            self-attention came, which shows that the model ran. blocks: those whose self-attention came.
-        densities: (block index, scalar tensor) of every sparse call; grids: beside them, the grid of the call;
-            level_ends: beside them, the share of the key blocks up to the end of each level, finest first, [n_levels].
-        unranked: of the sparse calls that chose levels, how many pairs of blocks had a score that is not finite.
-        attention: seconds of its sparse attention calls, None where the device has no clock for them.
-        kind: one of `KINDS` when it has ended.
+        ended: when its last model call returned; 0 if that is never reported.
+        active: whether it is in PSA's part of the schedule.
+        foreign: whether another attention override was in front of PSA's. other_calls: whether there was attention
+            other than self-attention, which shows that the model ran. blocks: those whose self-attention reached PSA.
+        densities: (block index, scalar tensor) of every sparse call; grids: the grid of each of these calls;
+            level_ends: for each of them, the share of the key blocks up to the end of each level, finest first,
+            [n_levels].
+        unranked: for sparse calls that chose levels, how many pairs of blocks had a score that is not finite.
+        attention: seconds of its sparse attention calls, None if the device has no clock for them.
+        kind: one of `KINDS` once it has ended.
     """
 
     index: int
@@ -62,7 +63,7 @@ class Step:
 
     @property
     def reached(self) -> bool:
-        """Whether any self-attention of the step came to PSA."""
+        """Whether any self-attention of the step reached PSA."""
         return bool(self.densities or self.dense_calls)
 
     def take_in(self, other: Step) -> None:
@@ -87,7 +88,7 @@ class Step:
 
 @dataclasses.dataclass
 class LevelMap:
-    """The pooling factors of one call, of its first batch entry and head: the picture in the report."""
+    """The pooling factors of one call, for its first batch entry and head: the picture in the report."""
 
     step: int
     block: int
@@ -97,13 +98,13 @@ class LevelMap:
 
 
 class Record:
-    """Figures of one run; told what happens, asked when it has ended (`figures.py`, `findings.py`).
+    """Figures of one run: collected while it runs, read once it has ended (`figures.py`, `findings.py`).
 
     Attributes:
-        began: when, in seconds since the epoch. blocks: number of the model's transformer blocks, where it is known.
-        blocks_are_named: whether the model says which block an attention call is of.
+        began: when, in seconds since the epoch. blocks: number of the model's transformer blocks, if known.
+        blocks_are_named: whether the model says which block an attention call belongs to.
         replaced: parts of the model whose forward another node has replaced. layouts: of all model calls.
-        backend, levels: of the sparse calls. level_map, maps: pictures, where any were asked for.
+        backend, levels: of the sparse calls. level_map, maps: pictures, if any were requested.
         fallbacks: why calls of active steps stayed dense, and how many. notes: sentences about the run as a whole.
     """
 
@@ -116,9 +117,9 @@ class Record:
         verbose: bool = False,
         told: set[str] | None = None,
     ) -> None:
-        """pictured_block: whose first head is pictured, -1 for no pictures. on_step: gets the figures of every step
-        that has ended; without it nothing is read from the device before the run has ended. told: reasons that
-        need not be logged again; others may share it."""
+        """pictured_block: the block whose first head is pictured, -1 for no pictures. on_step: gets the figures of
+        every finished step; without it nothing is read from the device before the run has ended. told: reasons that
+        were logged already; may be shared with other records."""
         self.began = time.time()
         self.blocks = blocks
         self.blocks_are_named = True
@@ -137,18 +138,18 @@ class Record:
         self._clock = Clock()
 
     def beside(self) -> Record:
-        """One for another worker of the same run: no pictures, no display; failures are counted in one place."""
+        """A record for another worker of the same run: no pictures, no display; fallbacks are counted together."""
         other = Record(verbose=self._verbose, told=self._told)
         other.fallbacks = self.fallbacks
         return other
 
     def plan(self, steps: int | None, device: torch.device, replaced: Sequence[str] = ()) -> None:
-        """Called before the first model call: number of steps, device, and what has been replaced in the model."""
+        """Called before the first model call: number of steps, device, and which parts of the model were replaced."""
         self.planned_steps, self.replaced = steps, list(replaced)
         self._clock = Clock(device)
 
     def begin_steps(self, steps: Sequence[tuple[int, float]], position: Position) -> None:
-        """Steps begin, as (index, noise level); all but the last one came without a model call."""
+        """Steps begin, as (index, noise level); all but the last one had no model call."""
         for index, sigma in steps:
             self._end_step()
             self.steps.append(Step(index, sigma, time.perf_counter(), active=position.is_active(sigma)))
@@ -168,7 +169,7 @@ class Record:
             self._clock.start()
 
     def fell_back(self, reason: str, calls: int = 1) -> None:
-        """Count calls that stay dense although their step is sparse; each reason is logged once."""
+        """Count calls that stay dense although their step is active; each reason is logged once."""
         self.tell(reason)
         self.fallbacks[reason] += calls
         self.dense_call(calls)
@@ -185,12 +186,12 @@ class Record:
             self.steps[-1].dense_calls += calls
 
     def other_call(self) -> None:
-        """Note an attention call that is no self-attention: the model does run."""
+        """Note an attention call that is not self-attention: it shows that the model runs."""
         if self.steps:
             self.steps[-1].other_calls = True
 
     def sparse_call(self, position: Position, result: AttentionResult) -> None:
-        """Record a sparse call: its density (it stays on the device) and, for one block, the map of levels."""
+        """Record a sparse call: its density (which stays on the device) and, for one block, the map of levels."""
         self._clock.stop()
         self.backend = result.backend
         step, block, layout = self.steps[-1], position.block, position.layout
@@ -210,11 +211,11 @@ class Record:
             self._map(position, result)
 
     def density(self, block: int, density: torch.Tensor) -> None:
-        """The density of a call of `block`, where no more is known of it: a scalar tensor."""
+        """Record the density, a scalar tensor, of a call of `block`."""
         self.steps[-1].densities.append((block, density))
 
     def _map(self, position: Position, result: AttentionResult) -> None:
-        """Keep where this block's heads look; a picture must never end a run."""
+        """Keep a map of where this block's heads look; a picture must never end a run."""
         layout, block, config = position.layout, position.block, position.config
         orders = result.query_order, result.key_order
         try:
@@ -232,18 +233,18 @@ class Record:
         self.steps[-1].ended = time.perf_counter()
 
     def note(self, sentences: Sequence[str]) -> None:
-        """Keep and log what the run as a whole shows."""
+        """Log and keep sentences about the run as a whole."""
         for sentence in sentences:
             log.warning("PSA: %s", sentence)
         self.notes += sentences
 
     def end_step(self) -> None:
-        """Close the step of the last model call that has returned, so that its figures can be read."""
+        """Close the current step if its last model call has returned, so that its figures can be read."""
         if self.steps and self.steps[-1].ended:
             self._end_step(until=self.steps[-1].ended)
 
     def end(self, position: Position, completed: bool = True) -> None:
-        """Close the last step. completed: False after an error or an interrupt, which broke off the last step."""
+        """Close the last step. completed: False after an error or an interrupt, which stopped the last step."""
         self._end_step(completed)
         if completed:
             self.begin_steps(position.steps_left(), position)
@@ -251,7 +252,7 @@ class Record:
         self._clock = Clock()
 
     def take_in(self, other: Record) -> None:
-        """Add what another worker measured, step by step, on another device: from here on all is on the host."""
+        """Add what another worker measured on another device, step by step; all figures then move to the host."""
         self.backend, self.levels = self.backend or other.backend, self.levels or other.levels
         self.layouts += [layout for layout in other.layouts if layout not in self.layouts]
         steps = {step.index: step for step in self.steps}
@@ -280,12 +281,12 @@ class Record:
     def _kind(self, step: Step) -> str:
         if step.reached:
             return SPARSE if step.densities else DENSE
-        # Where calls came in other steps, the way to PSA is open, and a step without any was not computed.
+        # If calls came in other steps, attention does reach PSA, so a step without any was not computed.
         came = any(other.reached and other.foreign >= step.foreign for other in self.steps)
         return SKIPPED if came and not step.other_calls else UNSEEN
 
     def _figures(self, step: Step) -> dict:
-        """What the page shows of a step; one read from the device, which the step's end has waited for anyway."""
+        """What the page shows of a step. Reads once from the device, which the step's end has waited for anyway."""
         sparsity, coverage, shares = None, None, None
         if step.densities:
             ends = torch.stack(step.level_ends).mean(0)

@@ -1,8 +1,8 @@
-"""One sampling run in three rooms: where it is (`position`), what its next attention call may reuse (`kept`), and what
-was measured (`record`). Each room is written by its own methods alone; here is what happens in all of them at once.
+"""One sampling run in three parts: where it is (`position`), what its next attention call may reuse (`kept`), and what
+was measured (`record`). Only its own methods change a part; this module does what concerns several parts at once.
 
-Born when sampling starts, dropped when it ends, also after an error or an interrupt. What remains is the report, plain
-numbers on the host. Densities stay on the device until the end, so that measuring waits for nothing.
+A run is made when sampling starts and dropped when it ends, even after an error or an interrupt. Only the report
+remains, plain numbers on the host. Densities stay on the device until the end, so that measuring never has to wait.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Run:
     """State of one run, see above.
 
     Args:
-        pictured_block: whose first head is pictured, -1 for no pictures. on_step: see `Record`.
-        blocks: number of the model's transformer blocks, where it is known.
-        latent_size: (time, height, width) of the latent that is sampled, where it is known; a call on less of it is one
-            on a part of the video.
-        pixels: frames and pixels that stand for one of the latent, for messages in the user's sizes.
-        kept: what an earlier run on the same model has left. told: reasons that were logged before, see `Record`.
+        pictured_block: the block whose first head is pictured, -1 for no pictures. on_step: see `Record`.
+        blocks: number of the model's transformer blocks, if known.
+        latent_size: (time, height, width) of the latent that is sampled, if known; a call on a smaller latent is on a
+            part of the video.
+        pixels: frames and pixels per step of the latent, in time and in space, for messages in the user's sizes.
+        kept: what an earlier run on the same model kept. told: reasons that were logged already, see `Record`.
     """
 
     def __init__(
@@ -56,19 +56,19 @@ class Run:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
-        """A run does not travel: where options are sent to another process in the middle of one, it arrives as None,
-        and the calls there are dense."""
+        """A run cannot be sent to another process: if options are sent there during one, it arrives as None, and the
+        calls there are dense."""
         return _no_run, ()
 
     def __deepcopy__(self, memo: dict) -> Run:
-        """Whoever copies the options of a run goes on in the same run."""
+        """A copy of the options still refers to the same run."""
         return self
 
     def of_worker(self, worker: Hashable) -> Run:
-        """The run as a worker sees it: the first one gets the run itself, every other one a run of its own beside it.
+        """The run as a worker sees it: the first worker gets the run itself, every other one gets its own run.
 
-        ComfyUI computes the prompts of a step on several GPUs at once, each in a thread of its own. Position and what
-        is kept are a worker's own; what was measured comes together at the end.
+        ComfyUI can compute the prompts of a step on several GPUs at once, each in its own thread. Every worker has its
+        own position and its own kept levels; what was measured is put together at the end.
         """
         with self._lock:
             if worker not in self._workers:
@@ -84,7 +84,7 @@ class Run:
         return run
 
     def plan(self, sigmas: list[float] | None, device: torch.device, replaced: Sequence[str] = ()) -> None:
-        """Called before the first model call, with the sampler's noise levels (steps + 1), where they are known.
+        """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known.
 
         Args:
             replaced: parts of the model whose forward another node has replaced.
@@ -104,8 +104,8 @@ class Run:
         """Called once per forward of the diffusion model, before its first attention call.
 
         Args:
-            layout: None where the call could not be read.
-            latent_size: (time, height, width) of the latent of this call, where it is known.
+            layout: where the video tokens are; None if the call could not be read.
+            latent_size: (time, height, width) of the latent of this call, if known.
             foreign: whether another attention override is in front of PSA's.
         """
         steps = self.position.begin_model_call(sigma, layout, context_tokens, latent_size)
@@ -115,7 +115,7 @@ class Run:
         self.record.model_call(layout, foreign)
 
     def begin_self_attention(self, block: int | None) -> None:
-        """Called at every self-attention call. Models that do not say their block have one call a block, in order."""
+        """Called at every self-attention call. Models that do not name the block have one call per block, in order."""
         self.position.begin_self_attention(block)
         self.record.self_attention(self.position)
 
@@ -124,14 +124,14 @@ class Run:
         return self.kept.order(self.position.config, self.position.layout.grid, device)
 
     def sparse_call(self, result: AttentionResult) -> None:
-        """The self-attention call that began last has been computed sparse."""
+        """PSA has computed the self-attention call that began last."""
         self.record.sparse_call(self.position, result)
 
     def end(self, completed: bool = True) -> None:
         """Close the last step; what was measured can now be read (`figures.py`).
 
         Args:
-            completed: False after an error or an interrupt, which broke off the last step.
+            completed: False after an error or an interrupt, which stopped the last step.
         """
         self.record.end(self.position, completed)
         self.kept.clear()

@@ -1,7 +1,7 @@
-"""Where a model call lies in the sampler's schedule: its step, and how far the sparse steps have come.
+"""Where a model call is in the sampler's schedule: its step, and how far along the sparse steps are.
 
-All that a call says is its noise level. Samplers also evaluate between the levels of their schedule, come back to
-levels that they have left (restarts), and a cache may keep them from some; so levels are walked along, not looked up.
+A call only tells its noise level. Samplers also evaluate between the levels of their schedule and return to earlier
+levels (restarts), and a cache may skip some levels. So we walk along the levels instead of looking them up.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 _CLOSE = 1e-4
-"""Relative distance within which two noise levels are one."""
+"""Relative distance within which two noise levels count as the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Place:
 
     Attributes:
         step: index of the sampler's step. on_level: whether the call is at the level at which that step begins.
-        share: how far the sparse steps have come, 0 for the first to 1 for the last; 0.5 for every call that is none of
-            the schedule's own, so that their mean over a run is 0.5 whatever the sampler does.
+        share: how far along the sparse steps are, from 0 for the first to 1 for the last; 0.5 for calls between levels,
+            so that the mean over a run is 0.5 whatever the sampler does.
     """
 
     step: int
@@ -32,7 +32,7 @@ class Schedule:
     """Follows the model calls of one sampling run along its noise levels.
 
     Args:
-        levels: noise level at which each step begins; None where the sampler does not say.
+        levels: noise level at which each step begins; None if the sampler does not say.
         is_sparse: whether a step at a level is sparse.
     """
 
@@ -45,8 +45,10 @@ class Schedule:
         self._place = Place(-1, False)
 
     def move(self, sigma: float) -> Place:
-        """The place of the next model call, at noise level `sigma`. Calls at one level in a row are one evaluation: the
-        prompts of a step, or its windows and areas."""
+        """The place of the next model call, at noise level `sigma`.
+
+        Calls in a row at the same level are one evaluation: the prompts of a step, or its windows and areas.
+        """
         if self._sigma is None or not _alike(sigma, self._sigma):
             self._sigma = sigma
             self._place = self._find(sigma)

@@ -1,5 +1,5 @@
 """One self-attention call of a run, for ComfyUI and diffusers alike: why it stays dense, or PSA with what earlier steps
-have left, in fewer heads at a time where memory is short. What fails ends as a reason, never as an error.
+kept, a few heads at a time if memory is short. A failure is returned as a reason, never raised as an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Host:
 
     Attributes:
         is_out_of_memory: whether an error means that the device's memory was full.
-        free_cached_memory: gives memory that nothing uses back to the device.
+        free_cached_memory: gives unused memory back to the device.
         failure: why calls stay dense after an error, as a sentence for the log.
     """
 
@@ -34,14 +34,17 @@ class Host:
 
 
 def own_words(error: Exception) -> str:
-    """What an error says, in one line: a compiler's begins with a place in our code, such as `at 38:12:`, and ends with
-    the reason; all others begin with it."""
+    """What an error says, in one line.
+
+    A compiler's error starts with a place in our code, such as `at 38:12:`, and ends with the reason; all others start
+    with the reason.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     return lines[-1] if re.match(r"at \d+:\d+", lines[0]) else lines[0]
 
 
 def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Why PSA leaves a self-attention call q, k, v [B, H, L, D] of an active step dense; None when it takes it."""
+    """Why PSA leaves a self-attention call q, k, v [B, H, L, D] of an active step dense; None if it takes it."""
     settings, position = run.settings, run.position
     layout, tokens = position.layout, q.shape[2]
     if tokens < settings.min_tokens:
@@ -83,10 +86,10 @@ def attend(
     host: Host,
     scale: float | None = None,
 ) -> torch.Tensor | str:
-    """PSA on q, k, v [B, H, L, D], recorded: the output [B, H, L, D], or the reason why there is none.
+    """PSA on q, k, v [B, H, L, D], and a record of it: the output [B, H, L, D], or the reason why there is none.
 
     Args:
-        prompts: what tells the model calls of a step apart, the same in every step.
+        prompts: tells the model calls of a step apart; the same in every step.
     """
     result = None
     while result is None:
@@ -100,10 +103,10 @@ def attend(
 def _try(
     run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompts: Hashable, host: Host, scale: float | None
 ) -> AttentionResult | str | None:
-    """PSA in `run.kept.groups` groups of heads, or the reason why it cannot be.
+    """PSA in `run.kept.groups` groups of heads, or the reason why it failed.
 
-    None where it is to be tried again: there are more groups now, because memory was full. It returns before that,
-    because an error that is being handled keeps what it was computing alive.
+    None if the caller should try again: memory was full, and there are more groups now. The retry happens outside of
+    this function because an error keeps its tensors alive while it is being handled.
     """
     case, sparsity = run.position.case(q), None
     try:
@@ -116,7 +119,7 @@ def _try(
         else:
             reason = None if run.kept.split(q.shape[1]) else WITHOUT_MEMORY
     if reason is not None:
-        # Not tried again: there is a call in every block and step, and a compiler may need seconds to fail.
+        # Not tried again: every block and step has a call, and a compiler may take seconds to fail.
         run.kept.refuse(case, reason, sparsity)
         return reason
     log.warning("PSA: out of memory; going on in %d groups of heads", run.kept.groups)
@@ -129,7 +132,7 @@ def _in_groups(
 ) -> AttentionResult:
     groups = list(zip(*(x.chunk(run.kept.groups, 1) for x in (q, k, v)), strict=True))
     results: list[AttentionResult] = []
-    # Groups write into one output: kept one by one and joined at the end, they would take its memory twice.
+    # Groups write into one output: joining separate outputs at the end would need the memory twice.
     output = None if len(groups) == 1 else q.new_empty(*(q.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
     for number, part in enumerate(groups):
         place = run.position.block, prompts, run.position.layout, number, *part[0].shape[:2]
@@ -154,6 +157,6 @@ def _in_groups(
 
 
 def _together(results: list[AttentionResult], output: torch.Tensor) -> AttentionResult:
-    """Results of groups of heads as one, with the output that they share; lists and orders are the first group's."""
+    """The results of all groups as one, with the output that they share; lists and orders are the first group's."""
     density = torch.stack([result.density for result in results]).mean()
     return dataclasses.replace(results[0], output=output, density=density)
