@@ -233,7 +233,7 @@ def _attend(
         # float16 has no room for a reference far below the maximum. The maximum is likely to be at the query's own
         # position or in its most important block.
         INT8: tl.constexpr = q8 is not None
-        own: tl.constexpr = BLOCK_Q // TILE
+        own: tl.constexpr = (BLOCK_Q + TILE - 1) // TILE
         best = tl.load(best_ptr + row) * BLOCK_KV
         top_a, top_b = half_a[0], half_b[0]
         for tile in tl.range(0, own + tl.cdiv(BLOCK_KV, TILE), num_stages=STAGES):
