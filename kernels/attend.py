@@ -40,6 +40,7 @@ def attend_reference(
         logits.append(level.masked_fill(~chosen[..., : keys.shape[2]], -math.inf))
         values.append(pyramid.values[factor].to(work))
     if extra_k is not None:
+        assert extra_v is not None  # they come together
         logits.append(q.to(work) @ extra_k.to(work).transpose(-1, -2) * scale)
         values.append(extra_v.to(work))
     return (torch.softmax(torch.cat(logits, -1), -1) @ torch.cat(values, 2)).to(q.dtype)
@@ -80,7 +81,8 @@ def attend_streaming(
                     some_keys.append(keys[level].index_select(0, rows))
                     some_values.append(values[level].index_select(0, rows))
                 first = end
-            if extra:
+            if extra_k is not None and extra:
+                assert extra_v is not None
                 some_keys.append(extra_k[b, h])
                 some_values.append(extra_v[b, h])
                 some_bias.append(biases[0].new_zeros(extra))

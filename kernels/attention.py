@@ -138,9 +138,10 @@ def pyramid_sparse_attention(
             _video(output, query_layout),
             lists,
         )
-    if query_layout.before or query_layout.after:
+    other_queries = _others(q, query_layout)
+    if other_queries is not None:
         # Text and reference queries are few: they see everything at full resolution.
-        others = F.scaled_dot_product_attention(_others(q, query_layout), _aligned(k), _aligned(v), scale=scale)
+        others = F.scaled_dot_product_attention(other_queries, _aligned(k), _aligned(v), scale=scale)
         output[:, :, : query_layout.before] = others[:, :, : query_layout.before]
         output[:, :, query_layout.before + query_layout.video :] = others[:, :, query_layout.before :]
     return AttentionResult(output, lists, lists.density.mean(), name, query_order, order, centroids)

@@ -25,6 +25,7 @@ def config_at(config: PyramidConfig, falling: float, place: float) -> PyramidCon
     """
     if not falling:
         return config
+    assert config.sparsity is not None  # `check_falling` has refused every other setting
     density = (1 - config.sparsity) * (1 + falling * (1 - 2 * place))
     return dataclasses.replace(config, sparsity=1 - density)
 

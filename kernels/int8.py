@@ -62,5 +62,6 @@ def dequantise_keys(pyramid: Pyramid) -> Pyramid:
     """The pyramid with its int8 keys turned back into float32, the mean still subtracted."""
     keys = dict(pyramid.keys)
     if 1 in keys:
+        assert pyramid.scales is not None  # int8 keys come with them
         keys[1] = dequantise(keys[1], pyramid.scales, pyramid.block_kv)
     return dataclasses.replace(pyramid, keys=keys, scales=None)

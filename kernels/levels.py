@@ -131,6 +131,7 @@ def budget_scale(
     The density at a factor c follows from how many blocks lie within depth c * cut of every level. One histogram of
     log2(depth) gives that for all c at once, and nothing is read back to the host. With a cap: one histogram per cap.
     """
+    assert config.sparsity is not None  # the config has it in budget mode
     caps = [None] if cap_ranked is None else sorted({1, *config.similarity_cap})
     log_depth = depth.log2().clamp(-_LOG_RANGE, _LOG_RANGE)
     width = 2 * _LOG_RANGE / _BINS
@@ -141,7 +142,9 @@ def budget_scale(
         density = torch.full_like(candidates, dropped_cost)
         for cap in caps:
             # Values outside the range are not counted: this is how the histogram of one cap leaves out the others.
-            values = log_depth[b] if cap is None else torch.where(cap_ranked[b] == cap, log_depth[b], math.inf)
+            values = log_depth[b]
+            if cap is not None and cap_ranked is not None:
+                values = torch.where(cap_ranked[b] == cap, values, math.inf)
             counts = torch.histc(values, _BINS, -_LOG_RANGE, _LOG_RANGE)
             share_within = F.pad(counts.cumsum(0, dtype=torch.float64) / depth[b].numel(), (1, 0)).float()
             costs = [1 / (factor if cap is None else min(factor, cap)) for factor in config.factors]

@@ -48,10 +48,11 @@ def semantic_orders(
     def order(x: torch.Tensor, old: torch.Tensor | None, clusters: int, block: int) -> tuple[TokenOrder, torch.Tensor]:
         # Clusters smaller than a block would only scatter the tokens.
         clusters = max(1, min(clusters, x.shape[2] // block))
-        centres, iterations = old, later
         if old is None or old.shape != (*x.shape[:2], clusters, x.shape[3]) or old.device != x.device:
-            centres, iterations = spread_tokens(x, clusters), first
-        centres = k_means(x, centres, iterations)
+            start, iterations = spread_tokens(x, clusters), first
+        else:
+            start, iterations = old, later
+        centres = k_means(x, start, iterations)
         return TokenOrder.of(nearest(x, centres).argsort(dim=-1, stable=True)), centres
 
     key_order, keys = order(k, old_k, config.clusters[1], config.block_kv)

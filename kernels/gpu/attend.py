@@ -346,14 +346,19 @@ def attend_triton(
     # The coarse levels share one storage, in which each level starts where the next finer one ends.
     first = next((factor for factor in pyramid.keys if factor > 1), None)
     coarse = None if first is None else (pyramid.keys[first], pyramid.values[first])
-    extra = (extra_k.contiguous(), extra_v.contiguous()) if extra_k is not None and extra_k.shape[2] else None
+    extra = None
+    if extra_k is not None and extra_k.shape[2]:
+        assert extra_v is not None  # they come together
+        extra = extra_k.contiguous(), extra_v.contiguous()
     index = None if order.index is None else order.index.contiguous()
     best = lists.best
     if best is None:  # the levels were given: any block of the finest level will do
         best = lists.blocks[..., 0].contiguous()
     for careful in (False, True):
-        bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows and keys is not None
-        descriptors = [_descriptor(x, tile.rows, padded) for x in (keys, values)] if bulk else (None, None)
+        descriptors: tuple[object | None, object | None] = (None, None)
+        bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows
+        if bulk and keys is not None and values is not None:
+            descriptors = _descriptor(keys, tile.rows, padded), _descriptor(values, tile.rows, padded)
         _attend[(n_q, batch * heads)](
             q, q8, None if keys is None else (keys, values, pyramid.scales),
             *(descriptors if None not in descriptors else (None, None)), coarse, extra,

@@ -64,6 +64,7 @@ def apply_order_triton(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
 
 def undo_order_triton(x: torch.Tensor, order: TokenOrder, out: torch.Tensor) -> None:
     """Write x [B, H, L, D] from this order to `out` in raster order."""
+    assert order.index is not None  # the raster order moves nothing, so nothing is undone
     _launch(x, order.index, out, undo=True)
 
 

@@ -159,7 +159,7 @@ def build_pyramid_triton(
     coarse = [factor for factor in factors if factor > 1]
     rows = [blocks * (block_kv // factor) for factor in coarse]
 
-    def level(x: torch.Tensor, dtype: torch.dtype, **more: object) -> dict[int, torch.Tensor]:
+    def level(x: torch.Tensor, dtype: torch.dtype, **more: torch.Tensor) -> dict[int, torch.Tensor]:
         storage = x.new_empty(*x.shape[:2], sum(rows), x.shape[3])
         copied = 1 in factors and (dtype != x.dtype or order.index is not None)
         fine = torch.empty(x.shape, dtype=dtype, device=x.device) if copied else None
@@ -167,7 +167,8 @@ def build_pyramid_triton(
         result = {1: x if fine is None else fine} if 1 in factors else {}
         return result | dict(zip(coarse, storage.split(rows, 2), strict=True))
 
-    mean, scales, more = None, None, {}
+    mean, scales = None, None
+    more: dict[str, torch.Tensor] = {}
     if int8:
         mean = mean_key(k)
         scales = torch.empty(*k.shape[:2], blocks, dtype=torch.float32, device=k.device)
