@@ -7,7 +7,7 @@ training size, centred and with its aspect kept; positions cover that region (di
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,10 +29,10 @@ def rotary_table(
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     frames, height, width = grid
-    table = get_3d_rotary_pos_embed(
+    cosines, sines = get_3d_rotary_pos_embed(
         head_size, fitted_region((height, width), base), (height, width), frames, grid_type="linspace"
     )
-    return tuple(half.to(device) for half in table)
+    return cosines.to(device), sines.to(device)
 
 
 def fitted_region(size: tuple[int, int], base: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -76,7 +76,9 @@ def positioned_patch_embed(native: type[torch.nn.Module], variant: Variant) -> t
     def sincos(grid: Grid, size: int) -> torch.Tensor:
         return sincos_table(grid, size, variant.spatial_scale, variant.temporal_scale)
 
-    class PositionedPatchEmbed(native):
+    base: Any = native  # known only at run time
+
+    class PositionedPatchEmbed(base):
         """Tokens of text [B, L, C] and latents [B, T, C, H, W], positions added: [B, L + T*h*w, size]."""
 
         def forward(self, text_embeds: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ def _scheduler(solver: str, walk: Any) -> Any:
     from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
     kind = CogVideoXDPMScheduler if solver == "dpm" else CogVideoXDDIMScheduler
-    scheduler = kind(num_train_timesteps=len(walk.alphas), prediction_type="v_prediction", clip_sample=False)
+    scheduler: Any = kind(num_train_timesteps=len(walk.alphas), prediction_type="v_prediction", clip_sample=False)
     scheduler.alphas_cumprod = walk.alphas
     scheduler.num_inference_steps = walk.steps
     return scheduler

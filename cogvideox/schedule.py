@@ -33,7 +33,8 @@ def make_sampling(schedule: Mapping[str, Any], model_config: Any) -> Any:
     class CogVideoXSampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.V_PREDICTION):
         pass
 
-    alphas = CogVideoXDDIMScheduler(**schedule).alphas_cumprod.double()
+    scheduler: Any = CogVideoXDDIMScheduler(**schedule)  # Any: to a type checker diffusers has placeholders
+    alphas = scheduler.alphas_cumprod.double()
     alphas = alphas.clamp(min=_SMALLEST_ALPHA)
     sampling = CogVideoXSampling(model_config)
     sampling.set_sigmas(((1 - alphas) / alphas).sqrt())
@@ -79,7 +80,7 @@ def trailing_timesteps(steps: int, levels: int = 1000) -> torch.Tensor:
     """Timesteps of diffusers' trailing spacing, int64 [steps], most noise first."""
     from diffusers import CogVideoXDDIMScheduler
 
-    scheduler = CogVideoXDDIMScheduler(num_train_timesteps=levels, timestep_spacing="trailing")
+    scheduler: Any = CogVideoXDDIMScheduler(num_train_timesteps=levels, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     return scheduler.timesteps[:steps]  # rounding can add a step of -1
 
