@@ -26,7 +26,7 @@ from .tensor_file import read_tensors
 from .weight_files import ENDINGS, is_shard, weight_files
 
 NODE = "PSA CogVideoX Loader"
-WEIGHT_DTYPES = {
+WEIGHT_DTYPES: dict[str, dict[str, Any]] = {
     "default": {},
     "fp8_e4m3fn": {"dtype": torch.float8_e4m3fn},
     "fp8_e4m3fn_fast": {"dtype": torch.float8_e4m3fn, "fp8_optimizations": True},
@@ -128,7 +128,7 @@ def checkpoint_state(name: object) -> list[tuple[str, int, int]]:
         return []
 
 
-def find_checkpoint(name: str) -> Path:
+def find_checkpoint(name: object) -> Path:
     """Where a checkpoint from `list_checkpoints` is: a file, or the folder with the transformer's files.
 
     Raises:
@@ -137,7 +137,7 @@ def find_checkpoint(name: str) -> Path:
     import folder_paths
 
     # Workflows saved on Windows have backslashes.
-    plain = name.replace("\\", "/") if isinstance(name, str) else None
+    plain = name.replace("\\", "/") if isinstance(name, str) else ""
     folders = find_folders()
     folder = folders.get(name if isinstance(name, str) and name in folders else plain)
     if folder is not None and folder.is_another:

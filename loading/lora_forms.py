@@ -64,7 +64,7 @@ def weight_sizes(model: Any) -> dict[str, Size | None]:
         sizes[key] = tuple(weight.shape)
         if weight.dtype in _PACKED:
             layer = modules.get(name)
-            features = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+            features: tuple[Any, Any] = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
             sizes[key] = features if None not in features and key.endswith(".weight") else None
     return sizes
 
