@@ -79,7 +79,8 @@ class ModelCallWrapper:
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Call `before_call`, then the network."""
-        x, _, _, context, _, options = (*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :]))
+        given = [*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :])]
+        x, _, _, context, _, options = given
         self.before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
         if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
             # An extra argument keeps graphs apart in models that guard on all of their arguments; models ignore
@@ -144,7 +145,7 @@ def run_sigmas(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
 def latent_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """(time, height, width) of the latent that a sampling run works on, from the wrapper's arguments; () if it has
     other axes."""
-    noise = args[0] if args else kwargs.get("noise")
+    noise: Any = args[0] if args else kwargs.get("noise")
     return tuple(noise.shape[2:]) if getattr(noise, "ndim", 0) == 5 else ()
 
 
