@@ -73,7 +73,8 @@ class RunMaps:
 
 def centre(grid: tuple[int, int, int]) -> tuple[int, int, int]:
     """The token in the middle of the video."""
-    return tuple(size // 2 for size in grid)
+    time, height, width = grid
+    return time // 2, height // 2, width // 2
 
 
 def block_map(
@@ -96,9 +97,9 @@ def block_map(
         else:
             row = inverse[token : token + 1] // block_q  # stays on the device, so nothing has to wait
         at_spot.append(factors.index_select(0, row)[0])
-    differ = key_order.inverse is not None and key_order.inverse.ndim > 1
-    inverse = key_order.inverse[0, : len(seen)].to(torch.int32) if differ else None
-    return BlockMap(torch.stack(seen), torch.stack(at_spot), inverse)
+    places = key_order.inverse
+    differ = places[0, : len(seen)].to(torch.int32) if places is not None and places.ndim > 1 else None
+    return BlockMap(torch.stack(seen), torch.stack(at_spot), differ)
 
 
 def _to_host(x: torch.Tensor | None) -> torch.Tensor | None:

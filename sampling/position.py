@@ -133,10 +133,16 @@ class Position:
         return not any(size < whole for size, whole in zip(self._call_size, self._latent_size, strict=False))
 
     @property
+    def known_layout(self) -> TokenLayout:
+        """`layout` in a call that PSA computes or declines by its size: it never gets that far where it is None."""
+        assert self.layout is not None
+        return self.layout
+
+    @property
     def size(self) -> str:
         """The size of the current model call, in frames and pixels if these are known."""
         if self._pixels is None or not self._call_size:
-            return "x".join(map(str, self.layout.grid)) + " of them in time, height, width"
+            return "x".join(map(str, self.known_layout.grid)) + " of them in time, height, width"
         (time, height, width), (frames, pixels) = self._call_size, self._pixels
         return f"{(time - 1) * frames + 1} frames of {width * pixels}x{height * pixels}"
 

@@ -194,7 +194,7 @@ class Record:
         """Record a sparse call: its density (which stays on the device) and, for one block, the map of levels."""
         self._clock.stop()
         self.backend = result.backend
-        step, block, layout = self.steps[-1], position.block, position.layout
+        step, block, layout = self.steps[-1], position.block, position.known_layout
         self.density(block, result.density)
         step.grids.append(layout.grid)
         if result.unranked is not None:
@@ -216,7 +216,7 @@ class Record:
 
     def _map(self, position: Position, result: AttentionResult) -> None:
         """Keep a map of where this block's heads look; a picture must never end a run."""
-        layout, block, config = position.layout, position.block, position.config
+        layout, block, config = position.known_layout, position.block, position.config
         orders = result.query_order, result.key_order
         try:
             if self.maps is None or layout.video > self.maps.tokens:
@@ -291,9 +291,9 @@ class Record:
         if step.densities:
             ends = torch.stack(step.level_ends).mean(0)
             density = torch.stack([density for _, density in step.densities]).mean().reshape(1).to(ends)
-            *ends, density = torch.cat([ends, density]).tolist()
-            shares = level_shares(self.levels, ends)
-            sparsity, coverage = 1 - density, coverage_of(shares)
+            *until, mean = torch.cat([ends, density]).tolist()
+            shares = level_shares(self.levels, until)
+            sparsity, coverage = 1 - mean, coverage_of(shares)
         return {
             "run": self.began,
             "step": step.index,

@@ -121,7 +121,7 @@ class Run:
 
     def order(self, device: torch.device) -> TokenOrder | None:
         """The token order of the current grid on `device`; None for one that follows the data."""
-        return self.kept.order(self.position.config, self.position.layout.grid, device)
+        return self.kept.order(self.position.config, self.position.known_layout.grid, device)
 
     def sparse_call(self, result: AttentionResult) -> None:
         """PSA has computed the self-attention call that began last."""

@@ -46,7 +46,7 @@ def own_words(error: Exception) -> str:
 def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     """Why PSA leaves a self-attention call q, k, v [B, H, L, D] of an active step dense; None if it takes it."""
     settings, position = run.settings, run.position
-    layout, tokens = position.layout, q.shape[2]
+    layout, tokens = position.known_layout, q.shape[2]
     if tokens < settings.min_tokens:
         return (
             f"{tokens} tokens ({position.size}) are fewer than min_tokens {settings.min_tokens}, where dense is "
@@ -109,6 +109,7 @@ def _try(
     this function because an error keeps its tensors alive while it is being handled.
     """
     case, sparsity = run.position.case(q), None
+    reason: str | None
     try:
         return _in_groups(run, q, k, v, prompts, scale)
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
@@ -134,11 +135,13 @@ def _in_groups(
     results: list[AttentionResult] = []
     # Groups write into one output: joining separate outputs at the end would need the memory twice.
     output = None if len(groups) == 1 else q.new_empty(*(q.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
-    for number, part in enumerate(groups):
-        place = run.position.block, prompts, run.position.layout, number, *part[0].shape[:2]
+    for number, (some_q, some_k, some_v) in enumerate(groups):
+        place = run.position.block, prompts, run.position.layout, number, *some_q.shape[:2]
         kept = run.kept.lists(place)
         result = pyramid_sparse_attention(
-            *part,
+            some_q,
+            some_k,
+            some_v,
             run.position.config,
             layout=run.position.layout,
             order=run.order(q.device),
