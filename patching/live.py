@@ -42,17 +42,18 @@ class Sender:
 def asked_of(prompt: dict[str, Any] | None, node_id: str | None) -> dict[str, Any]:
     """The inputs of a node as the page queued them, by name. A wired input is None, except that a PSA Pyramid is given
     as its own inputs. This lets the page tell whether the figures of a run belong to the inputs that it shows."""
-    inputs = (prompt or {}).get(node_id, {}).get("inputs", {})
-    asked = {}
+    nodes: dict[Any, Any] = prompt or {}
+    inputs = nodes.get(node_id, {}).get("inputs", {})
+    asked: dict[str, Any] = {}
     for name, value in inputs.items():
         wired = isinstance(value, list)
-        source = prompt.get(str(value[0]), {}) if wired and value else {}
+        source = nodes.get(str(value[0]), {}) if wired and value else {}
         pyramid = source.get("class_type") == "PSAPyramid" and name == "psa_pyramid"
         asked[name] = asked_of(prompt, str(value[0])) if pyramid else None if wired else value
     return asked
 
 
-def listeners(node_id: str | None, asked: dict[str, Any] | None = None) -> dict[str, Sender]:
+def listeners(node_id: str | None, asked: dict[str, Any] | None = None) -> dict[str, Any]:
     """The arguments for `patch_model` that send the figures of every step and run to the page of a node.
 
     `asked`, see `asked_of`, is sent with them: a page that was loaded later, or whose prompt ComfyUI had cached, hears
@@ -73,7 +74,8 @@ def told(model: Any, patched: Any, node_id: str | None) -> list[str]:
     earlier: PatchHandle | None = model.get_attachment(KEY)
     handle: PatchHandle = patched.get_attachment(KEY)
     handle.node = node_id
-    if earlier is not None and None not in (earlier.node, node_id) and earlier.node != node_id:
-        log.info("PSA: PSA Patch #%s is replaced by PSA Patch #%s, which follows it", earlier.node, node_id)
-        Sender(REPLACED_EVENT, earlier.node)({"by": node_id})
+    before = None if earlier is None else earlier.node
+    if before is not None and node_id is not None and before != node_id:
+        log.info("PSA: PSA Patch #%s is replaced by PSA Patch #%s, which follows it", before, node_id)
+        Sender(REPLACED_EVENT, before)({"by": node_id})
     return [handle.note, ""] if handle.settings is None else ["", handle.settings.preset]

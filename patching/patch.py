@@ -36,7 +36,7 @@ def patch_model(
     """
     require_model(model)
     family = find_family(model)
-    served = {"auto": family.preset, "blocks": family.blocks} if isinstance(family, Family) else {}
+    served: dict[str, Any] = {"auto": family.preset, "blocks": family.blocks} if isinstance(family, Family) else {}
     settings = make_settings(sparsity=sparsity or ANY_SPARSITY, **served, **inputs)
     if isinstance(family, str):
         log.warning("PSA: the model stays dense: %s", family)
