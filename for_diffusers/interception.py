@@ -62,7 +62,8 @@ class InterceptedForward:
         while isinstance(previous, InterceptedForward) and previous.state is None:
             previous = previous.previous  # one that was removed while something else wrapped it
         functools.update_wrapper(self, previous, updated=())  # callers ask for the signature
-        self.attention, self.previous, self.block = attention, previous, block
+        self.attention, self.block = attention, block
+        self.previous: Callable[..., Any] = previous
         self.state: TransformerState | None = state
         self._replaced = attention.__dict__.get(_FORWARD)
         attention.forward = self
@@ -71,7 +72,7 @@ class InterceptedForward:
         """What the module's own `forward` returns."""
         state = self.state
         call = None if state is None else state.current_call()
-        if call is None:
+        if state is None or call is None:
             return self.previous(*args, **kwargs)
         with AttentionInterception(state, call, self.block) as interception:
             output = self.previous(*args, **kwargs)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ def running_pipeline() -> Any | None:
     Only such frames are read. Up to Python 3.12, what a frame holds when it is read stays alive until the frame ends,
     and a script that frees a model between two stages must be able to.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             for value in frame.f_locals.values():

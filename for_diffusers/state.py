@@ -157,7 +157,7 @@ class TransformerState:
         with self._lock:
             run, before = self._runs.get(thread, (None, None))
             goes_on = steps is not None and before is not None and steps.go_on_from(before)
-            if not goes_on or run.position.forward + 1 >= _MOST_CALLS:
+            if run is None or not goes_on or run.position.forward + 1 >= _MOST_CALLS:
                 kept = Kept(self.settings.reuse_steps, self._refusals) if run is None else run.kept
                 others = {other.ident for other in threading.enumerate()} - {thread}
                 self._end_runs(lambda ident: ident not in others)
@@ -232,6 +232,7 @@ class TransformerState:
             self._stays_dense(call, None)
             return None
         masked = attn_mask is not None or is_causal or bool(dropout_p)
+        found: torch.Tensor | str | None
         found = _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)
         if found is None:
             # The calls of a step come in the same order in every step.
@@ -258,7 +259,7 @@ def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) 
         return call.reason
     if masked:
         return "the attention call carries a mask"
-    tokens, expected = q.shape[2], call.run.position.layout.length
+    tokens, expected = q.shape[2], call.run.position.known_layout.length
     if q.shape != k.shape or tokens != expected:
         return f"{tokens} and {k.shape[2]} tokens, but {expected} are expected of this model"
     # The first pass of a reentrant checkpoint runs without a graph, and its second pass must compute the same.
