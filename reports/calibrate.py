@@ -96,11 +96,13 @@ class Measuring:
         dense, seconds = _timed(call, x.device)
         self.dense_seconds.append(seconds)
         for settings in self.settings:
+            sparsity = settings.config.sparsity
+            assert sparsity is not None  # each of these settings was made for one
             run = Run(settings, *self.sigmas, pictured_block=-1, latent_size=tuple(x.shape[2:]), pixels=self.pixels)
             run.begin_model_call(sigma, *self._place, latent_size=tuple(x.shape[2:]))
             options[RUN_KEY] = run
             try:
-                if settings.config.sparsity not in self.errors:
+                if sparsity not in self.errors:
                     call()
                 output, seconds = _timed(call, x.device)
             finally:
@@ -108,8 +110,8 @@ class Measuring:
             if run.record.fallbacks:  # the rest of the run would only waste time
                 raise _stays_dense(run.record.fallbacks)
             error = (output.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-12)
-            self.errors[settings.config.sparsity].append(float(error))
-            self.seconds[settings.config.sparsity].append(seconds)
+            self.errors[sparsity].append(float(error))
+            self.seconds[sparsity].append(seconds)
         return dense
 
     def _is_active(self, sigma: float) -> bool:
@@ -238,7 +240,7 @@ def propose(points: tuple[Point, ...], dense_seconds: float, goal: str, target: 
     else:
         first = next((i for i, found in enumerate(values) if found >= target), None)
         reached = first is not None
-        sparsity = points[-1].sparsity if not reached else _between(points, values, first - 1, target, math.ceil)
+        sparsity = points[-1].sparsity if first is None else _between(points, values, first - 1, target, math.ceil)
     at_end = values[0] if goal == "error" else values[-1]
     if reached:
         note = f"meets {target:g} {unit}"

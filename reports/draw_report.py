@@ -72,7 +72,7 @@ def draw_report(
     _time(sheet, report)
     _parts(sheet, report)
     _fallbacks(sheet, report)
-    if seen is not None and spot is not None:
+    if seen is not None and spot is not None and spot_at is not None:
         _video_maps(sheet, seen, spot, spot_at, frames, where)
     return sheet.cropped()
 
@@ -238,7 +238,7 @@ def _video_maps(
     sheet: Sheet,
     seen: np.ndarray,
     spot: np.ndarray,
-    spot_at: tuple[int, int, int] | None,
+    spot_at: tuple[int, int, int],
     frames: np.ndarray | None,
     where: str,
 ) -> None:
