@@ -37,7 +37,7 @@ class PSANode(io.ComfyNode):
     told: ClassVar[dict[type[Exception], str]] = {}
 
     @classmethod
-    def run(cls, **inputs: Any) -> io.NodeOutput:
+    def run(cls, *args: Any, **inputs: Any) -> io.NodeOutput:
         """The node's work, with inputs that have passed."""
         raise NotImplementedError
 

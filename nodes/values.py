@@ -79,7 +79,7 @@ def name_unknown(node: str, given: Iterable[str], known: Iterable[str]) -> list[
     return lines
 
 
-def _check_number(node: str, spec: Any, value: object) -> None:
+def _check_number(node: str, spec: Any, value: Any) -> None:
     whole = isinstance(spec, io.Int.Input)
     least, most = (None if limit is None else _plain(limit) for limit in (spec.min, spec.max))
     # To Python True is a number, but to a library it is not a size or a count.
