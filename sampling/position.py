@@ -134,7 +134,7 @@ class Position:
 
     @property
     def known_layout(self) -> TokenLayout:
-        """`layout` in a call that PSA computes or declines by its size: it never gets that far where it is None."""
+        """`layout`, for code that only runs once it is known: a call without one stays dense before that."""
         assert self.layout is not None
         return self.layout
 
