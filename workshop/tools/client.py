@@ -136,9 +136,14 @@ class Client:
 
     def _queue(self, prompt: Prompt) -> str:
         try:
-            return self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})["prompt_id"]
+            answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
         except urllib.error.HTTPError as error:
             raise PromptFailed(f"ComfyUI refused the prompt: {_refusal(error.read())}") from error
+        if answer.get("node_errors"):  # it runs the outputs that do not depend on the nodes it refused
+            self.post("/queue", {"delete": [answer["prompt_id"]]})
+            self.post("/interrupt", {"prompt_id": answer["prompt_id"]})
+            raise PromptFailed(f"ComfyUI refused a part of the prompt: {_reasons(answer)}")
+        return answer["prompt_id"]
 
     def _outputs(self, prompt_id: str) -> dict[str, dict]:
         # The history is written a moment after the success message is sent.
@@ -171,9 +176,12 @@ def _refusal(body: bytes) -> str:
         answer = json.loads(body)
     except ValueError:
         return body.decode(errors="replace")[:300]
-    reasons = [
+    return _reasons(answer) or answer.get("error", {}).get("message", "no reason given")
+
+
+def _reasons(answer: dict) -> str:
+    return "; ".join(
         f"node {node} ({found['class_type']}): {error['message']} ({error['details']})"
         for node, found in (answer.get("node_errors") or {}).items()
         for error in found["errors"]
-    ]
-    return "; ".join(reasons) or answer.get("error", {}).get("message", "no reason given")
+    )
