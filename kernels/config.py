@@ -37,6 +37,18 @@ class ConfigError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Ranking:
+    """How blocks are ranked; the fields are those of `PyramidConfig`."""
+
+    importance: str
+    sample_share: float
+    reduction: str
+    block_q: int
+    block_kv: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
 class PyramidConfig:
     """One setting of Pyramid Sparse Attention.
 
@@ -159,6 +171,11 @@ class PyramidConfig:
                 f"and tail {'on' if self.tail else 'off'}",
                 "set sparsity within it, or change the levels",
             )
+
+    @property
+    def ranking(self) -> Ranking:
+        """The part of the setting that says how blocks are ranked."""
+        return Ranking(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Ranking)})
 
     @property
     def factors(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from .config import PyramidConfig
+from .config import Ranking
 from .density import block_tokens
 from .pyramid import pool
 
@@ -64,39 +64,39 @@ class Representatives:
 
 
 def importance(
-    q: torch.Tensor, k: torch.Tensor, config: PyramidConfig, scale: float, generator: torch.Generator | None = None
+    q: torch.Tensor, k: torch.Tensor, ranking: Ranking, scale: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """Importance as `config` asks for: float32 [B, H, n_q, n_k], non-negative.
+    """Importance as `ranking` asks for: float32 [B, H, n_q, n_k], non-negative.
 
     Args:
         q, k: [B, H, Lq, D] and [B, H, Lk, D], in block order.
         scale: factor of the logits; attention's default is 1/sqrt(D).
-        generator: random source of `sampled`; by default one made from `config.seed`, so that calls are repeatable.
+        generator: random source of `sampled`; by default one made from `ranking.seed`, so that calls are repeatable.
     """
-    if config.importance == "sampled":
-        generator = generator or default_generator(config, q.device)
-        rows = sampled(q, config.block_q, config.sample_share, generator)
-        columns = sampled(k, config.block_kv, config.sample_share, generator)
-        return reduced_softmax(rows, columns, scale, config.reduction)
-    queries = pooled(q, config.block_q, group_size(config, config.block_q))
-    keys, *norm = (pooled(k, config.block_kv, group) for group in key_groups(config))
-    return reduced_softmax(queries, keys, scale, config.reduction, *norm)
+    if ranking.importance == "sampled":
+        generator = generator or default_generator(ranking, q.device)
+        rows = sampled(q, ranking.block_q, ranking.sample_share, generator)
+        columns = sampled(k, ranking.block_kv, ranking.sample_share, generator)
+        return reduced_softmax(rows, columns, scale, ranking.reduction)
+    queries = pooled(q, ranking.block_q, group_size(ranking, ranking.block_q))
+    keys, *norm = (pooled(k, ranking.block_kv, group) for group in key_groups(ranking))
+    return reduced_softmax(queries, keys, scale, ranking.reduction, *norm)
 
 
-def group_size(config: PyramidConfig, block: int) -> int:
+def group_size(ranking: Ranking, block: int) -> int:
     """Tokens per mean: 8 in `pooled` importance, the whole block in `means`."""
-    return POOLED if config.importance == "pooled" else block
+    return POOLED if ranking.importance == "pooled" else block
 
 
-def key_groups(config: PyramidConfig) -> tuple[int, ...]:
+def key_groups(ranking: Ranking) -> tuple[int, ...]:
     """Tokens per mean of keys: for the ranked rows and, if they differ, for the summed rows."""
-    group = group_size(config, config.block_kv)
-    return (group, _SUMMED) if group < _SUMMED <= config.block_kv else (group,)
+    group = group_size(ranking, ranking.block_kv)
+    return (group, _SUMMED) if group < _SUMMED <= ranking.block_kv else (group,)
 
 
-def default_generator(config: PyramidConfig, device: torch.device) -> torch.Generator:
-    """A fresh random source from `config.seed`, so that every call draws the same sample."""
-    return torch.Generator(device=device).manual_seed(config.seed)
+def default_generator(ranking: Ranking, device: torch.device) -> torch.Generator:
+    """A fresh random source from `ranking.seed`, so that every call draws the same sample."""
+    return torch.Generator(device=device).manual_seed(ranking.seed)
 
 
 def pooled(x: torch.Tensor, block: int, group: int) -> Representatives:

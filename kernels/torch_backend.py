@@ -39,7 +39,7 @@ def attend_video(
     """
     q, k, v = query_order.apply(q), key_order.apply(k), key_order.apply(v)
     if lists is None:
-        scores = importance(q, k, config, scale, generator)
+        scores = importance(q, k, config.ranking, scale, generator)
         cap = similarity_cap(k, config.similarity_cap, config.block_kv) if config.similarity_cap else None
         key_tokens = block_tokens(k.shape[2], config.block_kv, k.device)
         lists = group_by_level(choose_levels(scores, config, cap), config.stored_factors, key_tokens)

@@ -62,15 +62,16 @@ def _choose(
     scale: float,
     generator: torch.Generator | None,
 ) -> BlockLists:
-    if config.importance == "sampled":
-        generator = generator or default_generator(config, q.device)
-        chosen_q = _sampled(q, config.block_q, config.sample_share, generator, query_order)
-        chosen_k = summed_k = _sampled(k, config.block_kv, config.sample_share, generator, key_order)
+    ranking = config.ranking
+    if ranking.importance == "sampled":
+        generator = generator or default_generator(ranking, q.device)
+        chosen_q = _sampled(q, ranking.block_q, ranking.sample_share, generator, query_order)
+        chosen_k = summed_k = _sampled(k, ranking.block_kv, ranking.sample_share, generator, key_order)
     else:
-        (chosen_q,) = means(q, config.block_q, (group_size(config, config.block_q),), query_order)
-        keys = means(k, config.block_kv, key_groups(config), key_order)
+        (chosen_q,) = means(q, ranking.block_q, (group_size(ranking, ranking.block_q),), query_order)
+        keys = means(k, ranking.block_kv, key_groups(ranking), key_order)
         chosen_k, summed_k = keys[0], keys[-1]
-    scores = reduced_softmax_triton(chosen_q, chosen_k, scale, config.reduction, summed_k)
+    scores = reduced_softmax_triton(chosen_q, chosen_k, scale, ranking.reduction, summed_k)
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)

@@ -64,7 +64,7 @@ def test_pooled_rows_are_divided_by_the_sum_over_means_of_32(random_tensor, leng
     q, k = random_tensor(1, 2, length_q, 8, seed=3), random_tensor(1, 2, -(-length_k // 32), 8, seed=4)
     alike = k.repeat_interleave(32, 2)[:, :, :length_k]
     exact = reduced_softmax(pooled(q, block_q, 8), pooled(alike, block_kv, 8), 0.35, "max")
-    torch.testing.assert_close(importance(q, alike, config, 0.35), exact, atol=1e-6, rtol=2e-5)
+    torch.testing.assert_close(importance(q, alike, config.ranking, 0.35), exact, atol=1e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.5])
@@ -82,13 +82,13 @@ def test_the_same_seed_gives_the_same_scores_and_the_global_generator_is_untouch
     q, k = random_tensor(1, 2, 200, 16, seed=5), random_tensor(1, 2, 300, 16, seed=6)
     config = PyramidConfig(importance=kind, seed=7)
     before = torch.random.get_rng_state()
-    first = importance(q, k, config, 0.25)
+    first = importance(q, k, config.ranking, 0.25)
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(3)
-    assert torch.equal(importance(q, k, config, 0.25), first)
+    assert torch.equal(importance(q, k, config.ranking, 0.25), first)
     if kind == "sampled":
-        assert not torch.equal(importance(q, k, PyramidConfig(importance=kind, seed=8), 0.25), first)
-        assert torch.equal(importance(q, k, config, 0.25, generator(7)), first)
+        assert not torch.equal(importance(q, k, PyramidConfig(importance=kind, seed=8).ranking, 0.25), first)
+        assert torch.equal(importance(q, k, config.ranking, 0.25, generator(7)), first)
 
 
 def test_sampled_importance_is_the_same_in_chunks(random_tensor, monkeypatch):
@@ -145,5 +145,5 @@ def test_pooled_is_the_block_max_of_the_softmax_over_means_of_eight(random_tenso
         ],
         1,
     )
-    scores = importance(q, k, PyramidConfig(block_q=32, block_kv=64, importance="pooled"), scale)
+    scores = importance(q, k, PyramidConfig(block_q=32, block_kv=64, importance="pooled").ranking, scale)
     torch.testing.assert_close(scores[0].double(), expected, atol=1e-5, rtol=1e-4)

@@ -151,8 +151,8 @@ def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs
             order, out = make_order(order_name, grid, device=q.device), torch.empty_like(q)
 
             def pool(c=config, o=order):
-                queries = means(q, c.block_q, (group_size(c, c.block_q),), o)
-                return queries + means(k, c.block_kv, key_groups(c), o)
+                queries = means(q, c.block_q, (group_size(c.ranking, c.block_q),), o)
+                return queries + means(k, c.block_kv, key_groups(c.ranking), o)
 
             pooled = pool()
             inside = order.index is None or q.shape[-1] <= FINDS_QUERIES

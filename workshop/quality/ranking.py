@@ -23,7 +23,7 @@ from ...kernels.levels import BlockLists, choose_levels, group_by_level
 
 def ranked_lists(q: torch.Tensor, k: torch.Tensor, config: PyramidConfig, way: Mapping[str, Any]) -> BlockLists:
     """The levels of q, k [B, H, L, D], in block order, ranked in the given way."""
-    generator = default_generator(config, q.device)
+    generator = default_generator(config.ranking, q.device)
     queries = representatives(q, config.block_q, way["q"], generator)
     keys = representatives(k, config.block_kv, way["k"], generator)
     if way.get("second_order"):

@@ -28,7 +28,7 @@ def test_equal_to_the_kernels(way, config):
     q, k = _smooth(1000, 0), _smooth(1000, 1)  # the last block is short
     config = PyramidConfig(**CONFIG, **config)
     found = ranked_lists(q, k, config, {"q": way, "k": way}).factors()
-    expected = choose_levels(importance(q, k, config, 0.25), config)
+    expected = choose_levels(importance(q, k, config.ranking, 0.25), config)
     # Pooled importance sums over coarser means than it compares, which moves a few blocks.
     assert (found == expected).float().mean() > (0.98 if way == "pooled 8" else 0.9999)
 
