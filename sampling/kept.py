@@ -80,7 +80,8 @@ class Kept:
         if reused and entry is not None:
             entry.calls += 1
             return
-        lists = result.lists if self.reuse_steps > 1 else None
+        # Without `unranked`: only the call that chose the levels counts the pairs that it could not rank.
+        lists = dataclasses.replace(result.lists, unranked=None) if self.reuse_steps > 1 else None
         if lists is not None or result.centroids is not None:
             self._entries[place] = _Entry(self._step, 1, lists, result.centroids)
 

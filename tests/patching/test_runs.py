@@ -327,7 +327,7 @@ def test_windows_of_5_of_13_frames_with_kept_levels(model, sample, monkeypatch):
     calls = [seen[2 * windows * step : 2 * windows * (step + 1)] for step in range(3)]
     assert all(kept is None for kept, _ in calls[0] + calls[2]), "every window chooses its own levels"
     for (kept, _), (_, chosen) in zip(calls[1], calls[0], strict=True):
-        assert kept is chosen, "a window keeps its own levels, not another one's"
+        assert kept.blocks is chosen.blocks, "a window keeps its own levels, not another one's"
     assert report(psa)["notes"] == report(psa)["fallbacks"] == []
     assert psa.get_attachment(KEY).maps.whole is False
 
@@ -467,6 +467,20 @@ def test_importance_that_is_not_finite_is_told(tiny_wan, sample, caplog):
     assert "was not a finite number" in note
     assert "bfloat16" in note
     assert note in caplog.text
+
+
+def test_pairs_without_importance_count_once_where_levels_are_kept(tiny_wan, sample, monkeypatch):
+    recorder, model = Recorder(monkeypatch), tiny_wan.load("t2v")
+    with torch.no_grad():
+        model.get_model_object("diffusion_model").blocks[0].self_attn.q.weight[0, 0] = torch.inf
+    patched = patch_model(model, **PATCH | {"reuse_steps": 3})
+    sample(patched, steps=4)
+    assert sparse_calls(patched) == [0, 2, 2, 2]
+    assert [lists is None for lists in recorder.given] == [True] * 2 + [False] * 4
+    # The dense step has left nothing finite in the video, so no pair of the two calls that rank has an importance.
+    pairs = sum(result.lists.blocks.numel() for result in recorder.results[:2])
+    (note,) = report(patched)["notes"]
+    assert f"the importance of {pairs} pairs of blocks " in note
 
 
 def test_the_step_that_was_broken_off_is_not_shown_as_done(model, sample, monkeypatch, caplog):

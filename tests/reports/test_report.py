@@ -227,7 +227,7 @@ def test_levels_are_kept_for_the_steps_asked_for(model, monkeypatch, steps, expe
     assert [lists is not None for lists in given] == [kept for kept in expected for _ in range(LAYERS)]
     for place, lists in enumerate(given):
         if lists is not None:
-            assert lists is results[place - LAYERS].lists
+            assert lists.blocks is results[place - LAYERS].lists.blocks
 
 
 def test_the_density_falls_over_the_sparse_steps_and_its_mean_is_the_sliders(model):
