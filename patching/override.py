@@ -121,7 +121,7 @@ COMFYUI = Host(core.is_out_of_memory, core.free_cached_memory, failure)
 
 def out_of_reach(run: Run, error: ConfigError) -> str:
     """Why a setting is impossible with the current number of tokens, and the nearest sparsity that is possible."""
-    config, layout = run.position.config, run.position.known_layout
+    config, layout = run.config, run.position.known_layout
     if error.field != "sparsity" or config.sparsity is None:
         return f"{error.field} {error.given} cannot be had on {layout.video} video tokens; allowed: {error.allowed}"
     blocks = -(-layout.video // config.block_kv)

@@ -5,15 +5,14 @@ also how many groups of heads calls are computed in, and why calls that failed a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 
 from ..kernels.attention import AttentionResult
-from ..kernels.config import PyramidConfig
 from ..kernels.levels import BlockLists
 from ..kernels.order import TokenOrder, make_order
-from ..kernels.semantic import SEMANTIC_ORDERS, Centroids
+from ..kernels.semantic import Centroids
 
 _FORGOTTEN_AFTER = 2
 """Steps after which an entry that no call has renewed is dropped: windows that move on never come back."""
@@ -103,23 +102,21 @@ class Kept:
         self._entries.clear()
         return True
 
-    def order(self, config: PyramidConfig, grid: Grid, device: torch.device) -> TokenOrder | None:
-        """The token order of a grid on `device`, made once; None for one that follows the data."""
-        if config.order in SEMANTIC_ORDERS:
-            return None
-        key = (grid, device)
+    def order(self, name: str, grid: Grid, tile: Grid, device: torch.device) -> TokenOrder:
+        """The token order of that name, see `order.make_order`, made once."""
+        key = (grid, name, tile, device)
         if key not in self._orders:
-            self._orders[key] = make_order(config.order, grid, config.tile, device)
+            self._orders[key] = make_order(name, grid, tile, device)
         return self._orders[key]
 
     def only_orders_of(self, grid: Grid) -> None:
         """Drop the token orders of all other grids."""
         self._orders = {key: order for key, order in self._orders.items() if key[0] == grid}
 
-    def refuse(self, case: Hashable, reason: str, sparsity: float | None = None) -> None:
-        """Calls like this one stay dense from now on. sparsity: the only sparsity this applies to, None for all."""
-        self._refusals[case, sparsity] = reason
+    def refuse(self, case: Hashable, reason: str) -> None:
+        """Calls of this case stay dense from now on."""
+        self._refusals[case] = reason
 
-    def refusal(self, case: Hashable, sparsity: float | None) -> str | None:
-        """Why a call like this one is not tried; None if it is."""
-        return self._refusals.get((case, None)) or self._refusals.get((case, sparsity))
+    def refusal(self, cases: Iterable[Hashable]) -> str | None:
+        """Why a call that belongs to these cases is not tried; None if it is."""
+        return next((self._refusals[case] for case in cases if case in self._refusals), None)

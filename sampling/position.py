@@ -1,12 +1,7 @@
-"""Where a run is: its step and the settings there, the grid of the model call, the block of the attention call."""
+"""Where a run is: its step, the grid of the model call, the block of the attention call. It knows no settings."""
 
 from __future__ import annotations
 
-import torch
-
-from ..choices.settings import PatchSettings
-from ..kernels.config import PyramidConfig
-from ..kernels.falling import config_at
 from ..kernels.order import TokenLayout
 from .schedule import Place, Schedule
 
@@ -26,7 +21,7 @@ class Position:
     """Follows model calls and attention calls; measures nothing and keeps nothing.
 
     Attributes:
-        active: whether the current model call is in PSA's part of the schedule. config: the settings at its step.
+        active: whether the current model call is in PSA's part of the schedule.
         layout: where its video tokens are; None before the first call, or if the call could not be read.
         context_tokens: lengths that its cross-attention may have.
         forward: which of the model calls of its step it is, counted from 0.
@@ -36,7 +31,6 @@ class Position:
 
     def __init__(
         self,
-        settings: PatchSettings,
         sigma_start: float,
         sigma_end: float,
         latent_size: tuple[int, ...] = (),
@@ -44,14 +38,12 @@ class Position:
     ) -> None:
         """latent_size: (time, height, width) of the latent that is sampled, if known; a call on a smaller latent is on
         a part of the video. pixels: frames and pixels per step of the latent, in time and in space, if known."""
-        self._settings = settings
         self._bounds = sigma_start, sigma_end
         self._latent_size, self._pixels = latent_size, pixels
         self._call_size: tuple[int, ...] = ()
         self._schedule = Schedule(None, self.is_active)
         self._place = Place(-1, False)
         self._calls = 0
-        self.config: PyramidConfig = settings.config
         self.layout: TokenLayout | None = None
         self.context_tokens: tuple[int, ...] = ()
         self.active = False
@@ -60,9 +52,9 @@ class Position:
         self.named = True
         self.planned_steps: int | None = None
 
-    def beside(self) -> Position:
+    def for_worker(self) -> Position:
         """A position in the same run for another worker."""
-        return Position(self._settings, *self._bounds, self._latent_size, self._pixels)
+        return Position(*self._bounds, self._latent_size, self._pixels)
 
     def plan(self, sigmas: list[float] | None) -> None:
         """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known."""
@@ -91,7 +83,6 @@ class Position:
         self.active = self.is_active(sigma)
         before, place = self._place, self._schedule.move(sigma)
         self._place = place
-        self.config = config_at(self._settings.config, self._settings.falling, place.share)
         self._calls = 0
         if place.step == before.step:
             self.forward += 1
@@ -113,9 +104,14 @@ class Position:
         self.block = self._calls if block is None else block
         self._calls += 1
 
-    def decide(self, config: PyramidConfig, active: bool) -> None:
-        """For experiments, which choose the settings of the current call, and whether it is sparse, themselves."""
-        self.config, self.active = config, active
+    def decide(self, active: bool) -> None:
+        """For experiments, see `Run.decide`."""
+        self.active = active
+
+    @property
+    def share(self) -> float:
+        """How far along the sparse steps the current model call is, see `schedule.Place`."""
+        return self._place.share
 
     @property
     def in_last_step(self) -> bool:
@@ -145,7 +141,3 @@ class Position:
             return "x".join(map(str, self.known_layout.grid)) + " of them in time, height, width"
         (time, height, width), (frames, pixels) = self._call_size, self._pixels
         return f"{(time - 1) * frames + 1} frames of {width * pixels}x{height * pixels}"
-
-    def case(self, q: torch.Tensor) -> tuple:
-        """What decides whether the kernels can compute a call on q [B, H, L, D]: everything but its values."""
-        return self.layout, q.shape, q.dtype, q.device

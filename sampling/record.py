@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..kernels.attention import AttentionResult
+from ..kernels.config import PyramidConfig
 from ..kernels.density import coverage_of, level_shares
 from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
@@ -137,7 +138,7 @@ class Record:
         self._told = set() if told is None else told
         self._clock = Clock()
 
-    def beside(self) -> Record:
+    def for_worker(self) -> Record:
         """A record for another worker of the same run: no pictures, no display; fallbacks are counted together."""
         other = Record(verbose=self._verbose, told=self._told)
         other.fallbacks = self.fallbacks
@@ -190,7 +191,7 @@ class Record:
         if self.steps:
             self.steps[-1].other_calls = True
 
-    def sparse_call(self, position: Position, result: AttentionResult) -> None:
+    def sparse_call(self, position: Position, config: PyramidConfig, result: AttentionResult) -> None:
         """Record a sparse call: its density (which stays on the device) and, for one block, the map of levels."""
         self._clock.stop()
         self.backend = result.backend
@@ -208,15 +209,15 @@ class Record:
             factors = result.lists.of_head(0, 0).factors()
             self.level_map = LevelMap(step.index, block, layout, factors, result.key_order.of_head(0, 0))
         if position.in_last_sparse_step:
-            self._map(position, result)
+            self._map(position, config, result)
 
     def density(self, block: int, density: torch.Tensor) -> None:
         """Record the density, a scalar tensor, of a call of `block`."""
         self.steps[-1].densities.append((block, density))
 
-    def _map(self, position: Position, result: AttentionResult) -> None:
+    def _map(self, position: Position, config: PyramidConfig, result: AttentionResult) -> None:
         """Keep a map of where this block's heads look; a picture must never end a run."""
-        layout, block, config = position.known_layout, position.block, position.config
+        layout, block = position.known_layout, position.block
         orders = result.query_order, result.key_order
         try:
             if self.maps is None or layout.video > self.maps.tokens:

@@ -14,7 +14,10 @@ import torch
 
 from ..choices.settings import PatchSettings
 from ..kernels.attention import AttentionResult
+from ..kernels.config import PyramidConfig
+from ..kernels.falling import config_at
 from ..kernels.order import TokenLayout, TokenOrder
+from ..kernels.semantic import SEMANTIC_ORDERS
 from .kept import Kept
 from .position import Position, is_active
 from .record import Record, log
@@ -32,6 +35,9 @@ class Run:
             part of the video.
         pixels: frames and pixels per step of the latent, in time and in space, for messages in the user's sizes.
         kept: what an earlier run on the same model kept. told: reasons that were logged already, see `Record`.
+
+    Attributes:
+        config: the settings of the attention at the step of the current model call.
     """
 
     def __init__(
@@ -48,8 +54,8 @@ class Run:
         kept: Kept | None = None,
         told: set[str] | None = None,
     ) -> None:
-        self.settings = settings
-        self.position = Position(settings, sigma_start, sigma_end, latent_size, pixels)
+        self.settings, self.config = settings, settings.config
+        self.position = Position(sigma_start, sigma_end, latent_size, pixels)
         self.kept = kept or Kept(settings.reuse_steps)
         self.record = Record(pictured_block, on_step, blocks=blocks, verbose=settings.verbose, told=told)
         self._workers: dict[Hashable, Run] = {}
@@ -72,13 +78,13 @@ class Run:
         """
         with self._lock:
             if worker not in self._workers:
-                self._workers[worker] = self._beside() if self._workers else self
+                self._workers[worker] = self._for_worker() if self._workers else self
             return self._workers[worker]
 
-    def _beside(self) -> Run:
+    def _for_worker(self) -> Run:
         run = Run.__new__(Run)
-        run.settings = self.settings
-        run.position, run.record = self.position.beside(), self.record.beside()
+        run.settings, run.config = self.settings, self.settings.config
+        run.position, run.record = self.position.for_worker(), self.record.for_worker()
         run.kept = Kept(self.settings.reuse_steps)
         run._workers, run._lock = {}, threading.Lock()
         return run
@@ -109,6 +115,7 @@ class Run:
             foreign: whether another attention override is in front of PSA's.
         """
         steps = self.position.begin_model_call(sigma, layout, context_tokens, latent_size)
+        self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
         self.record.begin_steps(steps, self.position)
         for _ in steps:
             self.kept.next_step()
@@ -121,11 +128,24 @@ class Run:
 
     def order(self, device: torch.device) -> TokenOrder | None:
         """The token order of the current grid on `device`; None for one that follows the data."""
-        return self.kept.order(self.position.config, self.position.known_layout.grid, device)
+        if self.config.order in SEMANTIC_ORDERS:
+            return None
+        return self.kept.order(self.config.order, self.position.known_layout.grid, self.config.tile, device)
+
+    def cases(self, q: torch.Tensor) -> tuple[Hashable, Hashable]:
+        """What a call on q [B, H, L, D] can fail because of: its size and type, or these at the sparsity of this step.
+        A call with the same case fails again."""
+        case = self.position.layout, q.shape, q.dtype, q.device
+        return case, (case, self.config.sparsity)
+
+    def decide(self, config: PyramidConfig, active: bool) -> None:
+        """For experiments, which choose the settings of the current call, and whether it is sparse, themselves."""
+        self.config = config
+        self.position.decide(active)
 
     def sparse_call(self, result: AttentionResult) -> None:
         """PSA has computed the self-attention call that began last."""
-        self.record.sparse_call(self.position, result)
+        self.record.sparse_call(self.position, self.config, result)
 
     def end(self, completed: bool = True) -> None:
         """Close the last step; what was measured can now be read (`figures.py`).

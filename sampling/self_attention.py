@@ -73,7 +73,7 @@ def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
         return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served; load the model in another type"
     if position.block in settings.dense_blocks:
         return f"block {position.block} is listed in dense_blocks"
-    return gradient_reason(q, k, v) or run.kept.refusal(position.case(q), position.config.sparsity)
+    return gradient_reason(q, k, v) or run.kept.refusal(run.cases(q))
 
 
 def attend(
@@ -108,20 +108,20 @@ def _try(
     None if the caller should try again: memory was full, and there are more groups now. The retry happens outside of
     this function because an error keeps its tensors alive while it is being handled.
     """
-    case, sparsity = run.position.case(q), None
+    case, of_setting = run.cases(q)
     reason: str | None
     try:
         return _in_groups(run, q, k, v, prompts, scale)
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
         if not host.is_out_of_memory(error):
             reason = host.failure(run, error)
-            sparsity = run.position.config.sparsity if isinstance(error, ConfigError) else None
+            case = of_setting if isinstance(error, ConfigError) else case
             log.debug("PSA: the failure in full", exc_info=True)
         else:
             reason = None if run.kept.split(q.shape[1]) else WITHOUT_MEMORY
     if reason is not None:
         # Not tried again: every block and step has a call, and a compiler may take seconds to fail.
-        run.kept.refuse(case, reason, sparsity)
+        run.kept.refuse(case, reason)
         return reason
     log.warning("PSA: out of memory; going on in %d groups of heads", run.kept.groups)
     host.free_cached_memory()
@@ -142,7 +142,7 @@ def _in_groups(
             some_q,
             some_k,
             some_v,
-            run.position.config,
+            run.config,
             layout=run.position.layout,
             order=run.order(q.device),
             scale=scale,

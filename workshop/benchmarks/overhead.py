@@ -40,7 +40,7 @@ def main() -> None:
         return run
 
     def attend(run: Run):
-        order = run.kept.order(settings.config, grid, device)
+        order = run.order(device)
         return pyramid_sparse_attention(q, k, v, settings.config, layout=layout, order=order)
 
     def step(run: Run, index: int) -> None:

@@ -65,7 +65,7 @@ class SparseAttention:
         sigmas = [self.schedule.sigmas[sparse] for sparse in self._active]
         place = place_among(sigmas, self.schedule.sigmas[step])
         self._config = config_at(self.settings.config, self.settings.falling, place)
-        self.run.position.decide(self._config, step in self._active)
+        self.run.decide(self._config, step in self._active)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Output [B, H, L, D] of q, k, v [B, H, L, D]."""
@@ -85,7 +85,7 @@ class SparseAttention:
                 order = self.run.order(q.device)
                 lists = ranked_lists(order.apply(q), order.apply(k), self._config, self.prototype["rank"])
                 return self._with_lists(q, k, v, block, order, lists)
-            self.run.position.decide(self._here(block), True)
+            self.run.decide(self._here(block), True)
         options = {RUN_KEY: self.run}
         return self._override(
             _dense, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
