@@ -137,8 +137,6 @@ def make_settings(*, auto: str = AUTO_PRESETS[0], blocks: int | None = None, **i
     check_window(asked.start_percent, asked.end_percent)
     if asked.backend not in BACKENDS:
         raise InputError.of_choice("backend", asked.backend, BACKENDS)
-    if not 1 <= asked.reuse_steps <= MOST_REUSE_STEPS:
-        raise InputError("reuse_steps", asked.reuse_steps, f"1 to {MOST_REUSE_STEPS}", do="set reuse_steps to 1")
     check_one_pyramid(asked.preset, asked.psa_pyramid is not None)
     shape, config = make_config(asked, auto)
     return PatchSettings(
@@ -171,13 +169,20 @@ def make_config(asked: PatchInputs, auto: str) -> tuple[Preset, PyramidConfig]:
     try:
         config = shape.config(asked.sparsity, **changes)
         check_falling(asked.falling, config)
+        check_reuse(asked.reuse_steps, config)
     except ConfigError as error:
         field = _FIELD.get(error.field, error.field)
         raise InputError(field, error.given, error.allowed, do=error.do) from error
-    if asked.reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
-        allowed = f"1 with the order {config.order}, whose blocks change every step"
-        raise InputError("reuse_steps", asked.reuse_steps, allowed, do="set reuse_steps to 1 or take another order")
     return shape, config
+
+
+def check_reuse(reuse_steps: int, config: PyramidConfig) -> None:
+    """Raise ConfigError if levels cannot be kept for that many steps."""
+    if not 1 <= reuse_steps <= MOST_REUSE_STEPS:
+        raise ConfigError("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}", "set reuse_steps to 1")
+    if reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
+        allowed = f"1 with the order {config.order}, whose blocks change every step"
+        raise ConfigError("reuse_steps", reuse_steps, allowed, "set reuse_steps to 1 or take another order")
 
 
 def _judges(*names: str) -> Callable[[Callable], Callable]:

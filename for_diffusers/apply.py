@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from ..choices.presets import load_presets
-from ..choices.settings import AUTO, MOST_REUSE_STEPS, MOST_SPARSITY, PatchInputs, PatchSettings
+from ..choices.settings import AUTO, MOST_SPARSITY, PatchInputs, PatchSettings, check_reuse
 from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError
 from ..kernels.falling import check_falling
 from ..kernels.refusal import refusal
-from ..kernels.semantic import SEMANTIC_ORDERS
 from .interception import InterceptedForward
 from .layout import MODELS
 from .schedule import Schedule
@@ -155,8 +154,6 @@ def apply_psa(
         raise _error("warm_up", warm_up, "a share from 0.0 to 1.0 or a step count")
     if warm_up and not knows_steps:
         raise _error("warm_up", warm_up, "0, a bare transformer knows no steps")
-    if not 1 <= reuse_steps <= MOST_REUSE_STEPS:
-        raise _error("reuse_steps", reuse_steps, f"1 to {MOST_REUSE_STEPS}")
     if reuse_steps > 1 and not knows_steps:
         raise _error("reuse_steps", reuse_steps, "1, a bare transformer knows no steps")
     planned = []
@@ -166,10 +163,9 @@ def apply_psa(
         try:
             config = chosen.config(sparsity or 0.5, **changes)
             check_falling(falling, config)
+            check_reuse(reuse_steps, config)
         except (ConfigError, TypeError) as error:
             raise ValueError(f"apply_psa, {error}") from error
-        if reuse_steps > 1 and config.order in SEMANTIC_ORDERS:
-            raise _error("reuse_steps", reuse_steps, f"1 with the order {config.order}, whose blocks change every step")
         steps = warm_up if chosen.dense_steps is None else chosen.dense_steps
         schedule = Schedule(pipe, steps) if knows_steps else None
         settings = PatchSettings(
