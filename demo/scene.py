@@ -65,12 +65,15 @@ OBJECT_WORDS = {
 }
 BACKGROUND_WORDS = {"pattern": BACKGROUNDS, "colour": BACKGROUND_COLOURS, "direction": DIRECTIONS}
 
-ATTRIBUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+Vocabulary = tuple[tuple[str, str, tuple[str, ...]], ...]
+"""(slot, attribute, words) of every context token, in order."""
+
+ATTRIBUTES: Vocabulary = (
     *(("first", name, words) for name, words in OBJECT_WORDS.items()),
     *(("second", name, words) for name, words in OBJECT_WORDS.items()),
     *(("background", name, words) for name, words in BACKGROUND_WORDS.items()),
 )
-"""(slot, attribute, words) of every context token, in order."""
+"""The vocabulary of a scene."""
 
 TOKEN_COUNT = len(ATTRIBUTES)
 
@@ -99,17 +102,17 @@ def scene_from_indices(indices: Sequence[int]) -> Scene:
     return Scene(SceneObject(**slots["first"]), SceneObject(**slots["second"]), Background(**slots["background"]))
 
 
-def random_indices(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw scenes with every attribute uniform: long [count, TOKEN_COUNT] on the generator's device."""
+def random_indices(count: int, generator: torch.Generator, vocabulary: Vocabulary = ATTRIBUTES) -> torch.Tensor:
+    """Draw scenes with every attribute uniform: long [count, tokens] on the generator's device."""
     device = generator.device
-    sizes = torch.tensor([len(words) for _, _, words in ATTRIBUTES], device=device)
-    uniform = torch.rand(count, TOKEN_COUNT, generator=generator, device=device)
+    sizes = torch.tensor([len(words) for _, _, words in vocabulary], device=device)
+    uniform = torch.rand(count, len(vocabulary), generator=generator, device=device)
     return torch.minimum((uniform * sizes).long(), sizes - 1)
 
 
-def conditioning_from_indices(indices: torch.Tensor) -> torch.Tensor:
-    """Context tokens, float32 [B, TOKEN_COUNT, CONTEXT_WIDTH], for word numbers, long [B, TOKEN_COUNT]."""
-    sizes = torch.tensor([len(words) for _, _, words in ATTRIBUTES], device=indices.device)
+def conditioning_from_indices(indices: torch.Tensor, vocabulary: Vocabulary = ATTRIBUTES) -> torch.Tensor:
+    """Context tokens, float32 [B, tokens, CONTEXT_WIDTH], for word numbers, long [B, tokens]."""
+    sizes = torch.tensor([len(words) for _, _, words in vocabulary], device=indices.device)
     dimension = indices + (torch.cumsum(sizes, 0) - sizes)
     context = torch.zeros(*indices.shape, CONTEXT_WIDTH, device=indices.device)
     return context.scatter_(2, dimension.unsqueeze(2), CONTEXT_SCALE)

@@ -119,7 +119,7 @@ def sample_parameters(indices: torch.Tensor, generator: torch.Generator, candida
     }
 
 
-def _signed_distance(shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def signed_distance(shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Approximate signed distance (negative inside) to the outline of unit size shapes, broadcast over x and y."""
     length = torch.sqrt(x * x + y * y + 1e-12)
     ax, ay = x.abs(), y.abs()
@@ -197,7 +197,7 @@ def render(
         local_x = x - (spread(p["start"][:, i, 0]) + spread(p["velocity"][:, i, 0]) * time)
         local_y = y - (spread(p["start"][:, i, 1]) + spread(p["velocity"][:, i, 1]) * time)
         radius = spread(p["radius"][:, i])
-        distance = _signed_distance(spread(p["shape"][:, i]), local_x / radius, local_y / radius) * radius
+        distance = signed_distance(spread(p["shape"][:, i]), local_x / radius, local_y / radius) * radius
         cover.append(torch.sigmoid(-distance * (4.0 / (EDGE_PIXELS * pixel))))
         phase = p["texture_phase"][:, i].view(-1, 1, 1, 1, 2)
         shade.append(1.0 - 0.55 * _texture(spread(p["texture"][:, i]), local_x, local_y, phase))
