@@ -16,7 +16,7 @@ STEPS, BLOCKS = (3, 8), (1, 3, 5)
 def demo_qkv(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v [1, 12, 9216, 128]; heads are ordered by step, block and head."""
     from comfyui_psa.workshop.quality.demo_model import Clip, DemoModel, DenseAttention, Video, simple_schedule
-    from comfyui_psa.workshop.training.sheet import SHEET_SCENES
+    from comfyui_psa.workshop.training.shapes_sheet import SHEET_SCENES
 
     class Recorder(DenseAttention):
         def __init__(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..training.sheet import SHEET_SCENES
+from ..training.shapes_sheet import SHEET_SCENES
 from . import compile_ahead
 from .demo_model import Clip, DemoModel, Video, simple_schedule
 from .matrix import settings_of

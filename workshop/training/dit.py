@@ -1,7 +1,8 @@
-"""Training of the demonstration diffusion transformer on fresh procedural clips, half resolution first.
+"""Training of a diffusion transformer on fresh procedural clips, half resolution first.
 
-No data set and no encoder: each step renders clips, projects them on the latent basis and learns their velocity.
-Not distributed: one device. Flow matching as in `flow`; matrices by Muon, everything else by AdamW.
+No data set and no encoder: each step renders clips on the device, projects them on the latent basis and learns their
+velocity. Several processes, one a device, draw different clips and average their gradients. Flow matching as in `flow`;
+matrices by Muon, everything else by AdamW.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ from pathlib import Path
 
 import torch
 
-from ...demo.scene import TOKEN_COUNT, conditioning_from_indices, random_indices
-from .clips import CLIP_FRAMES, render, sample_parameters
-from .files import DIT_FILE, load_weights, save_weights
+from .clips import CLIP_FRAMES
+from .fast_attention import fastest_attention
+from .files import dit_file, load_weights, save_weights
 from .flow import draw_sigmas
 from .latents import LatentBasis
 from .schedule import ClockSchedule, moving_average
 from .settings import DitStage, Settings
-from .wan_dit import WanTransformer, rotary_table
+from .team import ALONE, Team
+from .wan_dit import HEAD_WIDTH, AttentionFunction, WanTransformer, rotary_table
+from .worlds import WORLDS
 
 GRID_FRAMES = 1 + (CLIP_FRAMES - 1) // 4
-CHECKPOINT_SECONDS = 120
+CHECKPOINT_SECONDS = 60
 
 
 def _split(model: WanTransformer) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
@@ -33,30 +36,37 @@ def _split(model: WanTransformer) -> tuple[list[torch.nn.Parameter], list[torch.
     return matrices, others
 
 
-def make_muon(matrices: list[torch.nn.Parameter]) -> torch.optim.Muon:
+def make_muon(matrices: list[torch.nn.Parameter], team: Team = ALONE) -> torch.optim.Optimizer:
     """Muon for the weight matrices (K. Jordan et al., https://kellerjordan.github.io/posts/muon/), whose steps are as
     long as those of AdamW at the same rate: 0.2 * sqrt(longer side), J. Liu et al., arXiv 2502.16982."""
-    return torch.optim.Muon(matrices, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    # Divided: it is thousands of small kernels a step, which take longer to start than to run.
+    return team.divide(matrices, torch.optim.Muon, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
 
-class _Data:
+class Data:
     """Fresh latents and context of one stage."""
 
-    def __init__(self, stage: DitStage, basis: LatentBasis, device: torch.device, compiled: bool):
-        self.stage, self.basis = stage, basis
-        self.render = torch.compile(render, dynamic=False) if compiled else render
+    def __init__(self, stage: DitStage, settings: Settings, basis: LatentBasis, device: torch.device):
+        self.stage, self.basis, self.world = stage, basis, WORLDS[settings.world]
+        self.prompt_dropout = settings.prompt_dropout
+        self.render = torch.compile(self.world.render, dynamic=False) if settings.compile else self.world.render
         grid = (GRID_FRAMES, stage.side // 16, stage.side // 16)
         self.table = rotary_table(grid, device, stage.spatial_step)
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        indices = random_indices(self.stage.batch, generator)
-        parameters = sample_parameters(indices, generator)
+        """Latents [B, 16, T, H, W] and context tokens [B, tokens, 4096]; those of an emptied prompt are zeros."""
+        indices = self.world.draw(self.stage.batch, generator)
+        parameters = self.world.sample(indices, generator)
         clip = self.render(parameters, CLIP_FRAMES, self.stage.side, self.stage.side)
-        return self.basis.encode(clip), conditioning_from_indices(indices)
+        context = self.world.context(indices)
+        if self.prompt_dropout:
+            kept = torch.rand(len(indices), 1, 1, generator=generator, device=indices.device) >= self.prompt_dropout
+            context = context * kept
+        return self.basis.encode(clip), context
 
 
-def _make_loss(model: WanTransformer, device: torch.device) -> Callable[..., torch.Tensor]:
+def _make_loss(model: torch.nn.Module, device: torch.device, attend: AttentionFunction) -> Callable[..., torch.Tensor]:
     def loss(
         data: torch.Tensor,
         noise: torch.Tensor,
@@ -67,14 +77,14 @@ def _make_loss(model: WanTransformer, device: torch.device) -> Callable[..., tor
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * data + level * noise
         with torch.autocast(device.type, torch.bfloat16):
-            velocity = model(noisy, sigma * 1000, context, table)
+            velocity = model(noisy, sigma * 1000, context, table, attend)
         return (velocity.float() - (noise - data)).square().mean()
 
     return loss
 
 
 @torch.no_grad()
-def _held_out_loss(loss: Callable, data: _Data, device: torch.device, batches: int) -> dict[str, float]:
+def _held_out_loss(loss: Callable, data: Data, device: torch.device, batches: int) -> dict[str, float]:
     """Loss at fixed noise levels on clips of a seed that training never uses."""
     result = {}
     for sigma in (0.3, 0.6, 0.85, 0.95, 0.98):
@@ -97,37 +107,50 @@ def train_dit(
     folder: Path,
     resume: Path | None = None,
     log: Callable[[str], None] = print,
+    team: Team = ALONE,
 ) -> dict:
     """Train until `deadline` (as `time.time()` counts) and write the averaged weights into `folder`.
 
     resume: weights to go on from, through the same stages at `resume_rate` of the learning rate.
+    team: processes that train it together; every one calls this, the leader writes.
     Returns the figures of the run: steps, clips, seconds and losses.
     """
     begun = time.time()
     model = WanTransformer(settings.width, settings.hidden, settings.layers)
     model.initialise(torch.Generator().manual_seed(settings.seed))
+    words = sum(len(words) for _, _, words in WORLDS[settings.world].vocabulary)
+    with torch.no_grad():
+        model.text_embedding[0].weight[:, words:] = 0.0  # no token has a value there
     rate = 1.0
     if resume is not None:
         load_weights(model, resume)
         rate = settings.resume_rate
     model.to(device)
     matrices, others = _split(model)
-    muon = make_muon(matrices)
+    muon = make_muon(matrices, team)
     adam = torch.optim.AdamW(
         others, lr=settings.other_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
     )
     average = moving_average(model, settings.dit_decay)
-    loss_function = _make_loss(model, device)
+    last = settings.dit_stages[-1]
+    tokens = GRID_FRAMES * (last.side // 16) ** 2
+    attend = fastest_attention(device, last.batch, settings.width // HEAD_WIDTH, tokens, log)
+    plain_loss = _make_loss(model, device, attend)
     if settings.compile:
         # Block by block: one compiled block serves all layers, a sixth of the compilation of the whole model.
         for block in model.blocks:
             block.compile(dynamic=False)
-    generator = torch.Generator(device).manual_seed(settings.seed + 1000)
-    stages = [_Data(stage, basis, device, settings.compile) for stage in settings.dit_stages]
+    loss_function = _make_loss(team.wrap(model, device), device, attend)
+    generator = torch.Generator(device).manual_seed(settings.seed + 1000 + 7919 * team.rank)
+    stages = [Data(stage, settings, basis, device) for stage in settings.dit_stages]
+    file = folder / dit_file(settings.name)
 
-    def backward(data: _Data) -> torch.Tensor:
+    def save(weights: torch.nn.Module, complete: bool) -> None:
+        facts = {"world": settings.world, "guidance": settings.guidance, "steps": steps, "complete": complete}
+        save_weights(weights, file, torch.bfloat16, settings.weight_bits, **facts)
+
+    def backward(data: Data) -> torch.Tensor:
         latents, context = data.draw(generator)
-        assert context.shape[1] == TOKEN_COUNT
         noise = torch.randn(latents.shape, generator=generator, device=device)
         sigma = draw_sigmas(latents.shape[0], data.stage.shift, generator)
         loss = loss_function(latents, noise, sigma, context, data.table)
@@ -146,8 +169,17 @@ def train_dit(
             clear()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        log(f"dit: side {data.stage.side} ready after {time.time() - begun:.0f} s")
+        clock = time.time()
+        for _ in range(4):
+            latents, _ = data.draw(generator)
+        latents.sum().item()
+        rate_of_clips = 4 * data.stage.batch / (time.time() - clock)
+        log(
+            f"dit: side {data.stage.side} ready after {time.time() - begun:.0f} s; "
+            f"{rate_of_clips:.0f} clips/s can be rendered"
+        )
 
+    team.share(0.0)  # the clock starts when all have compiled
     schedule = ClockSchedule(deadline)
     steps, clips, history, checkpoint = 0, 0, [], time.time()
     running = torch.zeros((), device=device)
@@ -164,31 +196,35 @@ def train_dit(
             average.update_parameters(model)
             running.lerp_(loss, 0.02 if steps > 50 else 0.2)
             steps += 1
-            clips += data.stage.batch
+            clips += data.stage.batch * team.size
             if steps % 10 == 0:
                 running.item()  # keeps the clock honest: work is queued ahead of the device otherwise
-            progress = schedule.progress()
+            progress = team.share(schedule.progress())
             if steps % 200 == 0:
                 milliseconds = (time.time() - mark_time) / (steps - mark_step) * 1000
                 mark_time, mark_step = time.time(), steps
                 history.append([steps, round(running.item(), 5)])
                 log(f"dit: {progress:4.0%} step {steps} loss {running.item():.4f} {milliseconds:.1f} ms/step")
-            if time.time() - checkpoint > CHECKPOINT_SECONDS:
+            if team.leads and time.time() - checkpoint > CHECKPOINT_SECONDS:
                 checkpoint = time.time()
-                save_weights(average.module, folder / DIT_FILE, torch.bfloat16, steps=steps, complete=False)
+                save(average.module, complete=False)
         log(
             f"dit: side {data.stage.side}: {steps - stage_first} steps in {time.time() - stage_begin:.0f} s "
             f"(stage {number + 1} of {len(stages)})"
         )
+    fingerprints = team.fingerprints(model)
     model.load_state_dict(average.module.state_dict())
-    save_weights(model, folder / DIT_FILE, torch.bfloat16, steps=steps, complete=True)
+    if team.leads:
+        save(model, complete=True)
     return {
         "steps": steps,
         "clips": clips,
+        "processes": team.size,
+        "same_weights_in_all": len(set(fingerprints)) == 1,
         "seconds_training": round(time.time() - schedule.begin, 1),
         "seconds_compiling": round(schedule.begin - begun, 1),
         "training_loss": history[-1][1] if history else None,
         "loss_history": history[:: max(1, len(history) // 24)],
-        "held_out_loss_by_sigma": _held_out_loss(loss_function, stages[-1], device, max(1, settings.held_out // 2)),
+        "held_out_loss_by_sigma": _held_out_loss(plain_loss, stages[-1], device, max(1, settings.held_out // 2)),
         "parameters": sum(p.numel() for p in model.parameters()),
     }

@@ -1,29 +1,133 @@
-"""Reading and writing the trained weights as safetensors with their facts as metadata."""
+"""Reading and writing the trained weights as safetensors with their facts as metadata.
+
+A folder holds one model: its diffusion model and its autoencoder, whose sizes are read from the files themselves.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ...demo.scene import VOCABULARY_VERSION
 from .latents import LatentBasis
+from .wan_dit import HEAD_WIDTH, WanTransformer
+from .wan_vae import WanAutoencoder
+from .worlds import WORLDS, World
 
-# Named as ComfyUI names the kinds, so that each folder can be one of its model folders.
-DIT_FILE = "diffusion_models/psa_demo_wan_dit.safetensors"
-VAE_FILE = "vae/psa_demo_wan_vae.safetensors"
 SHEET_FILE = "contact_sheet.jpg"
 METRICS_FILE = "metrics.json"
 BASIS_FILE = "latent_basis.safetensors"
 
 
-def save_weights(model: torch.nn.Module, path: Path, dtype: torch.dtype, **facts: object) -> None:
-    """Write a state dict in `dtype`; `facts` become string metadata beside the vocabulary's version."""
-    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+def dit_file(name: str) -> str:
+    """Path of the diffusion model in its folder. Named as ComfyUI names the kinds, so that each folder of it can be one
+    of its model folders."""
+    return f"diffusion_models/psa_{name}_wan_dit.safetensors"
+
+
+def vae_file(name: str) -> str:
+    """Path of the autoencoder in the model's folder."""
+    return f"vae/psa_{name}_wan_vae.safetensors"
+
+
+DIT_FILE, VAE_FILE = dit_file("demo"), vae_file("demo")
+
+
+class MissingModelError(FileNotFoundError):
+    """A folder does not hold a whole model; the message says what is missing and how to get it."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What the files of a folder say about their model. Attributes: guidance: the scale that it was made for."""
+
+    name: str
+    dit: Path
+    vae: Path
+    world: World
+    blocks: int
+    heads: int
+    guidance: float
+
+
+def read_folder(folder: Path) -> ModelFolder:
+    """Find the model in a folder and read its facts, but not its weights.
+
+    Raises:
+        MissingModelError: there is none, more than one, or only a half.
+    """
+    found = sorted(folder.glob(dit_file("*")))
+    advice = (
+        "Train it with: python workshop/training/train_demo.py --size large --out FOLDER, or unpack one with: "
+        "python workshop/training/parcel.py unpack PARTS FOLDER."
+    )
+    if not folder.is_dir():
+        raise MissingModelError(f"There is no folder {folder}. {advice}")
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise MissingModelError(f"{folder} must hold one {dit_file('NAME')}; found: {names}. {advice}")
+    name = found[0].name.removeprefix("psa_").removesuffix("_wan_dit.safetensors")
+    vae = folder / vae_file(name)
+    if not vae.is_file():
+        raise MissingModelError(f"{folder} holds the diffusion model, but its autoencoder {vae_file(name)} is missing.")
+    with safe_open(str(found[0]), framework="pt") as file:
+        facts = file.metadata() or {}
+        width = file.get_slice("head.modulation").get_shape()[-1]
+        blocks = len({key.split(".")[1] for key in file.keys() if key.startswith("blocks.")})  # noqa: SIM118
+    # The released demo model was made before worlds had names.
+    world, guidance = WORLDS[facts.get("world", "shapes")], float(facts.get("guidance", 1.0))
+    return ModelFolder(name, found[0], vae, world, blocks, width // HEAD_WIDTH, guidance)
+
+
+def load_transformer(path: Path) -> WanTransformer:
+    """The diffusion model in a file, of the file's size, in float32 on the CPU."""
+    state = {name: value.float() for name, value in load_file(str(path)).items()}
+    hidden, width = state["blocks.0.ffn.0.weight"].shape
+    blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    model = WanTransformer(width, hidden, blocks)
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+def load_autoencoder(path: Path) -> WanAutoencoder:
+    """The autoencoder in a file, of the file's size, in float32 on the CPU, its frame attention left out."""
+    state = {name: value.float() for name, value in load_file(str(path)).items()}
+    model = WanAutoencoder(state["decoder.head.2.weight"].shape[1])
+    model.load_state_dict(state, strict=True)
+    model.disable_attention()
+    return model
+
+
+def save_weights(
+    model: torch.nn.Module, path: Path, dtype: torch.dtype, bits: int | None = None, **facts: object
+) -> None:
+    """Write a state dict in `dtype`; `facts` become string metadata beside the vocabulary's version.
+
+    bits: matrix weights are rounded to so many bits, see `on_grid`. The file is there whole or not at all.
+    """
+    state = {name: value.detach().float() for name, value in model.state_dict().items()}
+    if bits is not None:
+        state = {name: on_grid(value, bits) if value.ndim == 2 else value for name, value in state.items()}
+    state = {name: value.to("cpu", dtype).contiguous() for name, value in state.items()}
     metadata = {"vocabulary_version": VOCABULARY_VERSION, **{name: str(value) for name, value in facts.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(state, str(path), metadata=metadata)
+    unfinished = path.with_suffix(".unfinished")
+    save_file(state, str(unfinished), metadata=metadata)
+    unfinished.replace(path)
+
+
+def on_grid(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """A matrix rounded to multiples of a power of two of its own a row, at most 2 ** (bits - 1) - 1 of them.
+
+    Such weights are exact in bfloat16 for up to 8 bits, and `parcel.py` sends them as that many bits.
+    """
+    most = 2 ** (bits - 1) - 1
+    step = torch.exp2(torch.ceil(torch.log2(weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / most)))
+    return (weight / step).round() * step
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Flow matching as Wan is sampled in ComfyUI: noisy = (1 - sigma) * data + sigma * noise, target noise - data.
 
 The model receives sigma * 1000 as its timestep. Schedules are shifted, sigma = s*u / (1 + (s - 1)*u), after
-P. Esser et al., arXiv 2403.03206, section 5.3.2. Not a general sampler: Euler steps, no guidance.
+P. Esser et al., arXiv 2403.03206, section 5.3.2. Not a general sampler: Euler steps.
 """
 
 from __future__ import annotations
@@ -26,18 +26,38 @@ def draw_sigmas(count: int, shift: float, generator: torch.Generator) -> torch.T
     return shifted(torch.where(pick, uniform, normal), shift).clamp(1e-3, 1.0)
 
 
+Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Velocity of noisy latents, timesteps and context tokens, all batch first."""
+
+
+def guided(
+    model: Velocity, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Velocity led away from that of the empty prompt (J. Ho and T. Salimans, arXiv 2207.12598), as ComfyUI's cfg.
+
+    scale: 1 is the velocity of the prompt alone, in one call; otherwise prompt and empty prompt are one batch of twice
+    the size, prompts first. An empty prompt is as many zero tokens.
+    """
+    if scale == 1:
+        return model(x, timestep, context)
+    both = model(torch.cat([x, x]), torch.cat([timestep, timestep]), torch.cat([context, torch.zeros_like(context)]))
+    prompted, empty = both.float().chunk(2)
+    return empty + scale * (prompted - empty)
+
+
 @torch.no_grad()
 def sample_euler(
-    model: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    model: Velocity,
     noise: torch.Tensor,
     context: torch.Tensor,
     steps: int,
     shift: float,
+    guidance: float = 1.0,
 ) -> torch.Tensor:
     """Integrate from noise (sigma 1) to data (sigma 0): latents of the noise's shape, float32."""
     sigmas = shifted(torch.linspace(1, 0, steps + 1, device=noise.device), shift)
     x = noise.float()
     for now, following in itertools.pairwise(sigmas):
-        velocity = model(x, (now * 1000).expand(x.shape[0]), context)
+        velocity = guided(model, x, (now * 1000).expand(x.shape[0]), context, guidance)
         x = x + (following - now) * velocity.float()
     return x

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...demo.scene import random_indices
-from .clips import CLIP_FRAMES, render, sample_parameters
+from .clips import CLIP_FRAMES
+from .worlds import WORLDS, World
 
 CHANNELS = 16
 CELL = 8
@@ -84,7 +84,9 @@ class LatentBasis:
         return latents.permute(0, 4, 1, 2, 3).contiguous()
 
 
-def fit_basis(device: torch.device | str, seed: int = 7, clips: int = 192, side: int = 128) -> LatentBasis:
+def fit_basis(
+    device: torch.device | str, seed: int = 7, clips: int = 192, side: int = 128, world: World = WORLDS["shapes"]
+) -> LatentBasis:
     """Fit the basis on random crops of clips at two scales (512 and 256 pixels a frame).
 
     The sign of each direction is fixed (its largest entry is positive). CPU and CUDA draw different clips from one
@@ -95,10 +97,10 @@ def fit_basis(device: torch.device | str, seed: int = 7, clips: int = 192, side:
     mean = torch.zeros(CELL_SIZE, device=device, dtype=torch.float64)
     count, chunk = 0, 8
     for number in range(0, clips, chunk):
-        parameters = sample_parameters(random_indices(chunk, generator), generator)
+        parameters = world.sample(world.draw(chunk, generator), generator)
         pixel = 1 / 512 if (number // chunk) % 2 else 1 / 256
         origin = torch.rand(chunk, 2, generator=generator, device=device) * (1 - side * pixel)
-        clip = render(parameters, CLIP_FRAMES, side, side, pixel=pixel, origin=origin)
+        clip = world.render(parameters, CLIP_FRAMES, side, side, pixel=pixel, origin=origin)
         first, rest = _cells(clip)
         still = first.view(-1, 3, 1, CELL * CELL).expand(-1, 3, CELL_FRAMES, -1).reshape(-1, CELL_SIZE)
         cells = torch.cat([still, rest.reshape(-1, CELL_SIZE)])

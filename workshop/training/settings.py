@@ -1,13 +1,14 @@
-"""Sizes and rates of the two trainings: the released setting and a tiny one that runs on a CPU in seconds."""
+"""Sizes and rates of the trainings: the released model, the large one, and how each is made tiny for a CPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class DitStage:
-    """One resolution of the curriculum; `until` is the share of the time budget at which it ends."""
+    """One resolution of the curriculum; `until` is the share of the time budget at which it ends, `batch` that of
+    every process."""
 
     side: int
     batch: int
@@ -30,6 +31,16 @@ class VaeStage:
 class Settings:
     """Everything that `workshop/training/train_demo.py` fixes."""
 
+    name: str = "demo"
+    """Of the files, see `files.py`."""
+    world: str = "shapes"
+    """What the clips show, see `worlds.py`."""
+    prompt_dropout: float = 0.0
+    """Share of the clips whose prompt is emptied; with it the model can be guided away from the empty prompt."""
+    guidance: float = 1.0
+    """Scale at which it is sampled; 1 is without guidance."""
+    weight_bits: int | None = None
+    """Of every matrix weight in the file, sign included, see `files.py`; None leaves them as they are trained."""
     width: int = 256
     hidden: int = 1024
     layers: int = 6
@@ -61,19 +72,46 @@ class Settings:
     seed: int = 1
 
 
-TINY = Settings(
-    width=128,
-    hidden=128,
-    layers=1,
+LARGE = Settings(
+    name="large",
+    world="rich",
+    prompt_dropout=0.1,
+    guidance=3.0,
+    weight_bits=7,
+    width=768,
+    hidden=768,
+    layers=12,
+    # About 18000 tokens a process and step, at either resolution.
     dit_stages=(
-        DitStage(side=32, batch=2, spatial_step=2.0, shift=1.5, until=0.5),
-        DitStage(side=64, batch=2, spatial_step=1.0, shift=3.0, until=1.0),
+        DitStage(side=256, batch=8, spatial_step=2.0, shift=6.0, until=0.5),
+        DitStage(side=512, batch=2, spatial_step=1.0, shift=12.0, until=1.0),
     ),
-    vae_width=4,
-    vae_stages=(VaeStage(frames=5, side=32, batch=2, until=0.5), VaeStage(frames=9, side=32, batch=1, until=1.0)),
-    compile=False,
-    basis_clips=16,
-    held_out=1,
-    sheet_side=64,
-    sheet_steps=2,
+    # A step of Muon turns a matrix by rate * sqrt(width): the demo's 3e-3 at three times the width.
+    matrix_rate=1.7e-3,
+    other_rate=1e-3,
+    vae_width=16,
+    seed=2026,
 )
+SIZES = {size.name: size for size in (Settings(), LARGE)}
+"""Sizes that `train_demo.py` trains, by name."""
+
+
+def tiny(settings: Settings) -> Settings:
+    """The same model and curriculum, small enough to train on a CPU in seconds."""
+    return replace(
+        settings,
+        width=128,
+        hidden=128,
+        layers=1,
+        dit_stages=(
+            DitStage(side=32, batch=2, spatial_step=2.0, shift=1.5, until=0.5),
+            DitStage(side=64, batch=2, spatial_step=1.0, shift=3.0, until=1.0),
+        ),
+        vae_width=4,
+        vae_stages=(VaeStage(frames=5, side=32, batch=2, until=0.5), VaeStage(frames=9, side=32, batch=1, until=1.0)),
+        compile=False,
+        basis_clips=16,
+        held_out=1,
+        sheet_side=64,
+        sheet_steps=2,
+    )

@@ -1,21 +1,28 @@
 #!/usr/bin/env python3
-"""Train the demonstration model: `python workshop/training/train_demo.py [--minutes 9]`.
+"""Train the demonstration model: `python workshop/training/train_demo.py [--minutes 9]`, or with `--size large` the
+large one of the quality harness.
 
 Writes the diffusion model, the autoencoder, a contact sheet and the figures of the run into demo/weights (or --out).
-With two GPUs the networks train side by side, with one they take turns. Needs torch, safetensors and Pillow.
+With several GPUs the last one trains the autoencoder and all others train the diffusion model together; with one they
+take turns. Needs torch, numpy, safetensors and Pillow.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import runpy
-import subprocess
-import sys
-import tempfile
 import time
-from datetime import datetime, timezone
-from pathlib import Path
+
+BEGUN = time.time()  # all of --minutes counts from here, the imports too
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import runpy  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from datetime import datetime, timezone  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DIT_SHARE = 0.7
@@ -24,54 +31,97 @@ DIT_SHARE = 0.7
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; the hidden options are for the child processes."""
-    parser = argparse.ArgumentParser(description="Train the small demonstration model of ComfyUI-PSA.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="demo", choices=["demo", "large"], help="of the model, see settings.py")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything but the contact sheet")
-    parser.add_argument("--out", type=Path, default=ROOT / "demo" / "weights", help="folder for the results")
+    parser.add_argument("--out", type=Path, help="folder for the results: demo/weights, or output/large for that size")
+    parser.add_argument("--parts", type=Path, help="folder that also gets the model in small files, see parcel.py")
     parser.add_argument("--device", default=None, help="for example cuda:0 or cpu; all visible GPUs by default")
+    parser.add_argument("--processes", type=int, help="that train the diffusion model together on the CPU")
     parser.add_argument("--only", choices=["dit", "vae"], default=None, help="train one network only")
     parser.add_argument("--resume", type=Path, default=None, help="diffusion model to go on training from")
     parser.add_argument("--tiny", action="store_true", help="settings small enough for a CPU, to try the script")
     parser.add_argument("--basis", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--begun", type=float, default=BEGUN, help=argparse.SUPPRESS)
     parser.add_argument("--figures", type=Path, default=None, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.out = arguments.out or ROOT.joinpath(*(["demo", "weights"] if arguments.size == "demo" else
+                                                     ["output", arguments.size]))  # fmt: skip
+    return arguments
 
 
 def train_one(arguments: argparse.Namespace) -> None:
-    """Train one network on one device (child process)."""
+    """Train one network on one device, alone or in a team (child process)."""
     import torch
 
     from comfyui_psa.workshop.training import dit, files, settings, vae
+    from comfyui_psa.workshop.training.team import join_team
 
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     device = torch.device(arguments.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    team = join_team(device)
     basis = files.load_basis(arguments.basis).to(device)
-    chosen = settings.TINY if arguments.tiny else settings.Settings()
+    chosen = settings.SIZES[arguments.size]
+    chosen = settings.tiny(chosen) if arguments.tiny else chosen
     common = (basis, chosen, device, arguments.deadline, arguments.out)
+
+    def log(line: str) -> None:
+        if team.leads:
+            print(f"[{time.time() - arguments.begun:5.0f} s] {line}", flush=True)
+
     if arguments.only == "dit":
-        figures = dit.train_dit(*common, resume=arguments.resume, log=lambda line: print(line, flush=True))
+        figures = dit.train_dit(*common, resume=arguments.resume, log=log, team=team)
     else:
-        figures = vae.train_vae(*common, log=lambda line: print(line, flush=True))
-    arguments.figures.write_text(json.dumps(figures))
+        figures = vae.train_vae(*common, log=log)
+    if team.leads:
+        arguments.figures.write_text(json.dumps(figures))
+    team.part()
 
 
-def start(arguments: argparse.Namespace, network: str, device: str, deadline: float, work: Path) -> subprocess.Popen:
-    """Start the training of one network in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--only", network, "--device", device]
+def start(
+    arguments: argparse.Namespace, network: str, devices: Sequence[str], deadline: float, work: Path
+) -> list[subprocess.Popen]:
+    """Start the training of one network, in a process of its own for each device."""
+    from comfyui_psa.workshop.training.files import BASIS_FILE
+    from comfyui_psa.workshop.training.team import member
+
+    command = [sys.executable, str(Path(__file__).resolve()), "--only", network, "--size", arguments.size]
     command += [
+        "--begun",
+        str(BEGUN),
         "--deadline",
         str(deadline),
         "--out",
         str(arguments.out),
         "--basis",
-        str(arguments.out / "latent_basis.safetensors"),
+        str(arguments.out / BASIS_FILE),
     ]
     command += ["--figures", str(work / f"{network}.json")] + (["--tiny"] if arguments.tiny else [])
     command += ["--resume", str(arguments.resume)] if arguments.resume else []
-    return subprocess.Popen(command)
+    usual = dict(os.environ)
+    # Torch would start one compiling process a core for each of ours.
+    usual.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(16, (os.cpu_count() or 1) // len(devices)))))
+    return [
+        subprocess.Popen(
+            [*command, "--device", device], env=usual | member(rank, len(devices), work / f"{network}.meeting")
+        )
+        for rank, device in enumerate(devices)
+    ]
+
+
+def wait(processes: Sequence[subprocess.Popen], meanwhile: Callable[[], None]) -> bool:
+    """Wait for all and say whether all went well; when one has failed the others are ended."""
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            for process in processes:
+                process.kill()
+        meanwhile()
+        time.sleep(0.5)
+    return not any(process.wait() for process in processes)
 
 
 def main() -> int:
@@ -81,34 +131,54 @@ def main() -> int:
     if arguments.deadline is not None:
         train_one(arguments)
         return 0
-    begun = time.time()
     import torch
 
-    from comfyui_psa.workshop.training import files, settings, sheet
+    from comfyui_psa.workshop.training import files, parcel, settings, sheet
     from comfyui_psa.workshop.training.latents import fit_basis
+    from comfyui_psa.workshop.training.worlds import WORLDS
 
-    gpus = torch.cuda.device_count()
-    devices = [arguments.device] if arguments.device else [f"cuda:{i}" for i in range(min(gpus, 2))] or ["cpu"]
-    chosen = settings.TINY if arguments.tiny else settings.Settings()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    chosen = settings.SIZES[arguments.size]
+    chosen = settings.tiny(chosen) if arguments.tiny else chosen
+    devices = [arguments.device] if arguments.device else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    devices = devices or ["cpu"]
     networks = [arguments.only] if arguments.only else ["dit", "vae"]
-    end = begun + arguments.minutes * 60
+    many, apart = devices, len(devices) > 1 and len(networks) > 1
+    if arguments.processes:
+        many = devices[:1] * arguments.processes
+    elif apart:
+        many = devices[:-1]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    end = BEGUN + arguments.minutes * 60
+    sent = 0.0
+
+    def send() -> None:
+        """Make a parcel of what is there, when it is newer than the last one."""
+        nonlocal sent
+        written = [path.stat().st_mtime for path in parcel.contents(arguments.out)]
+        if arguments.parts and written and max(written) > sent:
+            sent = max(written)
+            parcel.pack(arguments.out, arguments.parts)
+
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         known = arguments.resume.resolve().parents[1] / files.BASIS_FILE if arguments.resume else None
-        basis = files.load_basis(known) if known and known.exists() else fit_basis(devices[0], clips=chosen.basis_clips)
+        basis = (
+            files.load_basis(known)
+            if known and known.exists()
+            else fit_basis(devices[0], clips=chosen.basis_clips, world=WORLDS[chosen.world])
+        )
         files.save_basis(basis, arguments.out / files.BASIS_FILE)
-        print(f"latent basis after {time.time() - begun:.0f} s; training on {', '.join(devices)}", flush=True)
-        failed = False
-        if len(devices) > 1 and len(networks) > 1:
-            running = [start(arguments, n, d, end, work) for n, d in zip(networks, devices, strict=True)]
-            failed = any([process.wait() for process in running])
+        print(f"latent basis after {time.time() - BEGUN:.0f} s; training on {', '.join(devices)}", flush=True)
+        if apart:
+            running = start(arguments, "dit", many, end, work) + start(arguments, "vae", devices[-1:], end, work)
+            well = wait(running, send)
         else:
-            now = time.time()
+            well, now = True, time.time()
             shares = [DIT_SHARE, 1.0] if len(networks) > 1 else [1.0]
             for network, share in zip(networks, shares, strict=True):
-                failed |= bool(start(arguments, network, devices[0], now + (end - now) * share, work).wait())
-        if failed:
+                places = many if network == "dit" else devices[:1]
+                well &= wait(start(arguments, network, places, now + (end - now) * share, work), send)
+        if not well:
             print("training failed: see the messages above", file=sys.stderr)
             return 1
         metrics = arguments.out / files.METRICS_FILE
@@ -117,18 +187,22 @@ def main() -> int:
             label = f"{network}_resumed" if arguments.resume and network == "dit" else network
             figures[label] = json.loads((work / f"{network}.json").read_text())
     device = torch.device(devices[0])
-    if (arguments.out / files.DIT_FILE).exists() and (arguments.out / files.VAE_FILE).exists():
-        sheet.make_sheet(arguments.out, chosen, device)
     run = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "devices": len(devices),
         "torch": torch.__version__,
-        "seconds_in_all": round(time.time() - begun, 1),
+        "seconds_in_all": round(time.time() - BEGUN, 1),
         "bytes": {p.name: p.stat().st_size for p in sorted(arguments.out.rglob("*.safetensors"))},
     }
     figures["run_resumed" if arguments.resume else "run"] = run
     metrics.write_text(json.dumps(figures, indent=1) + "\n")
+    send()
+    if (arguments.out / files.dit_file(chosen.name)).exists() and (
+        arguments.out / files.vae_file(chosen.name)
+    ).exists():
+        sheet.make_sheet(arguments.out, chosen, device)
+        send()
     print(json.dumps({k: {n: v for n, v in f.items() if n != "loss_history"} for k, f in figures.items()}, indent=1))
     return 0
 

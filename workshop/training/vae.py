@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ...demo.scene import random_indices
-from .clips import CLIP_FRAMES, render, sample_parameters
-from .files import VAE_FILE, save_weights
+from .clips import CLIP_FRAMES
+from .files import save_weights, vae_file
 from .latents import CHANNELS, VAE_MEAN, VAE_STD, LatentBasis, from_vae_space, to_vae_space
 from .schedule import ClockSchedule, moving_average
 from .settings import Settings, VaeStage
 from .wan_vae import WanAutoencoder
+from .worlds import WORLDS, World
 
 FULL_SIDE = 512
 LATENT_NOISE = 0.15
 LOG_VARIANCE = -8.0
-CHECKPOINT_SECONDS = 120
+CHECKPOINT_SECONDS = 60
 
 
 @torch.no_grad()
@@ -72,20 +72,20 @@ def decoder_loss(decoded: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
 class _Data:
     """Fresh crops of one stage: clips and their normalised latents."""
 
-    def __init__(self, stage: VaeStage, basis: LatentBasis, compiled: bool):
-        self.stage, self.basis = stage, basis
-        self.render = torch.compile(render, dynamic=False) if compiled else render
+    def __init__(self, stage: VaeStage, world: World, basis: LatentBasis, compiled: bool):
+        self.stage, self.world, self.basis = stage, world, basis
+        self.render = torch.compile(world.render, dynamic=False) if compiled else world.render
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         stage, device = self.stage, generator.device
-        parameters = sample_parameters(random_indices(stage.batch, generator), generator)
+        parameters = self.world.sample(self.world.draw(stage.batch, generator), generator)
         room = CLIP_FRAMES - stage.frames
         first = torch.floor(torch.rand(stage.batch, generator=generator, device=device) * (room + 1))
         # Look at an object in most crops: that is where the edges are.
-        pick = torch.randint(0, 2, (stage.batch, 1, 1), generator=generator, device=device).expand(-1, -1, 2)
-        middle = ((first + stage.frames / 2) / (CLIP_FRAMES - 1))[:, None]
-        centre = parameters["start"].gather(1, pick)[:, 0] + parameters["velocity"].gather(1, pick)[:, 0] * middle
+        places = self.world.focus(parameters, (first + stage.frames / 2) / (CLIP_FRAMES - 1))
+        pick = torch.randint(0, places.shape[1], (stage.batch, 1, 1), generator=generator, device=device)
+        centre = places.gather(1, pick.expand(-1, -1, 2))[:, 0]
         extent = stage.side / FULL_SIDE
         jitter = torch.rand(stage.batch, 2, generator=generator, device=device)
         near = centre - extent * (0.1 + 0.8 * jitter)
@@ -105,12 +105,14 @@ def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: WanAutoencoder, basis: LatentBasis, device: torch.device, count: int, side: int) -> dict:
+def evaluate(
+    model: WanAutoencoder, basis: LatentBasis, world: World, device: torch.device, count: int, side: int
+) -> dict[str, float]:
     """Figures on whole held-out clips of `side` pixels: decoder PSNR, round-trip PSNR, encoder error."""
     generator = torch.Generator(device).manual_seed(99991)
     decoder, round_trip, encoder = [], [], []
     for _ in range(count):
-        clip = render(sample_parameters(random_indices(1, generator), generator), CLIP_FRAMES, side, side)
+        clip = world.render(world.sample(world.draw(1, generator), generator), CLIP_FRAMES, side, side)
         latents = basis.encode(clip)
         with torch.autocast(device.type, torch.bfloat16):
             encoded = model.encode(clip)
@@ -156,7 +158,8 @@ def train_vae(
     ]
     average = moving_average(model, settings.vae_decay)
     generator = torch.Generator(device).manual_seed(settings.seed + 2000)
-    stages = [_Data(stage, basis, settings.compile) for stage in settings.vae_stages]
+    world = WORLDS[settings.world]
+    stages = [_Data(stage, world, basis, settings.compile) for stage in settings.vae_stages]
 
     def decode_loss(latents: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
@@ -219,9 +222,11 @@ def train_vae(
                 )
             if time.time() - checkpoint > CHECKPOINT_SECONDS:
                 checkpoint = time.time()
-                save_weights(average.module, folder / VAE_FILE, torch.float16, steps=steps, complete=False)
+                save_weights(
+                    average.module, folder / vae_file(settings.name), torch.float16, steps=steps, complete=False
+                )
     model.load_state_dict(average.module.state_dict())
-    save_weights(model, folder / VAE_FILE, torch.float16, steps=steps, complete=True)
+    save_weights(model, folder / vae_file(settings.name), torch.float16, steps=steps, complete=True)
     trained = time.time()
     side = settings.sheet_side
     return {
@@ -230,6 +235,6 @@ def train_vae(
         "seconds_compiling": round(schedule.begin - begun, 1),
         "decoder_loss": round(running[0].item(), 5),
         "encoder_loss": round(running[1].item(), 5),
-        **evaluate(model, basis, device, settings.held_out, side),
+        **evaluate(model, basis, world, device, settings.held_out, side),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
