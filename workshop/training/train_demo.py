@@ -113,15 +113,16 @@ def start(
     ]
 
 
-def wait(processes: Sequence[subprocess.Popen], meanwhile: Callable[[], None]) -> bool:
-    """Wait for all and say whether all went well; when one has failed the others are ended."""
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
-            for process in processes:
-                process.kill()
+def wait(teams: Sequence[Sequence[subprocess.Popen]], meanwhile: Callable[[], None]) -> bool:
+    """Wait for all and say whether all went well; when one of a team has failed the others of it are ended."""
+    while any(process.poll() is None for team in teams for process in team):
+        for team in teams:
+            if any(process.poll() for process in team):
+                for process in team:
+                    process.kill()
         meanwhile()
         time.sleep(0.5)
-    return not any(process.wait() for process in processes)
+    return not any(process.wait() for team in teams for process in team)
 
 
 def main() -> int:
@@ -170,14 +171,14 @@ def main() -> int:
         files.save_basis(basis, arguments.out / files.BASIS_FILE)
         print(f"latent basis after {time.time() - BEGUN:.0f} s; training on {', '.join(devices)}", flush=True)
         if apart:
-            running = start(arguments, "dit", many, end, work) + start(arguments, "vae", devices[-1:], end, work)
+            running = [start(arguments, "dit", many, end, work), start(arguments, "vae", devices[-1:], end, work)]
             well = wait(running, send)
         else:
             well, now = True, time.time()
             shares = [DIT_SHARE, 1.0] if len(networks) > 1 else [1.0]
             for network, share in zip(networks, shares, strict=True):
                 places = many if network == "dit" else devices[:1]
-                well &= wait(start(arguments, network, places, now + (end - now) * share, work), send)
+                well &= wait([start(arguments, network, places, now + (end - now) * share, work)], send)
         if not well:
             print("training failed: see the messages above", file=sys.stderr)
             return 1
