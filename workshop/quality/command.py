@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from ..training.shapes_sheet import SHEET_SCENES
+from ..training.files import MissingModelError, ModelFolder, read_folder
 from . import compile_ahead
-from .demo_model import Clip, DemoModel, Video, simple_schedule
+from .demo_model import WEIGHTS, Clip, DemoModel, Video, simple_schedule
 from .matrix import settings_of
 from .measure import Measurement
 from .results import read_runs
@@ -39,7 +39,11 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 def main(description: str | None = None) -> int:
     """Run what the command line asks for; the exit code."""
     began = time.monotonic()
-    arguments = _parse(description)
+    try:
+        arguments = _parse(description)
+    except MissingModelError as error:
+        print(error, file=sys.stderr)
+        return 2
     if arguments.report:
         from .report import write_report
 
@@ -54,11 +58,15 @@ def main(description: str | None = None) -> int:
         facts = {"machine": _machine(device), "date": datetime.date.today().isoformat()}
         measure_times(facts, arguments.out, print)
         return 0
+    found = arguments.found
+    guidance = found.guidance if arguments.cfg is None else arguments.cfg
     kind = next((kind for kind in ("smoke", "quick", "velocity", "candidates") if getattr(arguments, kind)), "full")
     asked = (arguments.steps, arguments.scenes, arguments.seeds, arguments.frames)
     steps, scenes, seeds, frames = (given or usual for given, usual in zip(asked, DEFAULTS[kind], strict=True))
     wanted = arguments.only or ["*"]
-    settings = [s for s in settings_of(kind) if any(fnmatch.fnmatch(s.name, pattern) for pattern in wanted)]
+    settings = [
+        s for s in settings_of(kind, found.blocks) if any(fnmatch.fnmatch(s.name, pattern) for pattern in wanted)
+    ]
     device = torch.device(arguments.device)
     precision = arguments.dtype or ("bf16" if device.type == "cuda" else "float32")
     # Where the model runs in float32 the Triton kernels do not serve on a GPU; on a CPU torch is the backend anyway.
@@ -66,16 +74,16 @@ def main(description: str | None = None) -> int:
     video = Video(frames, arguments.side, arguments.side)
     clips = [
         Clip(scene, seed, f"scene {number}, seed {seed}")
-        for number, scene in enumerate(SHEET_SCENES[:scenes], start=1)
+        for number, scene in enumerate(found.world.scenes[:scenes], start=1)
         for seed in SEEDS[:seeds]
     ]
     if arguments.list:
         print("\n".join(setting.name for setting in settings))
         return 0
     if arguments.compile_part:
-        schedule = simple_schedule(steps, blocks=6)
+        schedule, rows = simple_schedule(steps, found.blocks), len(clips) * (1 if guidance == 1 else 2)
         compile_ahead.compile_part(
-            settings, arguments.compile_part, schedule, video.grid, len(clips), backend, DTYPES[precision]
+            settings, arguments.compile_part, schedule, video.grid, rows, found.heads, backend, DTYPES[precision]
         )
         return 0
 
@@ -83,18 +91,18 @@ def main(description: str | None = None) -> int:
         print(f"[{time.monotonic() - began:6.1f} s] {text}", flush=True)
 
     print(
-        f"{len(settings)} settings, {len(clips)} clips of {video}, {steps} steps, {precision}, {backend}; "
-        f"results in {arguments.out}"
+        f"{name_of(found, guidance)}: {len(settings)} settings, {len(clips)} clips of {video}, {steps} steps, "
+        f"{precision}, {backend}; results in {arguments.out}"
     )
     workers = []
     if backend == "triton" and device.type == "cuda" and not arguments.no_compile_ahead:
         workers = compile_ahead.start(sys.argv[1:])
-    model = DemoModel(device, DTYPES[precision])
+    model = DemoModel(device, DTYPES[precision], found, guidance)
     if workers:
         compile_ahead.finish(workers, 150)
         say("kernels compiled")
     facts = {
-        "model": "psa_demo",
+        "model": name_of(found, guidance),
         "machine": _machine(device),
         "precision": f"{precision}, {backend}",
         "steps": steps,
@@ -102,7 +110,7 @@ def main(description: str | None = None) -> int:
         "date": datetime.date.today().isoformat(),
     }
     if kind == "velocity":
-        facts = {name: facts[name] for name in ("machine", "precision", "date")}
+        facts = {name: facts[name] for name in ("model", "machine", "precision", "date")}
         measure_velocity(model, clips, video, settings, backend, facts, arguments.out, say)
         return 0
     measurement = Measurement(model, clips, video, simple_schedule(steps, model.blocks), backend, facts)
@@ -113,6 +121,11 @@ def main(description: str | None = None) -> int:
     margin, line = quick_line(read_runs(arguments.out))
     print(line)
     return exit_code(margin)
+
+
+def name_of(found: ModelFolder, guidance: float) -> str:
+    """The model in the results: that of its files, and the scale where it is guided at another than its own."""
+    return f"psa_{found.name}" + ("" if guidance == found.guidance else f", cfg {guidance:g}")
 
 
 def exit_code(margin: float) -> int:
@@ -134,13 +147,17 @@ def _parse(description: str | None) -> argparse.Namespace:
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON list of PSA Patch inputs, for --workflow")
     parser.add_argument("--url", help="of a running ComfyUI with this pack, for --workflow; otherwise one is started")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="of a trained model; otherwise the demo's")
+    parser.add_argument("--cfg", type=float, help="scale of guidance, 1 for none; otherwise that of the model")
     parser.add_argument(
-        "--out", type=Path, help="folder of the results: output/quality, with --dtype output/quality-DTYPE"
+        "--out",
+        type=Path,
+        help="folder of the results: output/quality, with -MODEL and -DTYPE where they are not usual",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings whose name fits one of these: 'paper*'")
     parser.add_argument("--list", action="store_true", help="only print the names of the settings")
     parser.add_argument("--steps", type=int, help="sampling steps")
-    parser.add_argument("--scenes", type=int, help=f"1 to {len(SHEET_SCENES)}")
+    parser.add_argument("--scenes", type=int, help="1 to 6")
     parser.add_argument("--seeds", type=int, help=f"1 to {len(SEEDS)}, for every scene")
     parser.add_argument("--frames", type=int, help="1 + 4n")
     parser.add_argument("--side", type=int, default=512, help="height and width in pixels")
@@ -151,8 +168,13 @@ def _parse(description: str | None) -> argparse.Namespace:
     parser.add_argument("--no-compile-ahead", action="store_true", help="compile each kernel when it is needed")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    # A run replaces the files of its folder: one in another type must not end those of the usual.
-    arguments.out = arguments.out or ROOT / "output" / "-".join(filter(None, ("quality", arguments.dtype)))
+    # A run replaces the files of its folder: one of another model or type must not end those of the usual.
+    given = [name for name in ("model", "cfg") if getattr(arguments, name) is not None]
+    if given and (arguments.workflow or arguments.times or arguments.report):
+        parser.error(f"--{given[0]} is of no use here: a workflow names its own model, --times and --report use none")
+    arguments.found = read_folder(arguments.model.expanduser() if arguments.model else WEIGHTS)
+    model = None if arguments.found.name == "demo" else arguments.found.name
+    arguments.out = arguments.out or ROOT / "output" / "-".join(filter(None, ("quality", model, arguments.dtype)))
     return arguments
 
 

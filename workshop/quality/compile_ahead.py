@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
+from ..training.wan_dit import HEAD_WIDTH
 from .attention import SparseAttention
 from .setting import Schedule, Setting, resolve
-
-HEADS, DIM = 2, 128
 
 
 def start(arguments: Sequence[str], workers: int | None = None) -> list[subprocess.Popen]:
@@ -47,11 +46,15 @@ def compile_part(
     part: str,
     schedule: Schedule,
     grid: tuple[int, int, int],
-    batch: int,
+    rows: int,
+    heads: int,
     backend: str,
     dtype: torch.dtype,
 ) -> None:
-    """One attention call of every n-th different kernel setting on random data of the model's type."""
+    """One attention call of every n-th different kernel setting on random data of the model's type.
+
+    rows: of the model's batch, those of the empty prompt too.
+    """
     number, count = map(int, part.split("/"))
     different: dict[str, Setting] = {}
     for setting in settings:
@@ -61,7 +64,7 @@ def compile_part(
         different.setdefault(kind, setting)
     tokens = grid[0] * grid[1] * grid[2]
     # The model's strides: heads beside one another in a token.
-    q, k, v = torch.randn(3, batch, tokens, HEADS, DIM, device="cuda", dtype=dtype).transpose(2, 3).unbind(0)
+    q, k, v = torch.randn(3, rows, tokens, heads, HEAD_WIDTH, device="cuda", dtype=dtype).transpose(2, 3).unbind(0)
     for setting in list(different.values())[number::count]:
         # What fails here fails again, and is reported, when it is measured.
         with contextlib.suppress(Exception):

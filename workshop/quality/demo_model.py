@@ -1,6 +1,7 @@
-"""The demo model sampled directly: ComfyUI's numbers, with an attention function of our choice and no ComfyUI.
+"""A trained model sampled directly: ComfyUI's numbers, with an attention function of our choice and no ComfyUI.
 
-Euler steps over the `simple` schedule at cfg 1, as `workflows/psa_demo.json` has them.
+Euler steps over the `simple` schedule, as `workflows/psa_demo.json` has them. The model is that of a folder: the
+demo's, or the large one, whose prompts are of another vocabulary and which is sampled with guidance.
 """
 
 from __future__ import annotations
@@ -9,18 +10,17 @@ import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from ...demo.scene import Scene, conditioning
-from ..training.files import DIT_FILE, VAE_FILE, load_weights
+from ..training.files import ModelFolder, load_autoencoder, load_transformer, read_folder
+from ..training.flow import guided
 from ..training.latents import to_vae_space
-from ..training.wan_dit import WanTransformer, rotary_table
-from ..training.wan_vae import WanAutoencoder
+from ..training.wan_dit import rotary_table
 from .setting import Schedule, shifted
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "demo" / "weights"
@@ -50,9 +50,9 @@ class Video:
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """What is sampled: a scene, and the seed of its noise."""
+    """What is sampled: a scene of the model's world, and the seed of its noise."""
 
-    scene: Scene
+    scene: Any
     seed: int
     name: str
 
@@ -76,6 +76,9 @@ class DenseAttention:
         return F.scaled_dot_product_attention(q, k, v)
 
 
+VelocityOf = Callable[[torch.Tensor, float, Attention], torch.Tensor]
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampled:
     """Latents [steps, B, 16, T, H, W] after every step, float32 on the device, and seconds of every step."""
@@ -92,22 +95,50 @@ def simple_schedule(steps: int, blocks: int, shift: float = SHIFT) -> Schedule:
 
 
 class DemoModel:
-    """Diffusion model and decoder on a device; `dtype` bfloat16 or float16 runs matrix products and attention in it."""
+    """Diffusion model and decoder on a device; `dtype` bfloat16 or float16 runs matrix products and attention in it.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, weights: Path = WEIGHTS) -> None:
+    guidance: scale of classifier-free guidance, prompt and empty prompt as one batch of twice the clips; None takes the
+    one that the model was made for, 1 samples without.
+
+    Raises:
+        MissingModelError: the folder does not hold a whole model.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        weights: Path | ModelFolder = WEIGHTS,
+        guidance: float | None = None,
+    ) -> None:
         self.device, self.dtype = device, dtype
-        self.network = WanTransformer()
-        load_weights(self.network, weights / DIT_FILE)
-        self.network.to(device).eval()
-        self.decoder = WanAutoencoder()
-        load_weights(self.decoder, weights / VAE_FILE)
-        self.decoder.disable_attention()
-        self.decoder.to(device).eval()
+        self.facts = weights if isinstance(weights, ModelFolder) else read_folder(weights)
+        self.guidance = self.facts.guidance if guidance is None else guidance
+        self.network = load_transformer(self.facts.dit).to(device).eval()
+        self.decoder = load_autoencoder(self.facts.vae).to(device).eval()
 
     @property
     def blocks(self) -> int:
         """Number of transformer blocks."""
         return len(self.network.blocks)
+
+    def velocity_of(self, clips: Sequence[Clip], video: Video) -> VelocityOf:
+        """One step's velocity of these clips: float32, of noisy latents [B, 16, T, H, W], their noise level and the
+        attention, which was told the step before."""
+        context = self.facts.world.conditioning([clip.scene for clip in clips]).to(self.device)
+        table = rotary_table(video.grid, self.device)
+
+        @torch.inference_mode()
+        def velocity(x: torch.Tensor, sigma: float, attention: Attention) -> torch.Tensor:
+            timestep = torch.full((len(clips),), sigma * 1000, device=self.device)
+
+            def network(x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+                return self.network(x, timestep, context, table, attention)
+
+            with self.precision():
+                return guided(network, x, timestep, context, self.guidance).float()
+
+        return velocity
 
     @torch.inference_mode()
     def sample(self, clips: Sequence[Clip], video: Video, schedule: Schedule, attention: Attention) -> Sampled:
@@ -117,16 +148,12 @@ class DemoModel:
             for clip in clips
         ]
         x = torch.cat(noise) * schedule.sigmas[0]
-        context = conditioning([clip.scene for clip in clips]).to(self.device)
-        table = rotary_table(video.grid, self.device)
+        velocity = self.velocity_of(clips, video)
         latents, seconds = [], []
         for step, (now, following) in enumerate(itertools.pairwise([*schedule.sigmas, 0.0])):
             began = self.clock()
             attention.begin_step(step)
-            timestep = torch.full((len(clips),), now * 1000, device=self.device)
-            with self.precision():
-                velocity = self.network(x, timestep, context, table, attention).float()
-            x = x + (following - now) * velocity
+            x = x + (following - now) * velocity(x, now, attention)
             seconds.append(self.clock() - began)
             latents.append(x)
         return Sampled(torch.stack(latents), seconds)

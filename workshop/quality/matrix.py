@@ -60,8 +60,9 @@ class Claim:
     """Said to be as close as `second`, not closer."""
 
 
-def settings_of(kind: str) -> list[Setting]:
-    """The list of a `full`, `quick`, `smoke`, `velocity` or `candidates` run, each name once.
+def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
+    """The list of a `full`, `quick`, `smoke`, `velocity` or `candidates` run of a model of so many blocks, each name
+    once.
 
     Raises:
         ValueError: no such list.
@@ -74,12 +75,12 @@ def settings_of(kind: str) -> list[Setting]:
         return _candidates()
     if kind == "smoke":
         wanted = ("default", "block-sparse", "radial mask", "levels kept for 2 steps", "fresh sample 0")
-        chosen = [s for s in settings_of("full") if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]
+        chosen = [s for s in settings_of("full", blocks) if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]
         return [*chosen, *_published(("wan2.1-14b",))]
     if kind != "full":
         raise ValueError(f"no list of settings is called {kind!r}")
     found: dict[str, Setting] = {}
-    for setting in [*_front(), *_published(tuple(PUBLISHED), ramp=True), *_paper(), *_beyond(), *_noise()]:
+    for setting in [*_front(), *_published(tuple(PUBLISHED), ramp=True), *_paper(), *_beyond(blocks), *_noise()]:
         found.setdefault(setting.name, setting)
     return list(found.values())
 
@@ -273,7 +274,7 @@ def _paper() -> list[Setting]:
     return found
 
 
-def _beyond() -> list[Setting]:
+def _beyond(blocks: int) -> list[Setting]:
     both = (LEAN, MIDDLE)
     found = _at("paper, tail", "beyond", both, PAPER | {"tail": "on"})
     for name in BUDGETS:
@@ -291,12 +292,12 @@ def _beyond() -> list[Setting]:
         found += _at(f"paper, tiles {name}", "beyond", both, PAPER | {"order": "tiles"}, config={"tile": tile})
     for name, pyramid in _LEVELS.items():
         found += _at(f"levels {name}", "beyond", both, PAPER | {"pyramid": pyramid})
-    for block in range(6):
+    for block in range(blocks):
         found += _at(f"block {block} dense", "beyond", (MIDDLE,), PAPER | {"dense_blocks": str(block)})
     for name, ramp in _RAMPS.items():
         found += _at(f"ramp {name}", "beyond", (MIDDLE,), PAPER, prototype={"ramp": ramp})
     for name, (first, last) in {"1.5 to 0.5": (1.5, 0.5), "0.5 to 1.5": (0.5, 1.5)}.items():
-        layers = {str(block): first + (last - first) * block / 5 for block in range(6)}
+        layers = {str(block): first + (last - first) * block / (blocks - 1) for block in range(blocks)}
         found += _at(f"layers {name}", "beyond", both, {}, prototype={"layers": layers})
     ends = PAPER | {"start_percent": 0.15, "end_percent": 0.9}
     found += _at("dense 15 % first, 10 % last", "beyond", (MIDDLE,), ends)

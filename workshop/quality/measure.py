@@ -82,7 +82,7 @@ class Measurement:
                     measure(truth[i], frames[i]) for measure in (metrics.psnr, metrics.ssim, metrics.flicker)
                 )
                 writer.add([row])
-        sheet.write(self.clips)
+        sheet.write(self.clips, self.model.facts.world.describe)
         return measured
 
     def _one(

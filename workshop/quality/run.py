@@ -3,9 +3,10 @@
 
     python dev.py quality --quick          minutes on a CPU; last line: our default minus the best published
     python dev.py quality --workflow FILE  any ComfyUI workflow with a PSA Patch node, on a real server
+    python dev.py quality --model FOLDER   the same on a model that workshop/training/train_demo.py has trained
     python3 workshop/quality/run.py --out DIR   the whole matrix on a GPU; torch, triton, numpy, matplotlib, safetensors
 
-The demo model of this repository is sampled directly, without ComfyUI, through the pack's own attention override.
+The model is sampled directly, without ComfyUI, through the pack's own attention override.
 """
 
 from __future__ import annotations

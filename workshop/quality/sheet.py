@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ...demo.scene import describe
 from ..tools.pictures import DIFFERENCE_GAIN, amplified_difference, contact_sheet
 from .demo_model import Clip
 
@@ -28,8 +28,9 @@ class Sheet:
         picked = np.linspace(0, videos.shape[2] - 1, COLUMNS).round().astype(int)
         self._rows.append((name, videos[:, :, picked].permute(0, 2, 3, 4, 1).cpu().numpy()))
 
-    def write(self, clips: Sequence[Clip]) -> None:
-        """Write the files; per row the frames and, amplified, their difference from dense."""
+    def write(self, clips: Sequence[Clip], describe: Callable[[Any], str]) -> None:
+        """Write the files; per row the frames and, amplified, their difference from dense. `describe` gives the
+        sentence of a scene."""
         for number, clip in enumerate(clips[:CLIPS]):
             (first, videos), *others = self._rows
             dense = videos[number]

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ...demo.scene import conditioning
 from ..table import write_records
-from ..training.wan_dit import rotary_table
 from .attention import SparseAttention
 from .demo_model import Attention, Clip, DemoModel, DenseAttention, Video, simple_schedule
 from .setting import Setting, resolve
@@ -37,6 +35,7 @@ class VelocityRow:
     """Relative L2 error of the velocity."""
     seconds: float
     """Of the model call, see `DemoModel.clock`."""
+    model: str = ""
     machine: str = ""
     precision: str = ""
     date: str = ""
@@ -54,15 +53,11 @@ def measure_velocity(
 ) -> list[VelocityRow]:
     """Measure every setting at the sparsity of its node, write `velocity.csv` into the folder, return the rows."""
     schedule = simple_schedule(STEPS, model.blocks)
-    table = rotary_table(video.grid, model.device)
+    velocity_of = {clip: model.velocity_of([clip], video) for clip in clips}
 
-    @torch.inference_mode()
     def call(x: torch.Tensor, step: int, clip: Clip, attention: Attention) -> torch.Tensor:
         attention.begin_step(step)
-        timestep = torch.full((1,), schedule.sigmas[step] * 1000, device=model.device)
-        with model.precision():
-            context = conditioning([clip.scene]).to(model.device)
-            return model.network(x, timestep, context, table, attention).float()
+        return velocity_of[clip](x, schedule.sigmas[step], attention)
 
     truth = []
     for clip in clips:

@@ -13,7 +13,11 @@ from comfyui_psa.workshop.quality.demo_model import WEIGHTS, Clip, DemoModel, De
 from comfyui_psa.workshop.quality.matrix import LEAN, settings_of
 from comfyui_psa.workshop.quality.results import read_runs
 from comfyui_psa.workshop.quality.setting import Setting, resolve
+from comfyui_psa.workshop.training import files
 from comfyui_psa.workshop.training.files import DIT_FILE
+from comfyui_psa.workshop.training.wan_dit import WanTransformer
+from comfyui_psa.workshop.training.wan_vae import WanAutoencoder
+from comfyui_psa.workshop.training.worlds import WORLDS
 
 VIDEO = Video(frames=9, height=256, width=256)  # 768 tokens
 CLIP = Clip(Scene(), 42, "clip")
@@ -116,10 +120,11 @@ def test_compute_below_the_dense_part_is_refused(model):
         resolve(Setting("s", "test"), simple_schedule(8, model.blocks), "auto", 0.2)
 
 
+@pytest.mark.parametrize("blocks", [6, 12])
 @pytest.mark.parametrize("kind", ["full", "candidates", "quick", "velocity"])
-def test_every_setting_of_the_matrix_resolves(kind):
-    schedule = simple_schedule(20, blocks=6)
-    settings = settings_of(kind)
+def test_every_setting_of_the_matrix_resolves(kind, blocks):
+    schedule = simple_schedule(20, blocks)
+    settings = settings_of(kind, blocks)
     names = [setting.name for setting in settings]
     assert len(names) == len(set(names))
     for setting in settings:
@@ -147,6 +152,87 @@ def test_attention_is_given_the_type_of_the_model(model, dtype):
     assert watched.seen == {dtype}
     error = float((found - expected).norm() / expected.norm())
     assert 0 < error < (0.03 if dtype == torch.bfloat16 else 0.004)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A folder of a large model in small: two blocks of two heads on rich clips, random weights."""
+    folder = tmp_path_factory.mktemp("large")
+    generator = torch.Generator().manual_seed(1)
+    network = WanTransformer(256, 128, 2)
+    network.initialise(generator)
+    with torch.no_grad():  # a new model's branches add nothing
+        for name, weight in network.named_parameters():
+            if weight.ndim == 2:
+                weight.normal_(0.0, 0.06, generator=generator)
+            if name.endswith("text_embedding.0.weight"):
+                weight.normal_(0.0, 0.2, generator=generator)
+    facts = {"world": "rich", "guidance": 3.0}
+    files.save_weights(network, folder / files.dit_file("large"), torch.bfloat16, 7, **facts)
+    files.save_weights(WanAutoencoder(4), folder / files.vae_file("large"), torch.float16)
+    return folder
+
+
+def test_a_folder_with_guidance_equals_comfyui(comfyui, large):
+    """Core's own Wan model loads the file; cfg 3 against the zeros that ConditioningZeroOut makes of a prompt."""
+    import comfy.sample
+    import comfy.sd
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    from comfyui_psa.workshop.training.latents import from_vae_space
+
+    model = DemoModel(torch.device("cpu"), torch.float32, large)
+    assert (model.facts.name, model.blocks, model.guidance) == ("large", 2, 3.0)
+    world = WORLDS["rich"]
+    clip = Clip(world.scenes[1], 42, "clip")
+    theirs = comfy.sd.load_diffusion_model(str(large / files.dit_file("large")), model_options={"dtype": torch.float32})
+    (theirs,) = ModelSamplingSD3().patch(theirs, 12.0)
+    noise = torch.randn(1, *VIDEO.latent, generator=torch.Generator().manual_seed(clip.seed))
+    prompt = world.conditioning([clip.scene])
+    positive, negative = [[prompt, {}]], [[torch.zeros_like(prompt), {}]]
+    arguments = (noise, 3, 3.0, "euler", "simple", positive, negative, torch.zeros_like(noise))
+    expected = from_vae_space(comfy.sample.sample(theirs, *arguments, disable_pbar=True))
+    schedule = simple_schedule(3, model.blocks)
+    found = model.sample([clip], VIDEO, schedule, DenseAttention()).latents[-1]
+    assert (found - expected).norm() / expected.norm() < 1e-3
+    alone = DemoModel(torch.device("cpu"), torch.float32, large, guidance=1.0)
+    assert (alone.sample([clip], VIDEO, schedule, DenseAttention()).latents[-1] - found).norm() > 0.01 * found.norm()
+
+
+@pytest.mark.parametrize(("asked", "name"), [([], "psa_large"), (["--cfg", "1"], "psa_large, cfg 1")])
+def test_a_run_of_another_model_says_which(monkeypatch, tmp_path, large, asked, name):
+    size = ["--scenes", "1", "--seeds", "1", "--frames", "5", "--side", "256", "--steps", "4"]
+    asked = ["--smoke", "--only", "default @*", "--device", "cpu", "--model", str(large), *size, *asked]
+    monkeypatch.setattr(sys, "argv", ["quality", *asked])
+    assert command._parse(None).out == command.ROOT / "output" / "quality-large"
+    monkeypatch.setattr(sys, "argv", ["quality", *asked, "--out", str(tmp_path)])
+    assert command.main() == 0
+    rows = read_runs(tmp_path)
+    assert {row.model for row in rows} == {name}
+    assert any(row.psnr is not None and row.compute < 1 for row in rows), [row.error for row in rows]
+
+
+def test_a_folder_without_a_model_is_told_what_is_missing(monkeypatch, tmp_path, capsys, large):
+    def run(folder):
+        monkeypatch.setattr(sys, "argv", ["quality", "--smoke", "--model", str(folder)])
+        assert command.main() == 2
+        return capsys.readouterr().err
+
+    assert "There is no folder" in run(tmp_path / "none")
+    told = run(tmp_path)
+    assert "diffusion_models/psa_" in told
+    assert "--size large" in told
+    half = tmp_path / files.dit_file("large")
+    half.parent.mkdir()
+    half.write_bytes((large / files.dit_file("large")).read_bytes())
+    assert files.vae_file("large") in run(tmp_path)
+
+
+def test_a_model_is_refused_where_none_is_used(monkeypatch, capsys, large):
+    monkeypatch.setattr(sys, "argv", ["quality", "--report", "--model", str(large)])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--model is of no use here" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from comfyui_psa.demo.scene import Background, Scene, SceneObject
+from comfyui_psa.demo.scene import Background, Scene, SceneObject, describe
 from comfyui_psa.reports.paint import LEVELS, UNSEEN
 from comfyui_psa.workshop.quality.sheet import Sheet
 from comfyui_psa.workshop.tools import pictures
@@ -58,7 +58,7 @@ def test_the_sheet_of_a_quality_run_has_errors_beside_all_but_dense(tmp_path):
     sheet = Sheet(tmp_path)
     sheet.add("dense", videos)
     sheet.add("half", videos + 20)
-    sheet.write([Clip()])
+    sheet.write([Clip()], describe)
     (file,) = tmp_path.iterdir()
     with pictures.Image.open(file) as picture:
         found = middles(picture.convert("RGB"), range(6), 150, (64, 64 + 178), 150)
