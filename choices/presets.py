@@ -60,7 +60,7 @@ class Preset:
         changed = dataclasses.replace(self, settings={**self.settings, **changes})
         if changed.settings["mode"] == "budget" and self.as_written:
             if "mode" in changes:
-                allowed = "topk or threshold with a preset whose levels are taken as written"
+                allowed = "topk or threshold with a preset whose levels are used as written"
                 raise ConfigError("mode", "budget", allowed, "set mode to topk")
             allowed = "off in budget mode, which always meets the sparsity slider"
             raise ConfigError("as_written", True, allowed, "turn as_written off, or set mode to threshold")

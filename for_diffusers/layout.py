@@ -60,4 +60,4 @@ MODELS = {
         _read_cogvideox,
     ),
 }
-"""By class name, so that diffusers is not imported to ask. Other Wan classes (VACE, Animate) are not served."""
+"""By class name, so that diffusers is not imported to ask. Other Wan classes (VACE, Animate) are not supported."""

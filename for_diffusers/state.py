@@ -30,11 +30,11 @@ UNREADABLE = (
     "PSA does not know the arguments that the transformer is called with; call it with those of diffusers' pipelines"
 )
 NO_STEPS = (
-    "no scheduler is known, so a warm-up cannot be told; run the transformer by a pipeline, or call apply_psa on the "
-    "transformer with warm_up=0"
+    "no scheduler is known, so PSA cannot tell which step this is; call the transformer through its pipeline, or call "
+    "apply_psa on the transformer itself, with warm_up=0"
 )
 UNREACHED = (
-    "no self-attention of the model came to PSA: a cache answers it, or something has replaced its forward since "
+    "no self-attention of the model reached PSA: a cache answers it, or something has replaced its forward since "
     "apply_psa; if you use no cache, call apply_psa again"
 )
 
@@ -258,7 +258,7 @@ def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) 
     if call.reason is not None:
         return call.reason
     if masked:
-        return "the attention call carries a mask"
+        return "the attention call has a mask"
     tokens, expected = q.shape[2], call.run.position.known_layout.length
     if q.shape != k.shape or tokens != expected:
         return f"{tokens} and {k.shape[2]} tokens, but {expected} are expected of this model"
@@ -271,8 +271,8 @@ def _unseen_reason(attention: torch.nn.Module) -> str:
     named = "" if backend is None else f" (attention backend: {getattr(backend, 'value', backend)})"
     return (
         f"the self-attention does not go through torch's scaled_dot_product_attention{named}, so PSA cannot see it; "
-        "choose a backend that does, such as pipe.transformer.set_attention_backend('native'), or take your own "
-        "attention processor away"
+        "choose a backend that does, such as pipe.transformer.set_attention_backend('native'), or remove your "
+        "own attention processor"
     )
 
 

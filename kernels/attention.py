@@ -86,7 +86,7 @@ def pyramid_sparse_attention(
     Raises:
         ValueError: the shapes do not fit together.
         ConfigError: a setting that cannot be met at this length.
-        BackendError: the backend cannot serve the call, or gradients were asked for; the message says why.
+        BackendError: the backend cannot compute the call, or gradients were asked for; the message says why.
     """
     _check_shapes(q, k, v, layout)
     reason = gradient_reason(q, k, v)

@@ -1,4 +1,4 @@
-"""Which backend serves a call, and why another one cannot: a reason is a sentence that a user can read.
+"""Which backend computes a call, and why another one cannot: a reason is a sentence that a user can read.
 
 Nothing is computed here. Triton is looked up when it is needed, never at import.
 """
@@ -23,13 +23,13 @@ NO_GRADIENTS = "gradients are asked for, and PSA computes none; if you need none
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot serve the call; the message is the reason."""
+    """The backend that was asked for cannot compute the call; the message is the reason."""
 
 
 def gradient_reason(*tensors: torch.Tensor) -> str | None:
-    """Why no backend serves a call on these tensors, or None: none has a backward pass or a forward derivative.
+    """Why no backend computes a call on these tensors, or None: none has a backward pass or a forward derivative.
 
-    A backend that did serve the call would return an output without a graph, and nothing would be trained.
+    A backend that did compute the call would return an output without a graph, and nothing would be trained.
     """
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     wanted = wanted or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
@@ -37,13 +37,13 @@ def gradient_reason(*tensors: torch.Tensor) -> str | None:
 
 
 def triton_reason(q: torch.Tensor) -> str | None:
-    """Why the Triton backend cannot serve q [B, H, L, D], or None when it can."""
+    """Why the Triton backend cannot compute q [B, H, L, D], or None when it can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if q.dtype not in _DTYPES:
         return f"the Triton kernel computes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"
     if q.shape[-1] > 256:
-        return f"the Triton kernel serves head sizes up to 256, not {q.shape[-1]}"
+        return f"the Triton kernel supports head sizes up to 256, not {q.shape[-1]}"
     if q.is_cuda:
         if q.dtype == torch.float32:
             return "on a GPU the Triton kernels compute float16 and bfloat16, not float32"
@@ -59,7 +59,7 @@ def choose_backend(name: str, q: torch.Tensor, precision: str = "auto") -> str:
     """The backend for q: `auto` takes Triton on a GPU and torch elsewhere.
 
     Raises:
-        BackendError: the named backend cannot serve the call, or auto finds none that would be faster than dense.
+        BackendError: the named backend cannot compute the call, or auto finds none that would be faster than dense.
         ValueError: no such backend.
     """
     if name not in BACKENDS:

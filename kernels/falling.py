@@ -35,7 +35,7 @@ def check_falling(falling: float, config: PyramidConfig) -> None:
     if not 0 <= falling <= MOST_FALLING:
         raise ConfigError("falling", falling, f"0 to {MOST_FALLING}", f"set falling to {MOST_FALLING} or less")
     if falling and config.sparsity is None:
-        allowed = "0 where sparsity follows the data or the levels are taken as written"
+        allowed = "0 where sparsity follows the data or the levels are used as written"
         raise ConfigError("falling", falling, allowed, "set falling to 0")
     for place in (0, 1):
         try:

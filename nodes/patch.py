@@ -47,7 +47,7 @@ class PSAPatch(PSANode):
             description=(
                 "Pyramid Sparse Attention: the model sees important parts of the video in full, others at a half, a "
                 "quarter or an eighth of their resolution, the rest not at all. Put it between the model loader "
-                "(after any LoRA) and the sampler. Serves Wan2.1 and Wan2.2 with VACE, Animate and the others, and "
+                "(after any LoRA) and the sampler. Supports Wan2.1 and Wan2.2 with VACE, Animate and the others, and "
                 "CogVideoX; other models stay dense."
             ),
             search_aliases=["pyramid sparse attention", "sparse attention", "PSA", "speed up video", "wan speed"],

@@ -1,4 +1,4 @@
-"""Which models PSA serves, and which preset `auto` takes for them. For any other model it gives a reason.
+"""Which models PSA supports, and which preset `auto` takes for them. For any other model it gives a reason.
 
 It only reads what ComfyUI worked out about the checkpoint; nothing is guessed from names.
 """
@@ -44,7 +44,7 @@ _COGVIDEOX_PRESETS = {None: "cogvideox-5b", 2: "cogvideox1.5-5b"}
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model that PSA serves.
+    """A model that PSA supports.
 
     Attributes:
         name: for messages; preset: the one that `auto` takes; blocks: its number of transformer blocks.
@@ -60,19 +60,19 @@ class Family:
 
 
 def find_family(model: Any) -> Family | str:
-    """The family of a ComfyUI MODEL (ModelPatcher), or the reason why PSA cannot serve it, as a sentence."""
+    """The family of a ComfyUI MODEL (ModelPatcher), or the reason why PSA does not support it, as a sentence."""
     config = unet_config(model)
     image_model = config.get("image_model")
     if image_model == "cogvideox":
         return _cogvideox(model, config)
     if image_model != "wan2.1":
         given = image_model or type(model.model).__name__
-        return f"PSA serves Wan2.1, Wan2.2 and CogVideoX so far; this model is {given}"
+        return f"PSA supports Wan2.1, Wan2.2 and CogVideoX so far; this model is {given}"
     if is_causal_wan(model):
-        return "this Wan model is autoregressive: it samples frame by frame with a cache, which PSA does not serve"
+        return "this Wan model is autoregressive: it samples frame by frame with a cache, which PSA does not support"
     variant = config.get("model_type")
     if variant not in WAN_READERS:
-        return f"PSA serves the Wan variants {', '.join(WAN_READERS)} so far; this one is {variant}"
+        return f"PSA supports the Wan variants {', '.join(WAN_READERS)} so far; this one is {variant}"
     name = f"Wan {variant}, hidden size {config.get('dim')}"
     return Family(name, _WAN_PRESET, len(network_of(model).blocks), WAN_READERS[variant])
 
@@ -80,7 +80,7 @@ def find_family(model: Any) -> Family | str:
 def _cogvideox(model: Any, config: Any) -> Family | str:
     temporal = config.get("patch_size_t")
     if temporal not in _COGVIDEOX_PRESETS:
-        return f"PSA serves CogVideoX 1.0 and 1.5; this model has temporal patches of {temporal}"
+        return f"PSA supports CogVideoX 1.0 and 1.5; this model has temporal patches of {temporal}"
     name = f"CogVideoX {'1.0' if temporal is None else '1.5'}, {config.get('num_attention_heads')} heads"
     blocks = len(network_of(model).blocks)
     return Family(name, _COGVIDEOX_PRESETS[temporal], blocks, read_cogvideox_call, missing_corrections(model))

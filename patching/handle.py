@@ -85,7 +85,7 @@ class SamplingWrapper:
                 self.on_end(figures(run, handle.report, completed))
         except Exception:
             handle.report = handle.maps = None
-            log.warning("PSA: the figures of this run were lost; what it sampled is not touched by that")
+            log.warning("PSA: the figures of this run were lost; the result itself is not affected")
             log.debug("PSA: why the figures were lost", exc_info=True)
 
 

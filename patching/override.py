@@ -87,7 +87,7 @@ def _sparse(
 ) -> torch.Tensor | str:
     """PSA on one call, or the reason why the call stays dense."""
     if mask is not None:
-        return "the attention call carries a mask; bypass the node that sets it to have the call sparse"
+        return "the attention call has a mask; bypass the node that sets it to make the call sparse"
     if not kwargs.get("skip_reshape"):
         q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     reason = decline_reason(run, q, k, v)
@@ -123,7 +123,7 @@ def out_of_reach(run: Run, error: ConfigError) -> str:
     """Why a setting is impossible with the current number of tokens, and the nearest sparsity that is possible."""
     config, layout = run.config, run.position.known_layout
     if error.field != "sparsity" or config.sparsity is None:
-        return f"{error.field} {error.given} cannot be had on {layout.video} video tokens; allowed: {error.allowed}"
+        return f"{error.field} {error.given} is not possible with {layout.video} video tokens; allowed: {error.allowed}"
     blocks = -(-layout.video // config.block_kv)
     given = round(100 * config.sparsity)
     nearest = [*range(given, -1, -1), *range(given + 1, 100)]

@@ -45,11 +45,11 @@ def patch_model(
         log.info("PSA: %s", STOCK)
         return _unpatched(model, STOCK)
     if settings.config.sparsity is None:
-        log.info("PSA: the levels are taken as they are written, the slider (%.2f) does not act", sparsity)
+        log.info("PSA: the levels are used as written, so the sparsity slider (%.2f) has no effect", sparsity)
     log.info("PSA: %s: %s", family.name, settings)
     log.debug("PSA: %s", settings.config)
     if settings.dense_steps is not None:
-        log.info("PSA: preset %s: dense steps: %d; start_percent does not act", settings.preset, settings.dense_steps)
+        log.info("PSA: preset %s: dense steps: %d; start_percent has no effect", settings.preset, settings.dense_steps)
     if family.advice is not None:
         log.warning("PSA: %s", family.advice)
     return apply_patch(model, settings, family, on_step, on_end)

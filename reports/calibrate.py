@@ -149,13 +149,13 @@ def calibrate(
         sample: runs a sampler with the model it is given; its result is not used.
 
     Raises:
-        InputError: an input is wrong, or PSA cannot serve the model or this size, so nothing could be measured.
+        InputError: an input is wrong, or PSA does not support the model or this size, so nothing could be measured.
     """
     require_model(model, NODE)
     family = find_family(model)
     if isinstance(family, str):
         do = "connect a Wan2.1, Wan2.2 or CogVideoX model"
-        raise InputError("model", f"a model that PSA does not serve ({family})", "one that it does", NODE, do=do)
+        raise InputError("model", f"a model that PSA does not support ({family})", "one that it does", NODE, do=do)
     if core.is_on_several_gpus(model):
         do = "put MultiGPU CFG Split after the model that goes here"
         raise InputError("model", "a model on several GPUs", "one on a single GPU", NODE, do=do)

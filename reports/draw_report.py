@@ -30,7 +30,7 @@ WIDTH = 1200
 _OTHER = {
     "skipped": "skipped by a cache",
     "unseen": "computed by another node's attention",
-    "interrupted": "broken off",
+    "interrupted": "interrupted",
 }
 """What the headline says about steps that were neither sparse nor dense."""
 _MOST_HEIGHT = 4000

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..kernels.density import coverage_of, level_shares, pair_cost
+from .findings import NONE_ACTIVE
 from .record import DENSE, KINDS, SPARSE, UNSEEN, LevelMap, Record, Step
 from .run import Run
 
@@ -109,7 +110,7 @@ def summary(report: dict[str, Any]) -> str:
     if sparse and count[DENSE]:
         others.insert(0, f"the dense ones {seconds[DENSE]:.2f} s")
     if not sparse and not others and not report["fallbacks"] and not report["notes"]:
-        return f"{text}: they lie outside of start_percent to end_percent"
+        return f"{text}: {NONE_ACTIVE}"
     return "; ".join([text, *others])
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from .record import SKIPPED, SPARSE, Record, Step
 from .run import Run
 
+NONE_ACTIVE = (
+    "no step is between start_percent and end_percent; lower start_percent, raise end_percent, or sample more steps"
+)
+
 
 def find(record: Record) -> list[str]:
     """Sentences about a finished run, each with what to do; none if everything went as intended."""
     if not record.steps:
         return [
-            "no call of the model came to PSA in this run: a cache or a compiled model answered all of them; "
-            "bypass that node to have PSA act"
+            "no call of the model reached PSA in this run: a cache or a compiled model answered all of them; "
+            "bypass that node to use PSA"
         ]
     watched = [step for step in record.steps if step.active] or record.steps
     if any(step.reached for step in watched):
@@ -24,15 +28,15 @@ def find(record: Record) -> list[str]:
         ]
     if any(step.foreign for step in watched):
         return [
-            "no self-attention came to PSA in this run: a node has put its own attention in front and computes it all; "
-            "wire PSA Patch after that node; Model Sparse Attention always goes to the front, bypass it"
+            "no self-attention reached PSA in this run: a node has put its own attention in front of PSA's and "
+            "computes all of it; put PSA Patch after that node, or bypass the node if it is Model Sparse Attention, "
+            "which always goes first"
         ]
     return [
-        f"no self-attention came to PSA in this run: a node has replaced the model's own forward"
-        f"{_named(record.replaced)} by one that attends without asking for PSA; the order of the nodes does not "
-        f"change that. Bypass that node "
-        f"(TeaCache and MagCache packs, a Sage Attention patch that saves memory, a compiled model) to have PSA act; "
-        f"core's EasyCache works with PSA"
+        f"no self-attention reached PSA in this run: a node has replaced the model's own forward"
+        f"{_named(record.replaced)} with one that computes attention without PSA; changing the order of the nodes does "
+        f"not help. Bypass that node (TeaCache and MagCache packs, a Sage Attention patch that saves memory, a "
+        f"compiled model) to use PSA; core's EasyCache works with PSA"
     ]
 
 
@@ -59,10 +63,7 @@ def why_dense(run: Run) -> str | None:
     if record.notes:
         return record.notes[0]
     if not active:
-        return (
-            "none of its steps is between start_percent and end_percent; lower start_percent, raise end_percent, or "
-            "sample more steps"
-        )
+        return NONE_ACTIVE
     return None
 
 
@@ -77,8 +78,8 @@ def _unseen_blocks(record: Record, watched: list[Step]) -> list[str]:
         which = f"{len(missing)} of {record.blocks} blocks"
     was, them = ("was", "it") if len(missing) == 1 else ("were", "them")
     return [
-        f"{which} {was} never seen by PSA: a node computes or compiles {them} apart, or leaves {them} out"
-        f"{_named(record.replaced)}; bypass that node to have {them} sparse"
+        f"{which} {was} never seen by PSA: a node computes or compiles {them} separately, or skips {them}"
+        f"{_named(record.replaced)}; bypass that node to make {them} sparse"
     ]
 
 

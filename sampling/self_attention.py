@@ -50,7 +50,7 @@ def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     if tokens < settings.min_tokens:
         return (
             f"{tokens} tokens ({position.size}) are fewer than min_tokens {settings.min_tokens}, where dense is "
-            f"usually faster; set min_tokens to {tokens} or less to have them sparse"
+            f"usually faster; set min_tokens to {tokens} or less to make them sparse"
         )
     if tokens != layout.length:
         grid = "x".join(map(str, layout.grid))
@@ -61,8 +61,8 @@ def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
         )
     if tokens in position.context_tokens:
         return (
-            f"the video and the conditioning both have {tokens} tokens, so self-attention cannot be told apart; sample "
-            f"another length or size"
+            f"the video and the conditioning both have {tokens} tokens, so PSA cannot tell self-attention from "
+            f"cross-attention; sample another length or size"
         )
     if layout.video < 2 * settings.config.block_q:
         return (
@@ -70,7 +70,8 @@ def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
             f"{settings.config.block_q}; sample a longer or larger video"
         )
     if not q.is_floating_point() or q.element_size() < 2:
-        return f"q, k, v of type {str(q.dtype).removeprefix('torch.')} are not served; load the model in another type"
+        given = str(q.dtype).removeprefix("torch.")
+        return f"PSA does not support q, k, v of type {given}; load the model in another type"
     if position.block in settings.dense_blocks:
         return f"block {position.block} is listed in dense_blocks"
     return gradient_reason(q, k, v) or run.kept.refusal(run.cases(q))
@@ -123,7 +124,7 @@ def _try(
         # Not tried again: every block and step has a call, and a compiler may take seconds to fail.
         run.kept.refuse(case, reason)
         return reason
-    log.warning("PSA: out of memory; going on in %d groups of heads", run.kept.groups)
+    log.warning("PSA: out of memory; continuing with %d groups of heads", run.kept.groups)
     host.free_cached_memory()
     return None
 

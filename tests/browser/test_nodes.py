@@ -337,7 +337,7 @@ def test_a_pyramid_that_was_changed_makes_a_run_the_last_one(pages, demo):
 
 
 def test_what_the_server_tells_of_other_ends_is_in_bold(pages):
-    """A model that PSA does not serve, a run that was stopped, and a patch that another one replaces."""
+    """A model that PSA does not support, a run that was stopped, and a patch that another one replaces."""
     frontend = pages("classic")
     node = frontend.add("PSAPatch")
 

@@ -53,7 +53,7 @@ def forward_replaced_later(model):
     [
         (flex, "attention backend: flex", "set_attention_backend('native')"),
         (own_kernel, "does not go through torch's scaled_dot_product_attention", "your own attention processor"),
-        (forward_replaced_later, "no self-attention of the model came to PSA", "call apply_psa again"),
+        (forward_replaced_later, "no self-attention of the model reached PSA", "call apply_psa again"),
     ],
 )
 def test_unseen_attention_is_said_once_in_the_first_forward(pipes, caplog, change, reason, advice):

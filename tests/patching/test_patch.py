@@ -77,7 +77,7 @@ def test_the_log_says_what_was_set_and_what_came_of_it(model, caplog):
     assert re.fullmatch(
         r"PSA: 3 of 4 steps sparse at 0\.\d\d \(torch\), \d+\.\d\d s each; the dense ones \d+\.\d\d s", lines[1]
     )
-    assert lines[3] == "PSA: 0 of 2 steps sparse: they lie outside of start_percent to end_percent"
+    assert lines[3].startswith("PSA: 0 of 2 steps sparse: no step is between start_percent and end_percent; lower ")
     assert lines[4:] == ["PSA: sparsity is 0: the model is the stock one"]
 
 
@@ -131,7 +131,7 @@ def test_patching_twice_replaces_the_first(model):
         ({"min_tokens": 5000}, (1, 16, 5, 32, 32), 13, "fewer than min_tokens 5000"),
         ({"dense_blocks": "0-1"}, (1, 16, 5, 32, 32), 13, "listed in dense_blocks"),
         ({"backend": "triton"}, (1, 16, 5, 32, 32), 13, "needs a GPU"),
-        ({}, (1, 16, 2, 32, 32), 512, "cannot be told apart"),
+        ({}, (1, 16, 2, 32, 32), 512, "cannot tell self-attention from cross-attention"),
     ],
 )
 def test_what_psa_cannot_serve_stays_dense_with_one_line(model, caplog, changes, latent, context_tokens, reason):

@@ -116,7 +116,7 @@ def test_the_4_step_preset_counts_the_steps_of_a_pair_once(model, calls, caplog)
     # Wan 2.2: two experts share the schedule, each with a patch of its own; only the first begins it.
     with caplog.at_level("INFO"):
         psa = patch_model(model, **PATCH | {"preset": "wan-4step-lora"})
-    assert "dense steps: 1; start_percent does not act" in caplog.text
+    assert "dense steps: 1; start_percent has no effect" in caplog.text
     assert active(calls(psa, steps=4, last_step=2, force_full_denoise=False)) == [False, True]
     assert active(calls(psa, steps=4, start_step=2, disable_noise=True)) == [True, True]
     assert active(calls(psa, steps=1)) == [False]

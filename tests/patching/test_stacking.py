@@ -154,7 +154,7 @@ def test_a_later_override_that_replaces_is_named(model, sample, caplog):
     assert torch.equal(sample(psa), sample(model))
     assert caplog.text.count("a node has put its own attention in front") == 1
     assert later.calls == 2
-    assert "wire PSA Patch after that node" in report(psa)["notes"][0]
+    assert "put PSA Patch after that node" in report(psa)["notes"][0]
 
 
 def backend_of_the_core(model):
@@ -182,7 +182,7 @@ def test_the_backend_of_the_core(model, sample, caplog):
     sample(behind, steps=4)
     assert backend.calls == 8
     assert caplog.text.count("a node has put its own attention in front") == 1
-    assert "wire PSA Patch after that node" in report(psa)["notes"][0]
+    assert "put PSA Patch after that node" in report(psa)["notes"][0]
 
 
 class SparseOfTheCore:
@@ -236,7 +236,7 @@ def test_the_sparse_node_of_the_core(model, sample, caplog, before):
     assert torch.equal(sample(psa, steps=4), sample(model, steps=4))
     assert (early.calls, sparse_calls(psa)) == (6, [0] * 4)
     assert caplog.text.count("a node has put its own attention in front") == 1
-    assert "Model Sparse Attention always goes to the front" in report(psa)["notes"][0]
+    assert "Model Sparse Attention, which always goes first" in report(psa)["notes"][0]
     assert len(early.installed) <= 2, "no chain that grows with the steps"
 
 

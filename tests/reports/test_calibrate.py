@@ -175,7 +175,7 @@ def test_a_short_video_is_said_once_and_at_once(model, monkeypatch, caplog):
     reason, _, do = told.partition(". ")
     assert "fewer" not in refused
     assert reason.startswith("768 tokens (9 frames of 256x256) are fewer than min_tokens 12288")
-    assert reason.endswith("set min_tokens to 768 or less to have them sparse")
+    assert reason.endswith("set min_tokens to 768 or less to make them sparse")
     assert do == "Change that, or connect a longer or larger latent, and run again."
     assert caplog.text.count("fewer than min_tokens") == 1
     assert len(calls) <= 5, "nothing more is computed once it is known"
