@@ -413,7 +413,7 @@ def test_a_pack_that_replaces_the_forward(model, sample, caplog, before):
     sample(psa, steps=4)
     (note,) = report(psa)["notes"]
     assert "replaced the model's own forward (forward_orig)" in note
-    assert "the order of the nodes does not change that" in note
+    assert "changing the order of the nodes does not help" in note
     assert "put PSA Patch" not in caplog.text
     assert kinds(psa) == ["unseen"] * 4
 
