@@ -20,7 +20,7 @@ from .flow import draw_sigmas
 from .latents import LatentBasis
 from .schedule import ClockSchedule, moving_average
 from .settings import DitStage, Settings
-from .team import ALONE, Team
+from .team import ALONE, Team, fingerprint
 from .wan_dit import HEAD_WIDTH, AttentionFunction, WanTransformer, rotary_table
 from .worlds import WORLDS
 
@@ -172,7 +172,7 @@ def train_dit(
         clock = time.time()
         for _ in range(4):
             latents, _ = data.draw(generator)
-        latents.sum().item()
+        drawn = team.gather(str(latents.sum().item()))
         rate_of_clips = 4 * data.stage.batch / (time.time() - clock)
         log(
             f"dit: side {data.stage.side} ready after {time.time() - begun:.0f} s; "
@@ -212,7 +212,7 @@ def train_dit(
             f"dit: side {data.stage.side}: {steps - stage_first} steps in {time.time() - stage_begin:.0f} s "
             f"(stage {number + 1} of {len(stages)})"
         )
-    fingerprints = team.fingerprints(model)
+    fingerprints = team.gather(fingerprint(model))
     model.load_state_dict(average.module.state_dict())
     if team.leads:
         save(model, complete=True)
@@ -220,6 +220,7 @@ def train_dit(
         "steps": steps,
         "clips": clips,
         "processes": team.size,
+        "different_clips": len(set(drawn)),
         "same_weights_in_all": len(set(fingerprints)) == 1,
         "seconds_training": round(time.time() - schedule.begin, 1),
         "seconds_compiling": round(schedule.begin - begun, 1),

@@ -38,6 +38,8 @@ class Team:
         """The model, whose backward pass averages the gradients over the team."""
         if self.size == 1:
             return model
+        # Blocks are compiled one by one, and between them gradients are sent already: no need to cut them up for that.
+        torch._dynamo.config.optimize_ddp = False
         places = [device.index] if device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(
             model, device_ids=places, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=64
@@ -53,15 +55,12 @@ class Team:
 
         return ZeroRedundancyOptimizer(parameters, optimizer_class=kind, **options)
 
-    def fingerprints(self, model: torch.nn.Module) -> list[str]:
-        """A hash of the weights of every process, in the leader's order."""
-        digest = hashlib.sha256()
-        for value in model.state_dict().values():
-            digest.update(value.detach().float().cpu().numpy().tobytes())
+    def gather(self, text: str) -> list[str]:
+        """What every process says, the leader first."""
         if self.size == 1:
-            return [digest.hexdigest()]
-        found: list[str] = [""] * self.size
-        torch.distributed.all_gather_object(found, digest.hexdigest())
+            return [text]
+        found = [""] * self.size
+        torch.distributed.all_gather_object(found, text)
         return found
 
     def part(self) -> None:
@@ -84,6 +83,14 @@ def join_team(device: torch.device) -> Team:
     meeting = Path(os.environ[MEETING]).absolute().as_uri()
     torch.distributed.init_process_group(backend, init_method=meeting, rank=rank, world_size=size)
     return Team(rank, size)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A hash of a model's weights."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def member(rank: int, size: int, meeting: Path) -> dict[str, str]:

@@ -103,8 +103,10 @@ def start(
     command += ["--figures", str(work / f"{network}.json")] + (["--tiny"] if arguments.tiny else [])
     command += ["--resume", str(arguments.resume)] if arguments.resume else []
     usual = dict(os.environ)
-    # Torch would start one compiling process a core for each of ours.
-    usual.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(16, (os.cpu_count() or 1) // len(devices)))))
+    # Torch would start one compiling process and one thread a core for each of ours.
+    cores = max(1, min(16, (os.cpu_count() or 1) // len(devices)))
+    usual.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
+    usual.setdefault("OMP_NUM_THREADS", str(cores))
     return [
         subprocess.Popen(
             [*command, "--device", device], env=usual | member(rank, len(devices), work / f"{network}.meeting")

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
-from comfyui_psa.workshop.training import files, parcel, settings
+from comfyui_psa.workshop.training import dit, files, parcel, settings
 from comfyui_psa.workshop.training.dit import Data
 from comfyui_psa.workshop.training.flow import guided
 from comfyui_psa.workshop.training.latents import LatentBasis
@@ -161,6 +163,29 @@ def test_parts_of_two_parcels_are_refused(tmp_path):
         parcel.unpack(tmp_path / "parts2", tmp_path / "out")
 
 
+def test_a_run_that_is_killed_leaves_weights(tmp_path, monkeypatch):
+    """What a checkpoint wrote is a whole file that loads; it says that it is not complete."""
+    monkeypatch.setattr(dit, "CHECKPOINT_SECONDS", -1)
+    chosen = settings.replace(tiny(LARGE), dit_stages=(settings.DitStage(16, 1, 1.0, 3.0, 1.0),))
+    begun = []
+
+    def log(line: str) -> None:
+        begun.append(line)
+        if "stage 1 of 1" in line:  # trained, and not yet written at the end
+            raise KeyboardInterrupt
+
+    basis = LatentBasis(torch.zeros(768), torch.zeros(768, 16))
+    with pytest.raises(KeyboardInterrupt):
+        dit.train_dit(basis, chosen, torch.device("cpu"), time.time() + 8, tmp_path, log=log)
+    path = tmp_path / files.dit_file("large")
+    with safe_open(str(path), framework="pt") as file:
+        facts = file.metadata()
+    assert (facts["complete"], facts["world"]) == ("False", "rich")
+    assert int(facts["steps"]) > 0
+    assert sum(p.numel() for p in files.load_transformer(path).parameters()) == _parameters(128, 128, 1)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
 def test_two_processes_train_one_model(tmp_path, monkeypatch):
     """The real command on the CPU: both end with the same weights although each drew clips of its own, and the folder
     loads, samples and travels."""
@@ -168,13 +193,14 @@ def test_two_processes_train_one_model(tmp_path, monkeypatch):
 
     out = tmp_path / "model"
     command = [sys.executable, str(files.__file__).replace("files.py", "train_demo.py"), "--size", "large", "--tiny"]
-    command += ["--device", "cpu", "--processes", "2", "--minutes", "0.5", "--only", "dit", "--out", str(out)]
+    command += ["--device", "cpu", "--processes", "2", "--minutes", "0.3", "--only", "dit", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     figures = json.loads((out / files.METRICS_FILE).read_text())["dit"]
     assert figures["processes"] == 2
     assert figures["steps"] > 0
     assert figures["clips"] == 4 * figures["steps"], "two clips in each process"
+    assert figures["different_clips"] == 2
     assert figures["same_weights_in_all"]
 
     with pytest.raises(files.MissingModelError, match="autoencoder"):
