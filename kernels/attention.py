@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from .backends import BackendError, choose_backend, gradient_reason, video_attention
 from .config import PyramidConfig
+from .delta import Delta
 from .levels import BlockLists
 from .order import TokenLayout, TokenOrder, make_order
 from .semantic import SEMANTIC_ORDERS, Centroids, semantic_orders
@@ -22,7 +23,7 @@ class AttentionResult:
     """What a call did.
 
     Attributes:
-        output: [B, H, Lq, D], dtype of q; a view of [B, Lq, H, D] storage, the layout that models use next.
+        output: [B, H, Lq, D], dtype of q: `out`, or a view of [B, Lq, H, D] storage, the layout that models use next.
         lists: the levels of all block pairs, in block order.
         density: scalar tensor on the device, see `density.py`; reading it waits for the device.
         backend: the backend that computed it.
@@ -62,7 +63,9 @@ def pyramid_sparse_attention(
     backend: str = "auto",
     generator: torch.Generator | None = None,
     lists: BlockLists | None = None,
+    delta: Delta | None = None,
     centroids: Centroids | None = None,
+    out: torch.Tensor | None = None,
 ) -> AttentionResult:
     """Attention in which every query block sees each key block at the resolution that its importance earns.
 
@@ -80,7 +83,10 @@ def pyramid_sparse_attention(
         backend: auto, triton or torch.
         lists: levels to use instead of choosing them, for example those of an earlier step with the same shapes and
             config.
+        delta: what an earlier call lost (`delta.py`), added to the output of the video tokens. It was measured in the
+            order of the query blocks, so that order must be the same again.
         centroids: those of an earlier step, for the orders that follow the data.
+        out: where to write the output [B, H, Lq, D], any strides; by default a new tensor.
         generator: random source of `sampled` importance; by default a fresh one per call, seeded with config.seed.
 
     Raises:
@@ -112,17 +118,21 @@ def pyramid_sparse_attention(
         query_order = order if query_layout == layout else _default_order(query_layout, config, q.device)
         centroids = None
     blocks = [-(-query_layout.video // config.block_q), -(-layout.video // config.block_kv)]
-    if lists is not None and (
-        list(lists.blocks.shape) != [*q.shape[:2], *blocks] or lists.levels != config.stored_factors
-    ):
+    if lists is not None and (list(lists.shape) != [*q.shape[:2], *blocks] or lists.levels != config.stored_factors):
         raise ValueError(
-            f"lists are for {list(lists.blocks.shape)} pairs at {lists.levels}, not {[*q.shape[:2], *blocks]} at "
+            f"lists are for {list(lists.shape)} pairs at {lists.levels}, not {[*q.shape[:2], *blocks]} at "
             f"{config.stored_factors}"
         )
+    if delta is not None:
+        rows = [*q.shape[:2], -(-query_layout.video // delta.group), q.shape[3]]
+        if list(delta.values.shape) != rows:
+            raise ValueError(f"delta has rows of {list(delta.values.shape)}, the queries need {rows}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(backend, q, config.precision)
 
-    output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2)
+    if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype} on {out.device}, unlike q")
+    output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2) if out is None else out
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its tensors are on
         lists = video_attention(name)(
             _video(q, query_layout),
@@ -137,6 +147,7 @@ def pyramid_sparse_attention(
             generator,
             _video(output, query_layout),
             lists,
+            delta,
         )
     other_queries = _others(q, query_layout)
     if other_queries is not None:

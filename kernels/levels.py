@@ -31,12 +31,13 @@ class BlockLists:
 
     Attributes:
         blocks: int32 [B, H, n_q, n_k], the key blocks of every row grouped by level, ascending within a level; entries
-            after the last group are undefined.
+            after the last group are undefined. `packed` lists are int16 and end with the longest row.
         ends: int32 [B, H, n_q, n_levels], exclusive end of each level's group.
         levels: pooling factor of each group, finest first.
         density: float32 [B, H, n_q], see `density.py`.
         unranked: int32 [B, H, n_q], number of blocks per row whose score was not finite; None if no scores were given.
         best: int32 [B, H, n_q], the most important block of every row; None if no scores were given.
+        key_blocks: n_k if `blocks` is packed, otherwise None.
     """
 
     blocks: torch.Tensor
@@ -45,11 +46,29 @@ class BlockLists:
     density: torch.Tensor
     unranked: torch.Tensor | None = None
     best: torch.Tensor | None = None
+    key_blocks: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, H, n_q, n_k) of the map that the lists were made from."""
+        return (*self.blocks.shape[:-1], self.key_blocks or self.blocks.shape[-1])
 
     def __getitem__(self, part: tuple) -> BlockLists:
         """The lists of a part of the batch and the heads."""
-        ranked = (None if rows is None else rows[part] for rows in (self.unranked, self.best))
-        return BlockLists(self.blocks[part], self.ends[part], self.levels, self.density[part], *ranked)
+        unranked, best = (None if rows is None else rows[part] for rows in (self.unranked, self.best))
+        blocks, density = self.blocks[part], self.density[part]
+        return BlockLists(blocks, self.ends[part], self.levels, density, unranked, best, self.key_blocks)
+
+    def packed(self) -> BlockLists:
+        """The same lists in the least memory, to be kept for later steps. Reads once from the device.
+
+        They say nothing about scores that were not finite: those were counted when the levels were chosen.
+        """
+        longest = max(1, int(self.ends[..., -1].max()))
+        dtype = torch.int16 if self.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32
+        # `blocks` may be undefined after the last group, so it must not be read there as a number that does not fit.
+        blocks = self.blocks[..., :longest].to(dtype).contiguous()
+        return dataclasses.replace(self, blocks=blocks, unranked=None, key_blocks=self.shape[-1])
 
     def of_head(self, batch: int, head: int) -> BlockLists:
         """The lists of one head: the tensors above without their first two dimensions."""
@@ -58,12 +77,12 @@ class BlockLists:
     def factors(self) -> torch.Tensor:
         """The map that the lists were made from: int16 [B, H, n_q, n_k], 0 = dropped."""
         place = torch.arange(self.blocks.shape[-1], device=self.blocks.device)
-        group = (place >= self.ends[..., None]).sum(-2)  # [B, H, n_q, n_k], number of levels that end before
+        group = (place >= self.ends[..., None]).sum(-2)  # [B, H, n_q, listed], number of levels that end before
         by_level = torch.tensor([*self.levels, 0], dtype=torch.int16, device=self.blocks.device)
         listed = group < len(self.levels)
         # One extra column collects the blocks that are not listed.
-        index = torch.where(listed, self.blocks, len(place)).long()
-        result = by_level.new_zeros(*self.blocks.shape[:-1], len(place) + 1)
+        index = torch.where(listed, self.blocks.long(), self.shape[-1])
+        result = by_level.new_zeros(*self.shape[:-1], self.shape[-1] + 1)
         return result.scatter_(-1, index, by_level[group])[..., :-1]
 
 

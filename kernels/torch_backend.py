@@ -11,6 +11,7 @@ import torch
 
 from .attend import attend_streaming
 from .config import PyramidConfig
+from .delta import Delta
 from .density import block_tokens
 from .importance import importance
 from .levels import BlockLists, choose_levels, group_by_level
@@ -32,10 +33,11 @@ def attend_video(
     generator: torch.Generator | None,
     out: torch.Tensor,
     lists: BlockLists | None = None,
+    delta: Delta | None = None,
 ) -> BlockLists:
     """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
 
-    lists: levels to use instead of choosing them. Returns the ones that were used.
+    lists: levels to use instead of choosing them. delta: added to the output. Returns the levels that were used.
     """
     q, k, v = query_order.apply(q), key_order.apply(k), key_order.apply(v)
     if lists is None:
@@ -47,5 +49,8 @@ def attend_video(
         best = torch.where(finite, scores, -1.0).argmax(-1).to(torch.int32)
         lists = dataclasses.replace(lists, unranked=(~finite).sum(-1, dtype=torch.int32), best=best)
     pyramid = build_pyramid(k, v, config.stored_factors, config.block_kv)
-    out.copy_(query_order.undo(attend_streaming(q, pyramid, lists.factors(), config.block_q, scale, extra_k, extra_v)))
+    output = attend_streaming(q, pyramid, lists.factors(), config.block_q, scale, extra_k, extra_v)
+    if delta is not None:
+        output = (output.float() + delta.rows(q.shape[2])).to(q.dtype)
+    out.copy_(query_order.undo(output))
     return lists

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..delta import Delta
 from ..levels import BlockLists
 from ..order import TokenOrder
 from ..pyramid import Pyramid
@@ -70,7 +71,7 @@ def _attend_level(
     for first in tl.range(full, rows, TILE, num_stages=1):
         position = first + lanes  # [TILE], of the rows that the list names
         seen = position < rows
-        block = tl.load(blocks_ptr + start + position // ROWS, mask=seen, other=0)
+        block = tl.load(blocks_ptr + start + position // ROWS, mask=seen, other=0).to(tl.int32)
         row = block * ROWS + position % ROWS
         tokens = tl.minimum(tl.maximum(length_k - row * FACTOR, 0), FACTOR)
         tokens = tl.where(seen, tokens, 0)
@@ -101,14 +102,14 @@ def _attend_level(
         for first in tl.range(0, full, TILE, num_stages=STAGES):
             tile_scale = scale
             if k_desc is not None:
-                block = tl.load(blocks_ptr + start + first // ROWS)
+                block = tl.load(blocks_ptr + start + first // ROWS).to(tl.int32)
                 k = k_desc.load([place[0], place[1], block * ROWS + first % ROWS, 0]).reshape(TILE, DIM)
                 v = v_desc.load([place[0], place[1], block * ROWS + first % ROWS, 0]).reshape(TILE, DIM)
                 if INT8:
                     tile_scale = scale * tl.load(scales_ptr + block)
             else:
                 position = first + lanes
-                block = tl.load(blocks_ptr + start + position // ROWS)
+                block = tl.load(blocks_ptr + start + position // ROWS).to(tl.int32)
                 row = block * ROWS + position % ROWS
                 k_address = k_ptr + _offsets(row, stride_k, dims, FACTOR, HEAD_DIM)
                 v_address = v_ptr + _offsets(row, stride_v, dims, FACTOR, HEAD_DIM)
@@ -128,10 +129,24 @@ def _attend_level(
 
 
 @triton.jit
-def _store_output(half, base_ptr, to_ptr, first, length_q, stride, write, HEAD_DIM: tl.constexpr):
+def _lost(delta, head, position, exists, dims, length, HEAD_DIM: tl.constexpr):
+    """What a `Delta` gives back to the tokens at `position` of a head: float32 [ROWS, DIM]."""
+    values_ptr, scales_ptr, group = delta
+    row = head.to(tl.int64) * tl.cdiv(length, group) + position // group
+    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    code = tl.load(values_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0).to(tl.uint16)
+    # Moved by one bit, the exponent and fraction of float8_e4m3 are those of a float16 that is 2^8 times too small. No
+    # GPU before compute capability 8.9 converts them itself.
+    half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    scale = tl.load(scales_ptr + row, mask=exists, other=0.0) * 256.0
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * scale[:, None]
+
+
+@triton.jit
+def _store_output(half, base_ptr, to_ptr, delta, head, first, length_q, stride, write, HEAD_DIM: tl.constexpr):
     """Write weighted values / weights [ROWS, DIM] to the rows of queries first..first + ROWS of a head.
 
-    to_ptr: the head's index of output rows, None if queries are in order.
+    to_ptr: the head's index of output rows, None if queries are in order. delta: added to the rows, None for nothing.
     """
     _, total, acc = half
     position = first + tl.arange(0, acc.shape[0])
@@ -141,6 +156,8 @@ def _store_output(half, base_ptr, to_ptr, first, length_q, stride, write, HEAD_D
     if to_ptr is not None:
         place = tl.load(to_ptr + position, mask=exists, other=0)
     rows = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if delta is not None:
+        rows += _lost(delta, head, position, exists, dims, length_q, HEAD_DIM)
     mask = (exists & write)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(base_ptr + place[:, None] * stride + dims[None, :], rows.to(base_ptr.dtype.element_ty), mask=mask)
 
@@ -172,11 +189,11 @@ def _head_of(pointer, strides, b, h):
     return pointer + b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
 
 
-@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "length_order", "length_extra", "n_q", "n_k"])
+@triton.jit(do_not_specialize=["heads", "length_q", "length_k", "length_order", "length_extra", "n_listed"])
 def _attend(
-    q_ptr, q8, fine, k_desc, v_desc, coarse, extra, lists, again_ptr, out_ptr, order,
+    q_ptr, q8, fine, k_desc, v_desc, coarse, extra, lists, again_ptr, out_ptr, order, delta,
     stride_q, stride_k, stride_v, stride_coarse, stride_extra, stride_out,
-    heads, length_q, length_k, length_order, length_extra, n_q, n_k, scale,
+    heads, length_q, length_k, length_order, length_extra, n_listed, scale,
     FACTORS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr, CAREFUL: tl.constexpr, STAGES: tl.constexpr, WAIT: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -191,8 +208,10 @@ def _attend(
     again_ptr: int32 [B, H, n_q], blocks that the careful launch computes again.
     order: the index of the queries' order, passed twice. If the compiler knew that queries are read from the same rows
     that the output goes to, it would keep them through the loops, whose own values would then not fit the registers.
-    length_order: entries of the index from one head to the next; 0 if all heads share one.
+    delta: values, as bytes, and scales of a `Delta`, and its group.
+    length_order: entries of the index from one head to the next; 0 if all heads share one. n_listed: entries of a list.
     """
+    n_q, n_k = tl.num_programs(0), tl.cdiv(length_k, BLOCK_KV)
     blocks_ptr, best_ptr, ends_ptr, rows_ptr = lists
     LEVELS: tl.constexpr = len(FACTORS)
     HALF: tl.constexpr = q_ptr.dtype.element_ty == tl.float16
@@ -234,7 +253,7 @@ def _attend(
         # position or in its most important block.
         INT8: tl.constexpr = q8 is not None
         own: tl.constexpr = (BLOCK_Q + TILE - 1) // TILE
-        best = tl.load(best_ptr + row) * BLOCK_KV
+        best = tl.load(best_ptr + row).to(tl.int32) * BLOCK_KV
         top_a, top_b = half_a[0], half_b[0]
         for tile in tl.range(0, own + tl.cdiv(BLOCK_KV, TILE), num_stages=STAGES):
             keys = tl.where(tile < own, first_a + tile * TILE, best + (tile - own) * TILE) + lanes
@@ -272,7 +291,7 @@ def _attend(
         least += length_extra * LEAST
     for level in tl.static_range(LEVELS):
         end = tl.load(ends_ptr + row * LEVELS + level)
-        list_ptr = blocks_ptr + row * n_k
+        list_ptr = blocks_ptr + row * n_listed
         if FACTORS[level] == 1:
             scales_ptr = None
             if q8 is not None:
@@ -307,9 +326,10 @@ def _attend(
     if order is not None:
         to_ptr = order[1] + head_index * length_order
     out_base = _head_of(out_ptr, stride_out, b, h)
-    _store_output(half_a, out_base, to_ptr, first_a, length_q, stride_out[2], write > 0, HEAD_DIM)
+    _store_output(half_a, out_base, to_ptr, delta, head_index, first_a, length_q, stride_out[2], write > 0, HEAD_DIM)
     if HALVES:
-        _store_output(half_b, out_base, to_ptr, first_b, length_q, stride_out[2], write > 0, HEAD_DIM)
+        stride = stride_out[2]
+        _store_output(half_b, out_base, to_ptr, delta, head_index, first_b, length_q, stride, write > 0, HEAD_DIM)
 
 
 def attend_triton(
@@ -323,6 +343,7 @@ def attend_triton(
     out: torch.Tensor,
     *,
     order: TokenOrder | None = None,
+    delta: Delta | None = None,
     uneven: bool = False,
     tile: AttendTile | None = None,
 ) -> None:
@@ -330,11 +351,12 @@ def attend_triton(
 
     q: [B, H, Lq, D], float16, bfloat16 or float32. Sums are float32. extra_k: without the mean key if the pyramid's
     keys are without it. order: the order of the query blocks, if q and `out` themselves are in raster order (with heads
-    of 128 the kernel then runs out of registers and loses more time than moving the queries first would take). uneven:
-    rows differ in cost, so the longest rows of each head start first. tile: by default the built-in one.
+    of 128 the kernel then runs out of registers and loses more time than moving the queries first would take). delta:
+    added to the output. uneven: rows differ in cost, so the longest rows of each head start first. tile: by default the
+    built-in one.
     """
     batch, heads, length_q, dim = q.shape
-    n_q, n_k = lists.blocks.shape[-2:]
+    n_q, n_listed = lists.blocks.shape[-2:]
     q = _unit_stride(q)
     order = order or TokenOrder(None, None)
     q8 = quantise_queries_triton(q, block_q, order) if pyramid.int8 else None
@@ -354,6 +376,9 @@ def attend_triton(
     best = lists.best
     if best is None:  # the levels were given: any block of the finest level will do
         best = lists.blocks[..., 0].contiguous()
+    lost = None
+    if delta is not None:
+        lost = delta.values.view(torch.uint8).contiguous(), delta.scales.contiguous(), delta.group
     for careful in (False, True):
         descriptors: tuple[object | None, object | None] = (None, None)
         bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows
@@ -363,10 +388,11 @@ def attend_triton(
             q, q8, None if keys is None else (keys, values, pyramid.scales),
             *(descriptors if None not in descriptors else (None, None)), coarse, extra,
             (lists.blocks, best, lists.ends, rows), again, out, None if index is None else (index, index),
+            lost,
             q.stride()[:3], _strides(keys), _strides(values), _strides(coarse and coarse[0]),
             _strides(extra and extra[0]), out.stride()[:3],
             heads, length_q, pyramid.length, length_q if index is not None and index.ndim > 1 else 0,
-            extra[0].shape[2] if extra else 0, n_q, n_k, scale * _LOG2_E,
+            extra[0].shape[2] if extra else 0, n_listed, scale * _LOG2_E,
             FACTORS=lists.levels, BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv, TILE=tile.rows, HEAD_DIM=dim, DIM=padded,
             CAREFUL=careful, STAGES=tile.stages, WAIT=tile.wait, HALVES=tile.halves and block_q >= 128,
             num_warps=tile.warps, num_stages=tile.stages,

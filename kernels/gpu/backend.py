@@ -1,16 +1,18 @@
 """PSA on the video tokens in Triton, for GPUs: one pass over k and v, one over q, levels without a sort.
 
-The same stages as `torch_backend.py`. Stages that copy keys, values and queries go through the heads in parts, so that
-only one part is held twice.
+The same stages as `torch_backend.py`. Stages that copy keys, values and queries go through the heads of long videos in
+parts, so that only one part is held twice.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 
 from ..config import PyramidConfig
+from ..delta import Delta
 from ..importance import Representatives, default_generator, group_size, key_groups, sample_count, sample_rows
 from ..levels import BlockLists
 from ..order import TokenOrder
@@ -24,6 +26,8 @@ from .pyramid import build_pyramid_triton, pool_triton
 
 # Up to this head size the attention kernel finds queries in raster order itself; larger heads leave it no registers.
 FINDS_QUERIES = 64
+# Most bytes of a tensor that are copied at a time: 720p of Wan 1.3B at once, so that the launches of a call stay few.
+COPIED_AT_ONCE = 2**28
 
 
 def attend_video(
@@ -39,17 +43,19 @@ def attend_video(
     generator: torch.Generator | None,
     out: torch.Tensor,
     lists: BlockLists | None = None,
+    delta: Delta | None = None,
 ) -> BlockLists:
     """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
 
-    lists: levels to use instead of choosing them. Returns the ones that were used.
+    lists: levels to use instead of choosing them. delta: added to the output. Returns the levels that were used.
     """
     if lists is None:
         lists = _choose(q, k, config, query_order, key_order, scale, generator)
-    for part in _parts(q.shape[0], q.shape[1], whole=key_order.index is None):
+    for part in _parts(q, whole=key_order.index is None):
         others_k, others_v = (None if extra is None else extra[part] for extra in (extra_k, extra_v))
-        orders = query_order[part], key_order[part]
-        _attend_part(q[part], k[part], v[part], lists[part], config, *orders, scale, others_k, others_v, out[part])
+        orders, lost = (query_order[part], key_order[part]), None if delta is None else delta[part]
+        some = q[part], k[part], v[part], lists[part]
+        _attend_part(*some, config, *orders, scale, others_k, others_v, out[part], lost)
     return lists
 
 
@@ -90,6 +96,7 @@ def _attend_part(
     extra_k: torch.Tensor | None,
     extra_v: torch.Tensor | None,
     out: torch.Tensor,
+    delta: Delta | None,
 ) -> None:
     """A separate function, so that its copies are freed before the next part makes its own."""
     int8 = config.precision == "int8"
@@ -99,23 +106,23 @@ def _attend_part(
     inputs = pyramid, lists, config.block_q, scale, extra_k, extra_v
     uneven, tile = config.mode != "topk", choose_tile(q.device, Case.of(q, pyramid, config.block_q))
     if query_order.index is None or q.shape[-1] <= FINDS_QUERIES:
-        attend_triton(q, *inputs, out, order=query_order, uneven=uneven, tile=tile)
+        attend_triton(q, *inputs, out, order=query_order, delta=delta, uneven=uneven, tile=tile)
     else:
         ordered = apply_order_triton(q, query_order)
-        attend_triton(ordered, *inputs, ordered, uneven=uneven, tile=tile)
+        attend_triton(ordered, *inputs, ordered, delta=delta, uneven=uneven, tile=tile)
         undo_order_triton(ordered, query_order, out)
 
 
-def _parts(batch: int, heads: int, *, whole: bool) -> Iterator[tuple[slice, slice]]:
-    """What is computed at a time: everything, one batch entry, or half the heads if there is only one entry."""
-    if whole or batch * heads == 1:
+def _parts(q: torch.Tensor, *, whole: bool) -> Iterator[tuple[slice, slice]]:
+    """What is computed at a time: everything, or as many heads of one batch entry as may be copied at a time."""
+    batch, heads, length, dim = q.shape
+    head_bytes = length * dim * q.element_size()
+    if whole or batch * heads * head_bytes <= COPIED_AT_ONCE:
         yield slice(None), slice(None)
-    elif batch > 1:
-        for entry in range(batch):
-            yield slice(entry, entry + 1), slice(None)
-    else:
-        yield slice(None), slice(heads // 2)
-        yield slice(None), slice(heads // 2, None)
+        return
+    parts = min(heads, -(-heads * head_bytes // COPIED_AT_ONCE))
+    for entry, part in itertools.product(range(batch), range(parts)):
+        yield slice(entry, entry + 1), slice(part * heads // parts, (part + 1) * heads // parts)
 
 
 def means(x: torch.Tensor, block: int, groups: tuple[int, ...], order: TokenOrder) -> list[Representatives]:

@@ -23,7 +23,7 @@ TARGETS = {
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65_536),
 }
 INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "length_order", "n_q", "n_k", "blocks"}
-INTEGERS |= {"coarse_rows", "length_extra"}
+INTEGERS |= {"coarse_rows", "length_extra", "n_listed"}
 
 
 def compile_for(gpu, kernel, arguments, constants, floats=("scale",), **options):
@@ -50,7 +50,7 @@ def compile_for(gpu, kernel, arguments, constants, floats=("scale",), **options)
             constexprs[(place,)] = constants[name]
         elif name in arguments:
             kind = arguments[name]
-            aligned = name.startswith("stride") or "*" in str(kind)
+            aligned = name != "delta" and (name.startswith("stride") or "*" in str(kind))
             signature[name] = type_of((place,), kind, aligned)
         elif name.startswith("stride") or name in INTEGERS:
             signature[name] = type_of((place,), "i32", name.startswith("stride"))
@@ -64,8 +64,9 @@ def compile_for(gpu, kernel, arguments, constants, floats=("scale",), **options)
     return compiled
 
 
-def attend_for(gpu, dim, kind, *, careful=False, extra=False, uneven=False):
-    """The attention kernel for a GPU; kind: the type of the tensors, or int8 for bfloat16 with int8 keys."""
+def attend_for(gpu, dim, kind, *, careful=False, extra=False, uneven=False, kept=False):
+    """The attention kernel for a GPU; kind: the type of the tensors, or int8 for bfloat16 with int8 keys; kept: with a
+    correction and packed lists."""
     from comfyui_psa.kernels.gpu.attend import _attend
     from comfyui_psa.kernels.gpu.tiles import attend_tile
 
@@ -80,7 +81,8 @@ def attend_for(gpu, dim, kind, *, careful=False, extra=False, uneven=False):
         "v_desc": f"tensordesc<{half}[1,1,{tile.rows},{dim}]>" if bulk else None,
         "coarse": (f"*{half}", f"*{half}"),
         "extra": (f"*{half}", f"*{half}") if extra else None,
-        "lists": ("*i32", "*i32", "*i32", "*i32" if uneven else None),
+        "lists": ("*i16" if kept else "*i32", "*i32", "*i32", "*i32" if uneven else None),
+        "delta": ("*u8", "*fp32", "i32") if kept else None,
         "order": ("*i64", "*i64") if dim == 64 else None,
         "stride_extra": ("i32", "i32", "i32") if extra else None,
     }  # fmt: skip
@@ -112,7 +114,7 @@ def test_attend(gpu, dim, kind, tmp_path):
         assert "wgmma.mma_async instructions are serialized" not in assembler_notes(compiled.asm["ptx"], tmp_path)
 
 
-@pytest.mark.parametrize("more", [{"careful": True}, {"extra": True}, {"uneven": True}], ids=str)
+@pytest.mark.parametrize("more", [{"careful": True}, {"extra": True}, {"uneven": True}, {"kept": True}], ids=str)
 def test_attend_with(more):
     attend_for("sm86", 64, "fp16", **more)
 
