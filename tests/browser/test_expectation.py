@@ -86,11 +86,20 @@ def test_a_slow_server_is_asked_one_thing_at_a_time_and_the_last_one_is_drawn(ma
         )
         frontend.page.wait_for_timeout(50)
 
+    def wait_for_question():
+        frontend.page.wait_for_function("!!document.querySelector('.psa-waiting')")
+        for _ in range(200):
+            if held:
+                break
+            frontend.page.wait_for_timeout(50)
+
+    wait_for_question()
     for sparsity in (0.8, 0.7, 0.6, 0.5):
         move(sparsity)
     assert len(held) == 1, "the first question, that of the new node, is not answered yet"
     held.pop().continue_()
-    frontend.page.wait_for_timeout(500)
+    wait_for_question()
+    frontend.page.wait_for_timeout(200)  # no second one comes
     assert [route.request.post_data_json["inputs"]["sparsity"] for route in held] == [0.5]
     assert frontend.page.locator(".psa-waiting").count() == 1, "what is drawn is not what the slider shows"
     held.pop().continue_()

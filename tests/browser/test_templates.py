@@ -33,12 +33,15 @@ def open_template(frontend, name):
     frontend.settle()
 
 
-def search(frontend, words):
-    """The names that the search box for nodes finds."""
+def search(frontend, words, expected=None):
+    """The names that the search box for nodes finds; `expected` is waited for."""
     frontend.page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     box = frontend.page.get_by_role("dialog")
     box.get_by_role("textbox").or_(box.get_by_role("combobox")).first.fill(words)
-    frontend.page.wait_for_timeout(500)
+    if expected is None:
+        frontend.page.wait_for_timeout(500)
+    else:
+        box.get_by_text(expected).first.wait_for()
     found = box.inner_text()
     frontend.page.keyboard.press("Escape")
     frontend.settle()
@@ -84,6 +87,6 @@ def test_the_demo_runs_at_once(frontend):
 
 def test_a_search_for_scene_does_not_find_the_demos_node(pages):
     frontend = pages()
-    assert "PSA Patch" in search(frontend, "psa patch")
+    assert "PSA Patch" in search(frontend, "psa patch", "PSA Patch")
     for words in ("scene", "demo", "PSADemoScene"):
         assert "PSA Demo" not in search(frontend, words)

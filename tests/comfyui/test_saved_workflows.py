@@ -72,7 +72,7 @@ def test_inputs_that_have_gone_are_named_in_the_log_of_a_real_server(server, cli
         "node": {"class_type": "PSAPyramid", "inputs": inputs | gone},
         "out": {"class_type": "PreviewAny", "inputs": {"source": ["node", 0]}},
     }
-    assert client.run(prompt, timeout=60).outputs["out"]["text"]
+    assert client.run(prompt, timeout=300).outputs["out"]["text"]
     log = server.log.read_text(encoding="utf-8")
     assert log.count("PSA Pyramid has no input 'sixteenth', and its value is not used; take it out; ") == 1
     assert log.count("PSA Pyramid has no input 'blok_q', and its value is not used; rename it to block_q if ") == 1

@@ -125,10 +125,10 @@ def test_settings_that_make_no_sense_are_refused_in_time(wan, model_folders, cha
     trained(wan, folder, CONFIGS["lora"]())
     settings = folder / "adapter_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | changes), encoding="utf-8")
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(InputError, match=f"PSA LoRA Loader, input lora_name: .*{expected}"):
         apply_lora(wan, "hostile/adapter_model.safetensors", 1.0)
-    assert time.monotonic() - begin < 60
+    assert time.process_time() - begin < 60
 
 
 @pytest.mark.parametrize("pattern", [r"(([a-z0-9_.])+.)+[A-Z]", r"(.*.*)*.*(.*.*)*[A-Z]{2}", r"([a-z0-9_.]+)+[A-Z]"])
@@ -138,9 +138,9 @@ def test_a_hostile_pattern_that_matches_nothing_costs_no_time(wan, model_folders
     settings = folder / "adapter_config.json"
     hostile = json.loads(settings.read_text()) | {"alpha_pattern": {pattern: 99.0}}
     settings.write_text(json.dumps(hostile), encoding="utf-8")
-    begin = time.monotonic()
+    begin = time.process_time()
     patched, _ = apply_lora(wan, "hostile/adapter_model.safetensors", 1.0)
-    assert time.monotonic() - begin < 30
+    assert time.process_time() - begin < 30
     for key, found in sampled_with(patched, merged).items():
         torch.testing.assert_close(found, merged[key], rtol=1e-4, atol=1e-5)
 
