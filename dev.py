@@ -2,7 +2,7 @@
 """The development command line: a real ComfyUI with this pack, from nothing.
 
     python dev.py demo     sample a video dense and with PSA on the CPU, compare them in output/psa_demo/
-    python dev.py test     run the tests; everything after `test` goes to pytest
+    python dev.py test     run the tests, a process per core; everything after `test` goes to pytest
     python dev.py serve    open ComfyUI with the pack, for trying by hand
     python dev.py bench    run the benchmarks
     python dev.py quality  measure settings against dense sampling; --quick takes minutes on a CPU
@@ -111,10 +111,16 @@ def _workflows(_: argparse.Namespace, comfyui: Path, __: list[str]) -> int:
     return 0
 
 
+SPREAD = ["--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile", "--no-loadscope-reorder"]
+"""Tests of several files run in several processes; tests/conftest.py says in how many, and in which order."""
+
+
 def _test(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
-    # The script, not `python -m pytest`: that would put the repository root on sys.path.
+    # The script, not `python -m pytest`: that would put the repository root on sys.path. What the user says comes last,
+    # so that their -n or --dist wins.
+    spread = [] if any("no:xdist" in word for word in rest) else SPREAD
     return _run(
-        [VENV_SCRIPTS / "pytest", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", *rest],
+        [VENV_SCRIPTS / "pytest", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", *spread, *rest],
         {"COMFYUI_PATH": str(comfyui)},
     )
 

@@ -4,12 +4,20 @@ import importlib.util
 import os
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
+# Before torch is imported. Servers and other processes that tests start inherit all of it.
+if IS_WORKER:  # as many workers as cores, so each of them computes on one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What would otherwise be written into the user's home.
+os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / ".dev" / "cache" / "triton"))
+os.environ.setdefault("MPLCONFIGDIR", str(ROOT / ".dev" / "cache" / "matplotlib"))
 
 pack = runpy.run_path(str(ROOT / "workshop" / "pack.py"))
 pack["load_pack"]()
@@ -24,6 +32,31 @@ def pytest_configure():
     chosen = chosen_comfyui()
     if chosen is not None and not (chosen / "main.py").is_file():
         raise pytest.UsageError(f"COMFYUI_PATH: there is no ComfyUI in {chosen}: main.py is missing.")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """`-n auto`, which `dev.py test` asks for: a worker a core, none for a single file or where tests share a GPU."""
+    import torch
+
+    files = {argument.split("::")[0] for argument in config.args}
+    is_one_file = len(files) == 1 and files.pop().endswith(".py")
+    if is_one_file or config.option.capture == "no" or torch.cuda.is_available():
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(items):
+    """In a worker the files with the most to do come first, so that none of them is left over at the end.
+
+    The tests of a file stay together: they share a server, and some a model.
+    """
+    if not IS_WORKER:
+        return
+    seconds = Counter()
+    for item in items:
+        seconds[item.path] -= sum(mark.kwargs.get("seconds", 10) for mark in item.iter_markers("slow"))
+    items.sort(key=lambda item: seconds[item.path])
 
 
 def pytest_report_header():

@@ -16,15 +16,17 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12"
 
 
 @pytest.fixture(scope="module")  # its event loop must not be there while other tests run theirs
-def chromium():
+def chromium(tmp_path_factory):
     """A browser. Without one on this machine the tests are skipped, except where CI must run them."""
     path = os.environ.get("PSA_CHROMIUM") or next(filter(None, map(shutil.which, CHROMIUMS)), None)
     if path is None:
         reason = f"no browser: none of {', '.join(CHROMIUMS)} is installed (on Debian: apt-get install chromium)"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     playwright = pytest.importorskip("playwright.sync_api")
+    home = str(tmp_path_factory.mktemp("chromium"))  # not the user's, where it would leave settings and reports
+    homes = dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), home)
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=list(OPTIONS))
+        browser = p.chromium.launch(executable_path=path, args=list(OPTIONS), env={**os.environ, **homes})
         yield browser
         browser.close()
 
@@ -262,7 +264,7 @@ class Frontend:
             node,
         )
 
-    def run(self, timeout=120):
+    def run(self, timeout=300):
         """Press Ctrl+Enter and wait until the queue is empty; returns the server's answer: "success" or the error."""
         self.page.evaluate(
             """() => {
