@@ -297,7 +297,7 @@ def _beyond(blocks: int) -> list[Setting]:
     for name, ramp in _RAMPS.items():
         found += _at(f"ramp {name}", "beyond", (MIDDLE,), PAPER, prototype={"ramp": ramp})
     for name, (first, last) in {"1.5 to 0.5": (1.5, 0.5), "0.5 to 1.5": (0.5, 1.5)}.items():
-        layers = {str(block): first + (last - first) * block / (blocks - 1) for block in range(blocks)}
+        layers = {str(block): first + (last - first) * block / max(1, blocks - 1) for block in range(blocks)}
         found += _at(f"layers {name}", "beyond", both, {}, prototype={"layers": layers})
     ends = PAPER | {"start_percent": 0.15, "end_percent": 0.9}
     found += _at("dense 15 % first, 10 % last", "beyond", (MIDDLE,), ends)

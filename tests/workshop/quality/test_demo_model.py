@@ -132,6 +132,16 @@ def test_every_setting_of_the_matrix_resolves(kind, blocks):
         resolve(setting, schedule, "auto", 0.4 if setting.match else setting.compute)
 
 
+@pytest.mark.parametrize("blocks", [1, 12])
+def test_the_matrix_follows_the_blocks(blocks):
+    found = {setting.name: setting for setting in settings_of("full", blocks)}
+    assert len([name for name in found if name.startswith("block ") and " dense @" in name]) == blocks
+    layers = found[f"layers 1.5 to 0.5 @{LEAN:.2f}"].prototype["layers"]
+    assert list(layers) == [str(block) for block in range(blocks)]
+    assert layers["0"] == 1.5
+    assert layers[str(blocks - 1)] == (0.5 if blocks > 1 else 1.5)
+
+
 def test_the_lean_compute_is_that_of_the_slider():
     assert pytest.approx(0.25 + 0.75 * 0.15) == LEAN
 
