@@ -1,12 +1,11 @@
-/* What is said in bold about a run: what it did, or why it did nothing and what to do. Pure functions; a run is what
- * patching/handle.py tells of one that has ended ("psa.run").
+/* The bold line about a run: what it did, or why it did nothing and what to do about it. Pure functions; `run` is the
+ * message "psa.run" that patching/handle.py sends when a run ends.
  */
 
 import { say as sayIn } from "./words.js";
 
-/** What a node did, as {what, bold: the same as a sentence of this run, detail, dense, problem}; null where nothing is
- * known yet.
- * `note`: why its model was not patched at all; `replaced`: id of the PSA Patch that took its place. */
+/** What a node did, as {what, bold: the same as a full sentence, detail, dense, problem}; null if nothing is known yet.
+ * `note`: why its model was not patched at all; `replaced`: the id of the PSA Patch that took its place. */
 export function happened(language, { run, note, replaced, stock }) {
     const say = (key, figures) => sayIn(language, key, figures);
     const nothing = (what) => ({ what, bold: what, detail: "", dense: true, problem: true });
@@ -22,32 +21,33 @@ export function happened(language, { run, note, replaced, stock }) {
     return { what, bold: say("thisRun", { what }), detail: seconds(say, run), dense: false };
 }
 
-/** The same in one line, of a run with other inputs than the node shows; "" where nothing is known. */
+/** The same in one line, for a run whose inputs differ from the node's; "" if nothing is known. */
 export function lastRun(language, state) {
     const found = happened(language, state);
     return found ? sayIn(language, "lastRun", { what: [found.what, found.detail].filter(Boolean).join("; ") }) : "";
 }
 
 function seconds(say, { kinds, seconds }) {
-    const told = ["sparse", "dense"]
+    const parts = ["sparse", "dense"]
         .filter((kind) => seconds[kind] !== undefined)
-        .map((kind) => say(`${kind}Seconds`, { seconds: brief(seconds[kind]) }));
-    for (const kind of ["skipped", "unseen"]) if (kinds[kind]) told.push(say(kind, { steps: kinds[kind] }));
-    return told.join(", ");
+        .map((kind) => say(`${kind}Seconds`, { seconds: rounded(seconds[kind]) }));
+    for (const kind of ["skipped", "unseen"]) if (kinds[kind]) parts.push(say(kind, { steps: kinds[kind] }));
+    return parts.join(", ");
 }
 
-/** Seconds to two digits or whole: 0.47, 1.4, 12. */
-function brief(value) {
+/** Seconds with two digits, or whole from 10 on: 0.47, 1.4, 12. */
+function rounded(value) {
     return value.toFixed(value < 1 ? 2 : value < 10 ? 1 : 0);
 }
 
-/** "the video is short; sample more" -> "the video is short. Sample more": reason and what to do, a sentence each. */
+/** "the video is short; sample more" -> "the video is short. Sample more": one sentence for the reason, one for the
+ * remedy. */
 function sentences(reason) {
     const [why, ...rest] = reason.replace(/\.$/, "").split("; ");
     return [why, ...rest.map((part) => part.charAt(0).toUpperCase() + part.slice(1))].join(". ");
 }
 
-/** 0.853 -> "85 %"; small shares with a digit more. */
+/** 0.853 -> "85 %"; shares below 10 % get one decimal. */
 export function percent(share) {
     const value = 100 * share;
     return `${value >= 9.95 || value === 0 ? value.toFixed(0) : value.toFixed(1)} %`;

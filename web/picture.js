@@ -1,14 +1,14 @@
-/* Draws one node's picture: a bar of what is seen, a bar of the work that is left, figures, and the line of a run.
- * Plain DOM; it knows nothing of ComfyUI. Text goes in as text, never as markup.
+/* Draws one node's picture: a bar for what is seen, a bar for the work that remains, figures, and the curve of a run.
+ * Plain DOM; it knows nothing about ComfyUI. Text is always inserted as text, never as markup.
  */
 
 import { percent } from "./outcome.js";
 import { say } from "./words.js";
 
-// From yellow to dark blue: light means more detail, also where colours cannot be told apart. 0 is not seen at all.
+// From yellow to dark blue: lighter means more detail, even to the colour-blind. Factor 0 is not seen at all.
 const COLOURS = { 1: "#fde725", 2: "#5ec962", 4: "#21918c", 8: "#3b7cc4", 16: "#5a55b0", 32: "#6d4aa0" };
 const COARSE = "#7d4a96";
-// Work of which is not known which level it goes to.
+// Work whose level is not known.
 const WHOLE = "all";
 const [SPARSITY, SECONDS] = ["#fde725", "#7fb2ff"];
 const UNSEEN = "repeating-linear-gradient(45deg, #55585f 0 4px, #43464c 4px 8px)";
@@ -25,16 +25,16 @@ const STYLE = `
 .psa-picture .psa-work { height: 8px; }
 .psa-picture .psa-legend { display: flex; flex-wrap: wrap; gap: 0 10px; }
 .psa-picture .psa-key { display: inline-block; width: 8px; height: 8px; margin-right: 4px; border-radius: 2px; }
-/* Mixed with the colour of the text, it can be read on a light node and on a dark one. */
+/* Mixed with the text colour, so that it is readable on light and dark nodes. */
 .psa-picture .psa-problem { color: color-mix(in srgb, #e8590c 60%, var(--input-text, #ddd)); font-weight: 600; }
 .psa-picture .psa-old { opacity: 0.6; }
-/* Figures of inputs that the server has not answered for; an answer within moments does not make it flicker. */
+/* Waiting for the server's answer. The delay keeps a quick answer from making the figures flicker. */
 .psa-picture.psa-waiting { opacity: 0.6; transition: opacity 0.2s 0.5s; }
 .psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; border-radius: 3px;
     background: #2a2c31; }
 `;
 
-/** A block of figures that follow a slider, and, with `live`, the line of a run. */
+/** A block of figures that follow a slider and, with `live`, the curve of a run. */
 export class Picture {
     constructor(live) {
         this.element = part("div", "psa-picture");
@@ -62,8 +62,8 @@ export class Picture {
         return row.children[1];
     }
 
-    /** Show a setting: its figures (choices/picture.py), the sentence of a problem, or neither; `ran`: what happened
-     * with it, see outcome.js; `measuredHere`: whether the figures of speed were measured on a machine like this one. */
+    /** Show a setting: its figures (choices/picture.py), a sentence about a problem, or neither. `ran`: what its run
+     * did, see outcome.js; `measuredHere`: whether the speed figures were measured on a GPU like this machine's. */
     show({ language, figures, problem, stock, notes, ran, measuredHere }) {
         const text = (key, values) => say(language, key, values);
         this.headline.classList.toggle("psa-problem", Boolean(problem || ran?.problem));
@@ -74,8 +74,7 @@ export class Picture {
         this.speed.textContent = "";
         for (const bar of [this.bar, this.work]) bar.parentElement.style.display = "none";
         if (problem || stock || ran?.dense || !figures) {
-            const said = stock ? text("stock") : (ran?.bold ?? "");
-            this.headline.textContent = problem ?? said;
+            this.headline.textContent = problem ?? (stock ? text("stock") : (ran?.bold ?? ""));
             return;
         }
         const { sparsity, coverage, speedup } = figures;
@@ -83,8 +82,8 @@ export class Picture {
         this.headline.textContent = ran?.bold ?? expected;
         if (ran) this.speed.textContent = ran.detail;
         else if (speedup && measuredHere) {
-            const [least, most] = speedup.map((times) => times.toFixed(1));
-            this.speed.textContent = most < 1.05 ? text("noFaster") : text("faster", { least, most });
+            const [low, high] = speedup.map((times) => times.toFixed(1));
+            this.speed.textContent = high < 1.05 ? text("noFaster") : text("faster", { low, high });
         }
         label(this.bar, figures.of_mass ? text("mass") : text("seen"), coverage === null ? "" : percent(coverage));
         const pairs = Object.entries(figures.shares)
@@ -108,8 +107,8 @@ export class Picture {
         this.element.dataset.coverage = coverage === null ? "" : coverage.toFixed(4);
     }
 
-    /** Show the steps of a run, oldest first, and what stayed dense: by the last step, or by the whole `run`
-     * when it has ended. `old`: a sentence about it where it had other inputs than the node shows, otherwise "". */
+    /** Show the steps of a run, oldest first, and what stayed dense: as of the last step, or over the whole `run` once
+     * it has ended. `old`: a sentence about it if its inputs differ from the node's, otherwise "". */
     follow({ language, steps, run, old }) {
         const text = (key, values) => say(language, key, values);
         this.line.replaceChildren();
@@ -122,11 +121,11 @@ export class Picture {
         }
         const last = steps[steps.length - 1];
         const total = Math.max(last.steps ?? 0, last.step + 1);
-        const place = (step) => (total > 1 ? 4 + (292 * step) / (total - 1) : 150);
-        // The first step may hold the loading of the model: it must not flatten the others.
-        const most = Math.max(...steps.slice(steps.length > 2 ? 1 : 0).map((step) => step.seconds), 1e-6);
-        this.draw(SECONDS, "psa-seconds", steps.map((s) => [place(s.step), 31 - 28 * Math.min(1, s.seconds / most)]));
-        this.draw(SPARSITY, "psa-sparsity", steps.map((s) => [place(s.step), 31 - 28 * (s.sparsity ?? 0)]));
+        const xOf = (step) => (total > 1 ? 4 + (292 * step) / (total - 1) : 150);
+        // The first step may include loading the model, which must not flatten the rest of the curve.
+        const longest = Math.max(...steps.slice(steps.length > 2 ? 1 : 0).map((step) => step.seconds), 1e-6);
+        this.draw(SECONDS, "psa-seconds", steps.map((s) => [xOf(s.step), 31 - 28 * Math.min(1, s.seconds / longest)]));
+        this.draw(SPARSITY, "psa-sparsity", steps.map((s) => [xOf(s.step), 31 - 28 * (s.sparsity ?? 0)]));
         const measured = last.sparsity?.toFixed(3);
         const sparsity = measured === undefined ? text(`${last.kind}Step`) : text("measured", { sparsity: measured });
         this.caption.append(`${text(old ? "liveOld" : "live", { step: last.step + 1, steps: total })} `);
@@ -138,22 +137,23 @@ export class Picture {
             this.caption.append(" ");
         }
         const reasons = Object.entries((run ?? last).reasons);
-        const told = reasons.map(([reason, calls]) => text("denseCalls", { calls, reason }));
-        for (const note of run?.notes ?? []) told.push(`${note}.`);
-        if (!run && !told.length && !steps.some((step) => step.sparsity !== null)) told.push(text("before"));
-        this.sentence.textContent = old || (run?.dense ? "" : told.join(" ")); // why nothing was sparse is in bold
+        const remarks = reasons.map(([reason, calls]) => text("denseCalls", { calls, reason }));
+        for (const note of run?.notes ?? []) remarks.push(`${note}.`);
+        if (!run && !remarks.length && !steps.some((step) => step.sparsity !== null)) remarks.push(text("before"));
+        // If nothing was sparse, the bold line already says why.
+        this.sentence.textContent = old || (run?.dense ? "" : remarks.join(" "));
     }
 
     draw(colour, name, points) {
-        const places = points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
+        const coordinates = points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ");
         const style = { fill: "none", stroke: colour, "stroke-width": 1.5, "vector-effect": "non-scaling-stroke" };
-        this.line.append(svg("polyline", { class: name, points: places, ...style }));
+        this.line.append(svg("polyline", { class: name, points: coordinates, ...style }));
         const [x, y] = points[points.length - 1];
         this.line.append(svg("circle", { cx: x, cy: y, r: 2, fill: colour }));
     }
 }
 
-/** Words before a bar and a figure after it; a bar without them is hidden. */
+/** Show a bar, with words before it and a figure after it. */
 function label(bar, before, after) {
     bar.previousSibling.textContent = before;
     bar.nextSibling.textContent = after;

@@ -1,5 +1,5 @@
-/* Puts the picture into PSA Patch and PSA Pyramid, and keeps it in step with sliders, wires and runs.
- * Works with both renderers: it only reads widgets' values, and adds one DOM widget that is never saved.
+/* Adds the picture to PSA Patch and PSA Pyramid and keeps it up to date with sliders, wires and runs.
+ * Works with both renderers: it only reads widget values, and adds one DOM widget that is never saved.
  */
 
 import { api } from "../../scripts/api.js";
@@ -13,15 +13,15 @@ const PYRAMID = "PSAPyramid";
 const HEIGHT = { [PATCH]: 216, [PYRAMID]: 128 };
 const WIDTH = 340;
 
-/** Preset name -> the sparsity that it was made for, from the node's definition. */
+/** Preset name -> the sparsity it was made for, from the node's definition. */
 let suggested = {};
-/** Node -> {picture, queued: its inputs as they were in the last prompt, auto: the preset that `auto` was then, asked: what
- * the server was last to be asked, answer: what it last said (null: nothing yet), waiting: for an answer, ...NO_RUN}. */
+/** Node -> {picture, queued: its inputs in the last prompt, auto: the preset that `auto` meant then, asked: the latest
+ * question for the server, answer: its last answer (null: none yet), waiting: whether one is due, ...NO_RUN}. */
 const states = new WeakMap();
-/** What is known of a run before there is one: its id; its steps; what was told of it at its end; why the model was not
- * patched; id of the PSA Patch that took the node's place. */
+/** A node's state before any run. id: the run's; run: the message sent at its end; note: why the model was not patched;
+ * replaced: the id of the PSA Patch that took the node's place. */
 const NO_RUN = { id: null, steps: [], run: null, note: "", replaced: null };
-/** GPUs on which the speed of attention was measured, and whether this machine has one. */
+/** GPUs that the speed of attention was measured on, and whether this machine has one. */
 const MEASURED_ON = /\bH100\b/;
 let measuredHere = false;
 
@@ -57,9 +57,9 @@ app.registerExtension({
             getMaxHeight: () => height,
         });
         widget.serialize = false;
-        // Nodes 2.0 folds the advanced inputs away and grows a node to what it holds; the classic renderer shows all.
-        const [width, least] = node.computeSize();
-        node.setSize([Math.max(WIDTH, width), LiteGraph.vueNodesMode ? 0 : least]);
+        // Nodes 2.0 hides the advanced inputs and fits a node's height to its content; the classic renderer shows all.
+        const [width, minHeight] = node.computeSize();
+        node.setSize([Math.max(WIDTH, width), LiteGraph.vueNodesMode ? 0 : minHeight]);
 
         for (const other of node.widgets) {
             if (other === widget) continue;
@@ -69,7 +69,7 @@ app.registerExtension({
             });
         }
         chain(node, "onConfigure", () => refreshWithNeighbours(node));
-        chain(node, "onAdded", () => refreshWithNeighbours(node)); // only now it has neighbours
+        chain(node, "onAdded", () => refreshWithNeighbours(node)); // before, it has no neighbours
         chain(node, "onConnectionsChange", () => queueMicrotask(() => refreshWithNeighbours(node)));
         chain(node, "onExecuted", (output) => {
             if (!output?.psa) return;
@@ -78,7 +78,7 @@ app.registerExtension({
             refresh(node);
         });
         refresh(node);
-        // The classic renderer places a DOM widget when it draws for the second time.
+        // The classic renderer positions a DOM widget only on its second draw.
         requestAnimationFrame(() => requestAnimationFrame(() => app.canvas?.setDirty(true, true)));
     },
 
@@ -89,27 +89,27 @@ app.registerExtension({
 
 api.addEventListener("reconnected", () => everyNode(askAgain));
 
-listen("psa.step", (state, step) => (ofRun(state, step).steps = [...state.steps, step]));
-listen("psa.run", (state, run) => (ofRun(state, run).run = run));
+listen("psa.step", (state, step) => (stateForRun(state, step).steps = [...state.steps, step]));
+listen("psa.run", (state, run) => (stateForRun(state, run).run = run));
 listen("psa.replaced", (state, { by }) => (state.replaced = by));
 
-/** What the server tells of a node goes into its state, and the node is drawn again. */
-function listen(event, take) {
+/** Apply what the server says about a node to its state, and redraw the node. */
+function listen(event, apply) {
     api.addEventListener(event, ({ detail }) => {
         const node = findNode(detail.node);
         if (!states.has(node)) return;
-        take(states.get(node), detail);
+        apply(states.get(node), detail);
         refresh(node);
     });
 }
 
-/** A node's state, with nothing in it of a run before the one that is told of. */
-function ofRun(state, { run: id, asked }) {
+/** A node's state, cleared of earlier runs if this run is a new one. */
+function stateForRun(state, { run: id, asked }) {
     if (state.id !== id) Object.assign(state, NO_RUN, { id, queued: asked ?? state.queued });
     return state;
 }
 
-/** Draw a node, and ask what its inputs mean where that is not known. */
+/** Draw a node, and ask the server what its inputs mean unless that is known. */
 function refresh(node) {
     const state = states.get(node);
     if (!state) return;
@@ -117,20 +117,22 @@ function refresh(node) {
     ask(node, state);
 }
 
-/** Draw what the node's inputs mean, as the server last said, and what ran with them, or with others before. */
+/** Draw what the node's inputs mean according to the server's last answer, and the last run with these or earlier
+ * inputs. */
 function draw(node, state) {
-    const means = meaning(node, state);
-    const known = { ...state, stock: means.stock };
-    const changed = !shows(node, state.queued);
+    const setting = settingOf(node, state);
+    const known = { ...state, stock: setting.stock };
+    const changed = !matches(node, state.queued);
     const ran = changed ? null : happened(language(), known);
-    state.picture.show({ language: language(), measuredHere, ran, ...means });
+    state.picture.show({ language: language(), measuredHere, ran, ...setting });
     const { picture, steps, run, note } = state;
-    const anything = steps.length || run || note;
-    const old = changed && anything ? lastRun(language(), known) || say("lastUnfinished") : "";
+    const hasRun = steps.length || run || note;
+    const old = changed && hasRun ? lastRun(language(), known) || say("lastUnfinished") : "";
     if (picture.line) picture.follow({ language: language(), steps, run, old });
 }
 
-function meaning(node, { answer }) {
+/** What Picture.show draws of a node's inputs: {problem, figures, stock, notes}. */
+function settingOf(node, { answer }) {
     const patch = node.comfyClass === PATCH;
     const wired = patch && input(node, "sparsity")?.link != null;
     const sparsity = patchSparsity(node);
@@ -138,28 +140,28 @@ function meaning(node, { answer }) {
     const { refused: problem = null, figures = null } = answer ?? {};
     const stock = patch && sparsity === 0 && !wired;
     if (answer?.silent) notes.push(say("noAnswer"));
-    else if (patch && unreadable(node)) notes.push(say("unknown"));
+    else if (patch && pyramidUnreadable(node)) notes.push(say("unknown"));
     else if (!patch && figures?.target != null) notes.push(say("scaled", { sparsity: figures.target.toFixed(2) }));
     else if (!patch && figures && value(node, "mode") !== "budget") notes.push(say("asWritten"));
     return { problem, figures, stock, notes };
 }
 
-/** Whether a node still shows the inputs that were queued (`asked_of` in patching/live.py); true where not known. */
-function shows(node, asked) {
+/** Whether a node still has the inputs that were queued (`asked_of` in patching/live.py); true if that is unknown. */
+function matches(node, asked) {
     if (!asked) return true;
     if (!("psa_pyramid" in asked) && input(node, "psa_pyramid")?.link != null) return false;
     return Object.entries(asked).every(([name, given]) => {
-        // What is at the other end of a wire, outside of a subgraph say, is not known: it counts as the same.
+        // What is at the other end of a wire may be unknown, say outside a subgraph: it counts as unchanged.
         if (input(node, name)?.link != null) {
             const pyramid = name === "psa_pyramid" ? source(node) : undefined;
-            return !given || pyramid?.comfyClass !== PYRAMID || shows(pyramid, given);
+            return !given || pyramid?.comfyClass !== PYRAMID || matches(pyramid, given);
         }
         const widget = node.widgets?.find((found) => found.name === name);
         return widget ? widget.value === given : name !== "psa_pyramid";
     });
 }
 
-/** Ask the server what the node's inputs mean: one question at a time, and the last one always. */
+/** Ask the server what the node's inputs mean: one question at a time, and always the latest one. */
 async function ask(node, state) {
     state.asked = JSON.stringify(question(node, state));
     if (state.waiting || state.asked === state.answer?.to) return;
@@ -174,7 +176,7 @@ async function ask(node, state) {
     state.picture.element.classList.remove("psa-waiting");
 }
 
-/** {refused, figures} as nodes/check_route.py answers, or {silent: true}. */
+/** The answer of nodes/check_route.py, {refused, figures}, or {silent: true} if there is none. */
 async function answerTo(body) {
     try {
         const response = await api.fetchApi("/psa/check", { method: "POST", body });
@@ -195,7 +197,7 @@ function question(node, { auto }) {
     return { ...asked, pyramid: { node: PYRAMID, ...widgetsOf(pyramid) } };
 }
 
-/** What a node's widgets show, and the names of the inputs that come over a wire. */
+/** The values of a node's widgets, and the names of its wired inputs. */
 function widgetsOf(node) {
     const widgets = (node.widgets ?? []).filter((widget) => widget.serialize !== false);
     return {
@@ -204,21 +206,21 @@ function widgetsOf(node) {
     };
 }
 
-/** After the server was away. */
+/** Forget that the server did not answer, and ask again. */
 function askAgain(node) {
     const state = states.get(node);
     if (state?.answer?.silent) state.answer = null;
     refresh(node);
 }
 
-/** The node and those at the other end of its PSA_PYRAMID wire. */
+/** Refresh a node and those at the other end of its PSA_PYRAMID wire. */
 function refreshWithNeighbours(node) {
     refresh(node);
     if (node.comfyClass === PYRAMID) targets(node).forEach(refresh);
     else if (source(node)) refresh(source(node));
 }
 
-/** A preset may say which sparsity it was made for: choosing it moves the slider there. */
+/** Move the slider to the sparsity that a preset was made for, if it names one. */
 function suggestSparsity(node, name) {
     const sparsity = suggested[name];
     const slider = node.widgets.find((widget) => widget.name === "sparsity");
@@ -242,15 +244,15 @@ function input(node, name) {
     return node.inputs?.find((slot) => slot.name === name);
 }
 
-/** The node whose pyramid a PSA Patch takes, or undefined. A node that is in no graph has no neighbours: one that is
- * loaded, pasted or put into a subgraph is configured before it is added, and asking then is an error. */
+/** The node that a PSA Patch gets its pyramid from, or undefined. A node that is being loaded, pasted or moved into a
+ * subgraph is configured before it is in a graph, and asking for its neighbours then is an error. */
 function source(node) {
     const slot = node.graph ? node.inputs.findIndex((found) => found.name === "psa_pyramid") : -1;
     return slot < 0 ? undefined : (node.getInputNode(slot) ?? undefined);
 }
 
-/** Whether a PSA Patch takes its pyramid from something else than a PSA Pyramid. */
-function unreadable(node) {
+/** Whether a PSA Patch gets its pyramid from anything but a PSA Pyramid. */
+function pyramidUnreadable(node) {
     return input(node, "psa_pyramid")?.link != null && source(node)?.comfyClass !== PYRAMID;
 }
 
@@ -259,7 +261,7 @@ function targets(node) {
     return (node.graph && node.getOutputNodes(0)) || [];
 }
 
-/** The node with an id as the server knows it, "12" or, in subgraphs, "12:5". */
+/** The node with the server's id: "12" or, in subgraphs, "12:5". */
 function findNode(id) {
     let graph = app.rootGraph ?? app.graph;
     let node;
@@ -277,6 +279,7 @@ function everyNode(visit, graph = app.rootGraph ?? app.graph) {
     }
 }
 
+/** Call `then` after an object's own method `name`. */
 function chain(object, name, then) {
     const before = object[name];
     object[name] = function (...args) {

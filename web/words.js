@@ -1,27 +1,27 @@
-/* The sentences of the in-node picture, in English and Chinese. `{name}` is filled in. */
+/* The sentences in the nodes' pictures, in English and Chinese. `{name}` is replaced by a figure. */
 
 const WORDS = {
     en: {
         saved: "{saved} of the attention work saved in the sparse steps",
         stock: "Stays dense: sparsity is 0. Move the slider up to save work.",
-        follows: "Work saved: follows the video",
-        faster: "attention {least} to {most} times faster (H100)",
+        follows: "Work saved: depends on the video",
+        faster: "attention {low} to {high} times faster (H100)",
         noFaster: "attention is no faster than dense here (H100)",
         seen: "sees",
         work: "work",
         mass: "mass",
-        massNote: "Shares of the attention mass: how many blocks they are follows the video.",
+        massNote: "Shares of the attention mass: how many blocks that makes depends on the video.",
         full: "seen in full",
         half: "at 1/2",
         pooled: "at 1/{factor}",
         tail: "one mean row of {factor}",
         none: "not at all",
-        capped: "Similarity caps refine some blocks: a little less is saved.",
+        capped: "Similarity caps refine some blocks, so slightly less is saved.",
         scaled: "PSA Patch scales the levels to its sparsity of {sparsity}.",
-        asWritten: "The levels as they are written.",
-        wired: "sparsity comes over a wire; shown for {sparsity}.",
-        unknown: "The pyramid comes from a node that cannot be read here; the figures appear with the run.",
-        noAnswer: "The server does not answer: the figures appear with the run.",
+        asWritten: "The levels are used as written.",
+        wired: "sparsity is wired; the picture shows {sparsity}.",
+        unknown: "The pyramid comes from a node that cannot be read here; the figures will appear during the run.",
+        noAnswer: "The server is not answering; the figures will appear during the run.",
         live: "step {step} of {steps}:",
         seconds: "{seconds} s",
         measured: "measured sparsity {sparsity}",
@@ -31,11 +31,11 @@ const WORDS = {
         thisRun: "This run: {what}",
         lastRun: "Last run, with other inputs: {what}",
         lastUnfinished: "The last run had other inputs.",
-        ran: "{sparse} of {steps} steps sparse, {saved} of its attention saved",
-        stopped: "stopped after {done} of {steps} steps, {sparse} of them sparse, {saved} of their attention saved",
+        ran: "{sparse} of {steps} steps sparse, {saved} of the attention saved",
+        stopped: "stopped after {done} of {steps} steps, {sparse} of them sparse, {saved} of the attention saved",
         stayedDense: "Stayed dense: {reason}.",
-        unserved: "Stays dense: {reason}. Load another model, or bypass this node: it changes nothing here.",
-        replaced: "Does nothing here: PSA Patch #{by} comes after it and takes its place. Remove one of the two.",
+        unserved: "Stays dense: {reason}. Load another model, or bypass this node: it has no effect here.",
+        replaced: "Has no effect: PSA Patch #{by} comes after it and replaces it. Remove one of the two.",
         sparseSeconds: "sparse steps {seconds} s",
         denseSeconds: "dense steps {seconds} s",
         skipped: "{steps} steps answered by a cache",
@@ -43,13 +43,13 @@ const WORDS = {
         liveOld: "last run, step {step} of {steps}:",
         denseCalls: "{calls} calls stayed dense: {reason}.",
         before: "Dense until start_percent, then sparse.",
-        noRun: "No run yet: what is measured appears here.",
+        noRun: "No run yet: measurements will appear here.",
     },
     zh: {
         saved: "稀疏步中节省 {saved} 的注意力计算",
         stock: "保持稠密：稀疏度为 0。调高滑块即可节省计算。",
         follows: "节省的计算量取决于视频内容",
-        faster: "注意力速度为稠密的 {least} 到 {most} 倍（H100 实测）",
+        faster: "注意力速度为稠密的 {low} 到 {high} 倍（H100 实测）",
         noFaster: "此设置下注意力不比稠密更快（在 H100 上实测）",
         seen: "可见",
         work: "计算",
@@ -93,13 +93,13 @@ const WORDS = {
 
 export const LANGUAGES = Object.keys(WORDS);
 
-/** The sentence `key` in a language (English where there is none), with figures filled in. */
+/** The sentence `key` in a language (Chinese, else English), with its figures filled in. */
 export function say(language, key, figures = {}) {
     const words = WORDS[String(language).startsWith("zh") ? "zh" : "en"];
     return words[key].replace(/\{(\w+)\}/g, (_, name) => figures[name] ?? "?");
 }
 
-/** Keys that one language has and another lacks; empty when they are complete. */
+/** Keys that one language has and another lacks; empty if there are none. */
 export function missingWords() {
     const keys = new Set(LANGUAGES.flatMap((language) => Object.keys(WORDS[language])));
     return LANGUAGES.flatMap((language) => [...keys].filter((key) => !(key in WORDS[language])));

@@ -48,7 +48,7 @@ def test_a_server_that_does_not_know_the_question_leaves_a_sentence(make_fronten
     frontend = make_frontend("classic", {ROUTE: lambda route: route.fulfill(status=404, body="404: Not Found")})
     for kind in ("PSAPatch", "PSAPyramid"):
         seen = frontend.picture(frontend.add(kind))
-        assert "The server does not answer: the figures appear with the run." in seen["text"]
+        assert "The server is not answering; the figures will appear during the run." in seen["text"]
         assert (seen["problem"], seen["bar"]) == (False, {})
     patch = frontend.add("PSAPatch")
     frontend.choose(patch, "sparsity", 0.0)
@@ -65,7 +65,7 @@ def test_it_asks_again_when_the_server_is_back(make_frontend):
     frontend.page.evaluate("() => app.api.dispatchCustomEvent('reconnected')")
     frontend.settle()
     assert frontend.picture(node)["sparsity"] == pytest.approx(0.85, abs=1e-3)
-    assert "does not answer" not in frontend.picture(node)["text"]
+    assert "is not answering" not in frontend.picture(node)["text"]
 
 
 def test_a_slow_server_is_asked_one_thing_at_a_time_and_the_last_one_is_drawn(make_frontend):

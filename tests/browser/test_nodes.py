@@ -70,7 +70,7 @@ def test_a_pyramid_shapes_the_picture_of_the_patch_it_feeds(frontend):
     frontend.choose(pyramid, "full", 0.3)
     alone = frontend.picture(pyramid)
     assert alone["sparsity"] == pytest.approx(1 - (0.3 + 0.05 / 2 + 0.2 / 8), abs=1e-3)
-    assert "as they are written" in alone["text"]
+    assert "used as written" in alone["text"]
 
     frontend.connect(pyramid, 0, patch, "psa_pyramid")
     assert frontend.picture(patch)["bar"] == pytest.approx(frontend.picture(pyramid)["bar"])
@@ -203,7 +203,7 @@ def test_the_demo_runs_from_the_page_and_the_line_moves(frontend, demo):
     sparse = [figures["sparsity"] for figures in told if figures["sparsity"] is not None]
     assert 0 < len(sparse) < STEPS
     saved = 100 * sum(sparse) / STEPS
-    ran = f"This run: {len(sparse)} of {STEPS} steps sparse, {saved:.0f} % of its attention saved"
+    ran = f"This run: {len(sparse)} of {STEPS} steps sparse, {saved:.0f} % of the attention saved"
     assert seen["headline"] == ran
     assert re.search(r"sparse steps [\d.]+ s, dense steps [\d.]+ s", seen["text"])
     # Another setting has not run yet: what is expected of it in bold, and the run is the last one.
@@ -357,10 +357,10 @@ def test_what_the_server_tells_of_other_ends_is_in_bold(pages):
     run |= {"saved": 0.5, "seconds": {"dense": 2.04, "sparse": 0.512}, "reasons": {}, "notes": [], "dense": None}
     run["kinds"]["interrupted"] = 1
     told = f"tell('psa.run', {json.dumps(run)})"
-    assert headline(told) == ("This run: stopped after 3 of 16 steps, 2 of them sparse, 50 % of their attention saved")
+    assert headline(told) == ("This run: stopped after 3 of 16 steps, 2 of them sparse, 50 % of the attention saved")
     assert "sparse steps 0.51 s, dense steps 2.0 s" in frontend.picture(node)["text"]
     replaced = headline(f"tell('psa.replaced', {{ node: '{node}', by: '10' }})")
-    assert replaced.startswith("Does nothing here: PSA Patch #10 comes after it")
+    assert replaced.startswith("Has no effect: PSA Patch #10 comes after it")
     assert frontend.errors == []
 
 
