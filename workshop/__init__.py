@@ -1,1 +1,1 @@
-"""What no user runs: tools for developers, training of the demo model, quality, benchmarks and their results."""
+"""What users never run: developer tools, training of the demo model, quality measurements, benchmarks and results."""

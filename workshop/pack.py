@@ -1,7 +1,7 @@
-"""How scripts import the pack: as ComfyUI does, from its `__init__.py`. The repository root never goes on sys.path,
-because ComfyUI has a top-level module `nodes` of its own.
+"""How scripts import the pack: the way ComfyUI does, from its `__init__.py`. The repository root must never be on
+sys.path, because ComfyUI has its own top-level module `nodes`.
 
-A script that is started by its path finds this file without sys.path too:
+A script started by its path loads this file without sys.path as well:
 
     runpy.run_path(str(Path(__file__).resolve().parents[1] / "pack.py"))["load_pack"]()
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_pack() -> ModuleType:
-    """Import the pack of this repository as `comfyui_psa`."""
+    """Import this repository's pack as `comfyui_psa`."""
     return load_package("comfyui_psa", ROOT)
 
 
@@ -25,7 +25,7 @@ def load_package(name: str, folder: Path) -> ModuleType:
     """Import the package in `folder` as `name`.
 
     Raises:
-        FileNotFoundError: there is no `__init__.py` in it.
+        FileNotFoundError: it has no `__init__.py`.
     """
     spec = importlib.util.spec_from_file_location(
         name, folder / "__init__.py", submodule_search_locations=[str(folder)]

@@ -1,4 +1,4 @@
-"""The CSV files of results: a header, and a row for every measurement; fractions with six significant digits."""
+"""CSV files of results: a header, then one row per measurement; floats are written with six significant digits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ Record = TypeVar("Record")
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, append: bool = False) -> None:
-    """Write a new file, or below the rows that are there. What a row lacks, or has as None, is left empty; what has no
-    column is left out."""
+    """Write a new file, or append to an existing one. Missing values and None become empty cells; values without a
+    column are skipped."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a" if append else "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
@@ -30,17 +30,17 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_records(path: Path, kind: type, records: Iterable[Any], *, append: bool = False) -> None:
-    """As `write_rows`: dataclasses of one kind, a column for each field."""
+    """Like `write_rows`, for dataclass instances of one kind: one column per field."""
     columns = [field.name for field in dataclasses.fields(kind)]
     write_rows(path, columns, map(dataclasses.asdict, records), append=append)
 
 
 def read_records(path: Path, kind: type[Record]) -> list[Record]:
-    """What `write_records` wrote. Fields are str, int, float, or one of them or None, which an empty cell then is.
+    """Read what `write_records` wrote. Fields are str, int or float, or one of these or None (an empty cell).
 
     Raises:
-        TypeError: a column is no field, or a field without a default has no column.
-        ValueError: a cell is not of its field's type.
+        TypeError: a column is not a field, or a field without a default has no column.
+        ValueError: a cell does not have its field's type.
     """
     types = {name: typing.get_args(hint) or (hint,) for name, hint in typing.get_type_hints(kind).items()}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from comfyui_psa.workshop.tools.fuzz import OUR_WORDS, fuzz, verdict
+from comfyui_psa.workshop.tools.fuzz import OUR_ERROR, fuzz, verdict
 from comfyui_psa.workshop.tools.fuzz_files import corpus
 from comfyui_psa.workshop.tools.soak import ALLOWED_MB, soak
 
@@ -16,10 +16,10 @@ def test_hostile_inputs_end_in_words(server, client):
 
 
 def test_what_counts_as_the_packs_own_words():
-    assert OUR_WORDS.search("Node 1 (PSAPatch) failed: PSA Patch, input pyramid: 'x' was given; allowed: ...")
-    assert OUR_WORDS.search("Node 1 (PSALoraLoader) failed: PSA LoRA Loader, input lora_name: ...")
-    assert not OUR_WORDS.search("Node 1 (PSAPatch) failed: 'NoneType' object has no attribute 'model'")
-    assert not OUR_WORDS.search("Node 1 (KSampler) failed: PSA")
+    assert OUR_ERROR.search("Node 1 (PSAPatch) failed: PSA Patch, input pyramid: 'x' was given; allowed: ...")
+    assert OUR_ERROR.search("Node 1 (PSALoraLoader) failed: PSA LoRA Loader, input lora_name: ...")
+    assert not OUR_ERROR.search("Node 1 (PSAPatch) failed: 'NoneType' object has no attribute 'model'")
+    assert not OUR_ERROR.search("Node 1 (KSampler) failed: PSA")
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def test_the_demo_runs_at_a_small_size(client, definitions, workflow, tmp_path):
     prompt = graph_to_prompt(workflow, definitions)
     result = client.run(prompt)
     report = demo.report_of(prompt, result)
-    films = demo.download_films(client, prompt, result)
-    figures = demo.write_results(tmp_path, films, demo.samplers_of(prompt), result, report)
+    videos = demo.download_videos(client, prompt, result)
+    figures = demo.write_results(tmp_path, videos, demo.samplers_of(prompt), result, report)
 
     assert report["grid"] == [3, 24, 24]
     assert report["backend"] == "torch"
@@ -186,5 +186,5 @@ def test_an_interrupted_run_leaves_the_next_one_right(client, definitions, workf
 def test_an_error_in_a_node_names_the_node(client, definitions, workflow):
     prompt = to_latents(graph_to_prompt(workflow, definitions))
     prompt[find_node(prompt, "PSAPatch")]["inputs"]["pyramid"] = "3: 0.5"
-    with pytest.raises(PromptFailed, match=r"refused a part of the prompt: node \S+ \(PSAPatch\): .*input pyramid: "):
+    with pytest.raises(PromptFailed, match=r"refused part of the prompt: node \S+ \(PSAPatch\): .*input pyramid: "):
         client.run(prompt)

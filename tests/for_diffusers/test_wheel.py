@@ -14,7 +14,7 @@ from pathlib import Path
 import grimp
 import pytest
 
-from comfyui_psa.workshop.tools.check import by_name
+from comfyui_psa.workshop.tools.check import linked_as_package
 from comfyui_psa.workshop.tools.paths import ROOT
 from comfyui_psa.workshop.tools.release import tracked_files
 
@@ -54,7 +54,7 @@ def names_in(wheel):
 
 def test_it_holds_the_face_and_what_the_entry_for_diffusers_imports(wheel):
     """As the import graph has it; whole packages, so that no file can be forgotten."""
-    with by_name(ROOT) as folder:
+    with linked_as_package(ROOT) as folder:
         graph = grimp_graph(folder)
     needed = graph.find_upstream_modules("comfyui_psa.for_diffusers", as_package=True)
     needed |= {"comfyui_psa.for_diffusers", "comfyui_psa.sampling"}

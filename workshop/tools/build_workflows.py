@@ -1,6 +1,6 @@
 """Writes `workflows/*.json` from the node definitions of a running server: `python dev.py workflows`.
 
-Run it when a node's schema has changed; `tests/comfyui/test_workflows.py` says when that is due. File names, sampler
+Run it after changing a node's schema; `tests/comfyui/test_workflows.py` fails until you do. File names, sampler
 settings and shifts are those of ComfyUI's own Wan templates.
 """
 
@@ -21,14 +21,14 @@ PROMPT = (
 IMAGE_PROMPT = "The subject slowly turns towards the camera and smiles, hair and leaves moving in a light breeze."
 NEGATIVE = "overexposed, static, blurred details, subtitles, worst quality, low quality, JPEG artefacts, deformed limbs"
 PSA_NOTE = """
-**PSA Patch** stands between the model and the sampler. `sparsity` is the share of attention work that is left out;
+**PSA Patch** goes between the model and the sampler. `sparsity` is the share of attention work that is skipped;
 0 or a bypassed node gives the stock result. The first quarter of the schedule (`start_percent` 0.25) stays dense.
 **PSA Report** says what ran sparse, what stayed dense and why.
 """
 
 
 def build_all(definitions: dict, folder: Path) -> list[Path]:
-    """Write every workflow into `folder` and return the paths. `definitions` is the answer of `/object_info`."""
+    """Write every workflow into `folder` and return the paths. `definitions` is what `/object_info` returns."""
     builders = {
         "psa_demo": _demo,
         "wan21_t2v_psa": _wan21_t2v,
@@ -50,15 +50,15 @@ def _demo(canvas: Canvas) -> None:
     with canvas.group("What this is", "grey", width=420):
         canvas.note(
             """
-## Dense against sparse, with a model that fits into this repository
+## Dense against sparse, with a model that ships with this repository
 
-Press Run: nothing has to be downloaded, and no GPU is needed (a few minutes on a CPU).
+Press Run: there is nothing to download, and no GPU is needed (a few minutes on a CPU).
 
 Both samplers start from the same noise. The blue column is stock attention, the green one goes through **PSA Patch**.
-The small Wan model and its VAE came with the node pack; **PSA Demo Prompt** says what the video shows, since there
+The small Wan model and its VAE come with the node pack; **PSA Demo Prompt** says what the video shows, since there
 is no text encoder.
 
-`start_percent` is 0.30: 5 of the 16 steps stay dense. With the node's default of 0.25 it is 4, and this clip gets a
+`start_percent` is 0.30: 5 of the 16 steps stay dense. The node's default of 0.25 would be 4, and would give this clip a
 second blue square that the dense video does not have.
 
 `python dev.py demo` runs this file and writes the videos and a report into `output/psa_demo/`.
@@ -79,8 +79,8 @@ second blue square that the dense video does not have.
         dense_frames = canvas.add("VAEDecode", samples=dense, vae=vae)
         _save_webp(canvas, dense_frames, "psa_demo/dense")
     with canvas.group("Sparse: PSA", "green"):
-        # 5 of 16 dense steps instead of the default's 4: with 4 this clip gets a second blue square that the dense
-        # video does not have (22.6 dB instead of 30.8), also where the sparse steps do more work instead (21.9 dB).
+        # 5 of 16 dense steps instead of the default's 4: with 4, this clip gets a second blue square that the dense
+        # video does not have (22.6 dB instead of 30.8), even if the sparse steps do more work to make up (21.9 dB).
         patched = canvas.add("PSAPatch", model=model, sparsity=0.85, start_percent=0.30, min_tokens=4096)
         sparse = canvas.add("KSampler", "KSampler: PSA", model=patched, **sampling)
         frames = canvas.add("VAEDecode", samples=sparse, vae=vae)
@@ -138,7 +138,7 @@ def _wan22_a14b_t2v(canvas: Canvas) -> None:
     high, low = (f"wan2.2_t2v_{noise}_noise_14B_fp8_scaled.safetensors" for noise in ("high", "low"))
     steps, switch = 20, 10
     note = (
-        "Two experts share one schedule, and each has a patch of its own: `start_percent` counts along the whole "
+        "Two experts share one schedule, and each has its own patch: `start_percent` counts along the whole "
         "schedule, so with 0.25 only the high-noise expert has dense steps."
     )
     files = {"diffusion_models": [high, low]}
@@ -185,7 +185,7 @@ def _wan22_a14b_t2v(canvas: Canvas) -> None:
 
 def _wan22_ti2v_5b(canvas: Canvas) -> None:
     unet = "wan2.2_ti2v_5B_fp16.safetensors"
-    note = "Text to video as it stands. For image to video add a Load Image node and connect it to `start_image`."
+    note = "This is text to video. For image to video, add a Load Image node and connect it to `start_image`."
     files = {"diffusion_models": [unet]}
     _files_note(canvas, "Wan 2.2 text or image to video, 5B", files, "wan2.2_vae.safetensors", note)
     with canvas.group("Load"):
@@ -201,9 +201,9 @@ def _files_note(canvas: Canvas, title: str, files: dict[str, list[str]], vae: st
     files = {**files, "text_encoders": ["umt5_xxl_fp8_e4m3fn_scaled.safetensors"], "vae": [vae]}
     lines = [f"- `models/{folder}/`: `{name}`" for folder, names in files.items() for name in names]
     sources = f"Wan 2.1: {WAN21.split('/resolve')[0]}\n\nWan 2.2: {WAN22.split('/resolve')[0]}"
-    text = f"## {title}\n\nFiles, and the folder of ComfyUI that each belongs in:\n\n" + "\n".join(lines)
+    text = f"## {title}\n\nFiles, and the ComfyUI folder that each goes into:\n\n" + "\n".join(lines)
     with canvas.group("Files", "grey", width=460):
-        canvas.note(f"{text}\n\nThey come from\n\n{sources}\n\n{PSA_NOTE.strip()}\n\n{note}", 520)
+        canvas.note(f"{text}\n\nDownload them from\n\n{sources}\n\n{PSA_NOTE.strip()}\n\n{note}", 520)
 
 
 def _unet(canvas: Canvas, name: str, source: str) -> Node:

@@ -1,7 +1,7 @@
-"""Lays out a workflow in the frontend's format: groups side by side, the nodes of a group below one another.
+"""Lays out a workflow in the frontend's format: groups side by side, the nodes of a group stacked vertically.
 
-Only what `build_workflows.py` needs: no subgraphs, no widgets turned into inputs. Widget order and types come from a
-server's node definitions, so a changed schema needs no change here.
+Supports only what `build_workflows.py` needs: no subgraphs, no widgets converted to inputs. Widget order and types come
+from a server's node definitions, so a changed schema needs no change here.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .workflow import default_value, inputs_of
 GAP, PADDING, GROUP_TITLE = 40, 20, 60
 TITLE, ROW = 30, 24
 TEXT_HEIGHT = 130
-# What web/psa.js adds to a node; a preview needs room as well.
+# Room for what web/psa.js adds to a node, and for previews.
 PICTURE_HEIGHTS = {"PSAPatch": 230, "PSAPyramid": 150, "PSAReport": 360, "SaveAnimatedWEBP": 360}
 COLOURS = {"blue": "#3f789e", "green": "#3f9e6b", "violet": "#7a5fa8", "grey": "#6b7280"}
 
 
 @dataclass(frozen=True)
 class Output:
-    """One output of a node on the canvas, to be given to the input of another."""
+    """One output of a node on the canvas, to connect to another node's input."""
 
     node: int
     slot: int
@@ -32,7 +32,7 @@ class Output:
 
 
 class Canvas:
-    """A workflow under construction. `definitions` is the answer of `/object_info`."""
+    """A workflow under construction. `definitions` is what `/object_info` returns."""
 
     def __init__(self, definitions: dict) -> None:
         self._definitions = definitions
@@ -44,7 +44,7 @@ class Canvas:
 
     @contextmanager
     def group(self, title: str, colour: str = "blue", width: int = 360) -> Iterator[None]:
-        """The nodes that are added inside stand below one another in a titled frame."""
+        """Stack the nodes added inside the `with` block in a titled frame."""
         self._y, self._width = GROUP_TITLE, width
         self._x += PADDING
         yield
@@ -62,20 +62,20 @@ class Canvas:
         self._x += width + PADDING + GAP
 
     def note(self, markdown: str, height: int) -> None:
-        """A note for the reader."""
+        """Add a note for the reader."""
         self._place("MarkdownNote", "Note", [markdown.strip()], [], [], height)
 
     def add(self, class_type: str, title: str | None = None, models: dict | None = None, **given: object) -> Node:
         """Add a node.
 
         Args:
-            class_type: as the server knows it.
-            title: what its head says; None for its own name.
+            class_type: the server's name for it.
+            title: shown in its header; None shows its own name.
             models: what the frontend offers to download, as `properties.models`.
-            given: input name -> `Output` of another node, or the widget's value; the others keep their defaults.
+            given: input name -> `Output` of another node, or the widget's value; other inputs keep their defaults.
 
         Raises:
-            ValueError: an input that the class does not have.
+            ValueError: the class has no such input.
         """
         definition = self._definitions[class_type]
         specs = list(inputs_of(definition))
@@ -138,7 +138,7 @@ class Canvas:
         return node
 
     def save(self, path: Path) -> None:
-        """Write the workflow, one node or link a line, so that a changed node is one changed line."""
+        """Write the workflow with one node or link per line, so that a changed node is one changed line."""
         workflow = {
             "last_node_id": len(self._nodes),
             "last_link_id": len(self._links),
@@ -160,16 +160,16 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Node:
-    """A node on the canvas. Given to an input as it is, its only output of that type is meant."""
+    """A node on the canvas. Passed as an input, it stands for its only output of the input's type."""
 
     id: int
     outputs: list[dict]
 
     def output(self, name_or_type: str) -> Output:
-        """The output of that name or, failing that, of that type.
+        """The output with that name or, failing that, of that type.
 
         Raises:
-            ValueError: none or several.
+            ValueError: there is none, or more than one.
         """
         for key in ("name", "type"):
             found = [slot for slot, output in enumerate(self.outputs) if output[key] == name_or_type]

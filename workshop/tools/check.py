@@ -1,7 +1,7 @@
-"""The checks that run nothing: style, the floors of the house, types. For `dev.py check`, CI and pre-commit.
+"""The static checks: style, layers, types. For `dev.py check`, CI and pre-commit.
 
-The two last look at the pack by the name under which it is imported. The repository's folder may be called anything, so
-a link in a temporary folder carries that name.
+The last two need the pack under the name it is imported by. The repository's folder may be called anything, so a link
+in a temporary folder gives it that name.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ KINDS = ("style", "layers", "types")
 
 
 def run_checks(kinds: list[str], root: Path = ROOT) -> bool:
-    """Run these of `KINDS`, all of them to their end; what they find is printed. True when nothing was found."""
-    with by_name(root) as folder:
+    """Run the given `KINDS` of checks, each to the end, and print what they find. True if they find nothing."""
+    with linked_as_package(root) as folder:
         codes = [subprocess.run(command, cwd=folder).returncode for kind in kinds for command in _commands(kind, root)]
     return not any(codes)
 
@@ -37,8 +37,8 @@ def _commands(kind: str, root: Path) -> list[list[str | Path]]:
 
 
 @contextlib.contextmanager
-def by_name(root: Path) -> Iterator[Path]:
-    """A folder in which `root` is the package `comfyui_psa`."""
+def linked_as_package(root: Path) -> Iterator[Path]:
+    """A temporary folder in which `root` is the package `comfyui_psa`."""
     with tempfile.TemporaryDirectory() as folder:
         link_pack(Path(folder) / NAME, root)
         yield Path(folder)

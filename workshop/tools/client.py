@@ -1,6 +1,6 @@
-"""A client of ComfyUI's HTTP API: queue a prompt, follow it over the websocket, collect what it made.
+"""A client for ComfyUI's HTTP API: queue a prompt, follow it over the websocket, collect its outputs.
 
-Synchronous on the outside. It knows nothing of this pack; the messages are those of ComfyUI's `/ws`, `/prompt` and
+Its interface is synchronous. It knows nothing about this pack; the messages are those of ComfyUI's `/ws`, `/prompt` and
 `/history`.
 """
 
@@ -32,7 +32,7 @@ class PromptInterrupted(Failure):
 
 @dataclass(frozen=True)
 class Progress:
-    """One message of a running prompt. `step` and `steps` are 0 when a node has just begun."""
+    """One message from a running prompt. `step` and `steps` are 0 when a node has just started."""
 
     node: str
     class_type: str
@@ -44,36 +44,36 @@ class Progress:
 
 @dataclass
 class PromptResult:
-    """What a finished prompt left: the history's outputs per node and every progress message, in order."""
+    """The result of a finished prompt: the history's outputs per node, and every progress message in order."""
 
     prompt_id: str
     outputs: dict[str, dict] = field(default_factory=dict)
     progress: list[Progress] = field(default_factory=list)
 
     def step_seconds(self, node: str) -> list[float]:
-        """Seconds of each step of a sampler node; the first counts from the node's beginning, with model loading."""
+        """Seconds of each step of a sampler node; the first counts from the node's start and includes model loading."""
         times = [message.seconds for message in self.progress if message.node == node]
         return [end - begin for begin, end in itertools.pairwise(times)]
 
 
 class Client:
-    """Talks to the server at `url`, such as http://127.0.0.1:8188."""
+    """Talks to the server at `url`, for example http://127.0.0.1:8188."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.client_id = uuid.uuid4().hex
 
     def get(self, path: str) -> dict:
-        """The JSON that the server answers at `path`."""
+        """The server's JSON response for `path`."""
         return json.loads(self.download(path))
 
     def download(self, path: str) -> bytes:
-        """What the server answers at `path`, as it is."""
+        """The server's raw response for `path`."""
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
             return answer.read()
 
     def post(self, path: str, body: dict) -> dict:
-        """Send `body` as JSON and return the JSON answer (an empty one as {})."""
+        """Send `body` as JSON and return the JSON response ({} if it is empty)."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
@@ -81,7 +81,7 @@ class Client:
             return json.loads(answer.read() or b"{}")
 
     def interrupt(self) -> None:
-        """Interrupt what runs now."""
+        """Interrupt the running prompt."""
         self.post("/interrupt", {})
 
     def run(
@@ -94,21 +94,21 @@ class Client:
 
         Args:
             prompt: in API format.
-            on_progress: called for every node that begins and every step that ends.
-            timeout: seconds to wait at most.
+            on_progress: called when a node starts and when a step ends.
+            timeout: maximum number of seconds to wait.
 
         Raises:
-            PromptFailed: names the node and its message.
+            PromptFailed: a node failed, or the server refused the prompt; gives the node and its message.
             PromptInterrupted: the run was interrupted.
-            Failure: the server went away, or took too long.
+            Failure: the connection was lost, or the run took too long.
         """
         try:
             return asyncio.run(asyncio.wait_for(self._run(prompt, on_progress), timeout))
         except asyncio.TimeoutError as error:
-            raise Failure(f"ComfyUI had not finished the prompt after {timeout:g} s.") from error
+            raise Failure(f"ComfyUI did not finish the prompt within {timeout:g} s.") from error
 
     async def _run(self, prompt: Prompt, on_progress: Callable[[Progress], None]) -> PromptResult:
-        import aiohttp  # there in the development environment only
+        import aiohttp  # only installed in the development environment
 
         address = f"{self.url}/ws?clientId={self.client_id}"
         try:
@@ -131,28 +131,28 @@ class Client:
                         result.progress.append(progress)
                         on_progress(progress)
         except (aiohttp.ClientError, ConnectionError, urllib.error.URLError) as error:
-            raise Failure(f"The connection to ComfyUI broke: {error}") from error
-        raise Failure("ComfyUI closed the connection before the prompt had finished.")
+            raise Failure(f"The connection to ComfyUI was lost: {error}") from error
+        raise Failure("ComfyUI closed the connection before the prompt finished.")
 
     def _queue(self, prompt: Prompt) -> str:
         try:
             answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client_id})
         except urllib.error.HTTPError as error:
             raise PromptFailed(f"ComfyUI refused the prompt: {_refusal(error.read())}") from error
-        if answer.get("node_errors"):  # it runs the outputs that do not depend on the nodes it refused
+        if answer.get("node_errors"):  # ComfyUI still runs the outputs that do not depend on the nodes it refused
             self.post("/queue", {"delete": [answer["prompt_id"]]})
             self.post("/interrupt", {"prompt_id": answer["prompt_id"]})
-            raise PromptFailed(f"ComfyUI refused a part of the prompt: {_reasons(answer)}")
+            raise PromptFailed(f"ComfyUI refused part of the prompt: {_reasons(answer)}")
         return answer["prompt_id"]
 
     def _outputs(self, prompt_id: str) -> dict[str, dict]:
-        # The history is written a moment after the success message is sent.
+        # ComfyUI writes the history shortly after sending the success message.
         for _ in range(100):
             history = self.get(f"/history/{prompt_id}")
             if prompt_id in history:
                 return history[prompt_id]["outputs"]
             time.sleep(0.05)
-        raise Failure("ComfyUI has no history of the prompt that has just finished.")
+        raise Failure("ComfyUI has no history of the prompt that just finished.")
 
 
 def _progress(kind: str, data: dict, prompt: Prompt, seconds: float) -> Progress | None:

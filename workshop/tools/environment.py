@@ -1,6 +1,6 @@
-"""The virtual environment in `.dev/venv`: made once, then recognised by a stamp.
+"""The virtual environment in `.dev/venv`: created once, then recognised by a stamp file.
 
-It is the development environment; users install requirements.txt into their own ComfyUI instead. Standard library only.
+This is the development environment; users install requirements.txt into their own ComfyUI. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ NEEDED_GIGABYTES = 8
 
 
 def ensure_environment(comfyui: Path | None = None) -> Path:
-    """Make what is missing of `.dev/` and return the folder of ComfyUI.
+    """Create whatever is missing in `.dev/` and return ComfyUI's folder.
 
     Args:
-        comfyui: a ComfyUI that is already there; None unpacks one into `.dev/ComfyUI`.
+        comfyui: an existing ComfyUI; None unpacks one into `.dev/ComfyUI`.
 
     Raises:
-        Failure: Python too old, disk too full, no network, or a folder without a ComfyUI.
+        Failure: Python is too old, the disk too full, the network down, or the folder has no ComfyUI.
     """
     if sys.version_info < OLDEST_PYTHON:
         raise Failure(
-            f"Python {'.'.join(map(str, OLDEST_PYTHON))} or newer is needed; this is {sys.version.split()[0]}."
+            f"Python {'.'.join(map(str, OLDEST_PYTHON))} or newer is required; this is {sys.version.split()[0]}."
         )
     if comfyui is not None:
         comfyui = comfyui.expanduser().resolve()
@@ -48,15 +48,13 @@ def _build(comfyui: Path) -> None:
     DEV.mkdir(exist_ok=True)
     free = shutil.disk_usage(DEV).free / 1e9
     if not VENV.exists() and free < NEEDED_GIGABYTES:
-        raise Failure(
-            f"{NEEDED_GIGABYTES} GB of free disk space are needed for the environment; {free:.1f} GB are free."
-        )
+        raise Failure(f"The environment needs {NEEDED_GIGABYTES} GB of free disk space; only {free:.1f} GB are free.")
     if not _works():
-        with Phase("Making the virtual environment in .dev/venv"):
+        with Phase("Creating the virtual environment in .dev/venv"):
             made = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
         if made.returncode:
             raise Failure(
-                f"{sys.executable} could not make a virtual environment (on Debian and Ubuntu: install python3-venv): "
+                f"{sys.executable} could not create a virtual environment (on Debian or Ubuntu: install python3-venv): "
                 + _last_line(made.stdout + made.stderr)
             )
     if comfyui == comfyui_source.COMFYUI:
@@ -66,7 +64,7 @@ def _build(comfyui: Path) -> None:
 
 
 def run_pip(title: str, arguments: list[str]) -> None:
-    """Run the environment's pip and show what it does; raise `Failure` with pip's own reason when it fails."""
+    """Run the environment's pip and show its progress; raise `Failure` with pip's own reason if it fails."""
     command = [str(VENV_PYTHON), "-m", "pip", *arguments, "--no-input", "--disable-pip-version-check"]
     process = subprocess.Popen(
         [*command, "--progress-bar=off"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -80,7 +78,7 @@ def run_pip(title: str, arguments: list[str]) -> None:
                     phase.update(line.split(" from ")[0].strip()[:72])
             if process.wait():
                 errors = [line for line in last if line.startswith("ERROR")] or list(last)[-1:]
-                raise Failure(f"pip could not finish ({title.lower()}): {' '.join(errors)[:600].strip()}")
+                raise Failure(f"pip failed ({title.lower()}): {' '.join(errors)[:600].strip()}")
     finally:
         if process.poll() is None:
             process.kill()
@@ -109,7 +107,7 @@ def _stamp_matches(comfyui: Path) -> bool:
 
 
 def _works() -> bool:
-    """True when the environment's Python starts, finds pip and is new enough."""
+    """True if the environment's Python starts, finds pip and is recent enough."""
     if not VENV_PYTHON.exists():
         return False
     script = f"import pip, sys; sys.exit(sys.version_info < {OLDEST_PYTHON})"

@@ -1,7 +1,7 @@
-"""The demo's figures: what is measured, from what.
+"""The demo's figures, and where each comes from.
 
-PSNR and SSIM are those of PSA Compare, of the decoded, losslessly stored frames; seconds come from the server's
-progress messages; sparsity comes from PSA Report. Nothing is estimated.
+PSNR and SSIM are PSA Compare's, computed from the decoded, losslessly saved frames; seconds come from the server's
+progress messages, sparsity from PSA Report. Nothing is estimated.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from .terminal import Failure
 
 @dataclass(frozen=True)
 class Figures:
-    """What one demo run measured. Seconds are per sampling step; `None` where a run had no such step."""
+    """What one demo run measured. Seconds are per sampling step; `None` if a run had no such step."""
 
     psnr: float
-    """dB over all pixels of all frames, 8 bit; infinite when the videos are identical."""
+    """dB over all pixels of all frames, 8-bit; infinite if the videos are identical."""
     ssim: float
     """Mean over the frames, colour channels included."""
     dense_seconds: list[float]
@@ -35,7 +35,7 @@ class Figures:
 
     @property
     def sparse_steps(self) -> list[int]:
-        """Step numbers, from 0, in which PSA was sparse."""
+        """Numbers of the steps in which PSA was sparse, from 0."""
         return [step for step, value in enumerate(self.sparsity) if value is not None]
 
     @property
@@ -45,22 +45,22 @@ class Figures:
 
     @property
     def dense_step(self) -> float | None:
-        """Median seconds of a step of the dense run; the first, which loads the model, is left out."""
+        """Median seconds per step of the dense run, without the first, which loads the model."""
         return _median(self.dense_seconds[1:])
 
     @property
     def psa_warm_up_step(self) -> float | None:
-        """Median seconds of a dense step of the PSA run; the first is left out."""
+        """Median seconds per dense step of the PSA run, without the first step."""
         steps = range(1, len(self.psa_seconds))
         return _median([self.psa_seconds[step] for step in steps if step not in self.sparse_steps])
 
     @property
     def psa_sparse_step(self) -> float | None:
-        """Median seconds of a sparse step of the PSA run; step 0 is left out."""
+        """Median seconds per sparse step of the PSA run, without step 0."""
         return _median([self.psa_seconds[step] for step in self.sparse_steps if step > 0])
 
-    def line(self) -> str:
-        """All of it in one line."""
+    def summary(self) -> str:
+        """All figures in one line."""
         parts = [
             f"sparsity of the sparse steps {_text(self.mean_sparsity, '.3f')} "
             f"(slider {_text(self.report.get('target_sparsity'), '.2f')})",
@@ -78,11 +78,11 @@ def measure(dense: np.ndarray, psa: np.ndarray, nodes: dict[str, str], result: P
     Args:
         dense, psa: uint8 [F, H, W, 3].
         nodes: {"dense": id of the dense sampler, "psa": id of the other}.
-        result: of the prompt that made both.
+        result: of the prompt that made both videos.
         report: PSA Report's JSON.
 
     Raises:
-        Failure: videos of different shapes, or steps that the report does not know.
+        Failure: the videos differ in shape, or the report has a different number of steps.
     """
     if dense.shape != psa.shape:
         raise Failure(f"The two videos differ in shape: {dense.shape} and {psa.shape}.")
@@ -90,15 +90,15 @@ def measure(dense: np.ndarray, psa: np.ndarray, nodes: dict[str, str], result: P
     seconds = {name: result.step_seconds(node) for name, node in nodes.items()}
     sparsity = [step["sparsity"] for step in report.get("steps", [])]
     if len(sparsity) != len(seconds["psa"]):
-        raise Failure(f"PSA Report knows {len(sparsity)} steps, the sampler showed {len(seconds['psa'])}.")
+        raise Failure(f"PSA Report has {len(sparsity)} steps, but the sampler ran {len(seconds['psa'])}.")
     return Figures(found.psnr, found.ssim, seconds["dense"], seconds["psa"], sparsity, report)
 
 
 def find_node(prompt: Prompt, class_type: str, **inputs: object) -> str:
-    """Id of the one node of a class whose inputs have the given values.
+    """Id of the only node of a class whose inputs have the given values.
 
     Raises:
-        Failure: none or several.
+        Failure: there is none, or more than one.
     """
     found = [
         node
@@ -106,7 +106,7 @@ def find_node(prompt: Prompt, class_type: str, **inputs: object) -> str:
         if entry["class_type"] == class_type and all(entry["inputs"].get(name) == inputs[name] for name in inputs)
     ]
     if len(found) != 1:
-        raise Failure(f"The demo workflow has {len(found)} nodes {class_type} {inputs or ''} where one was expected.")
+        raise Failure(f"The demo workflow has {len(found)} nodes {class_type} {inputs or ''}; expected exactly one.")
     return found[0]
 
 

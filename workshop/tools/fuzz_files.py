@@ -1,7 +1,7 @@
-"""Damaged and odd files for `python dev.py fuzz`: models, LoRAs, folders and presets, made from a seed.
+"""Damaged and odd files for `python dev.py fuzz`: models, LoRAs, folders and presets, generated from a seed.
 
-No library writes such files, so the bytes are put together here. Good files are among them: what is damaged must have
-been right before.
+No library writes files like these, so they are assembled here byte by byte. Some are good, and the damaged ones are
+made from good ones.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pathlib import Path
 from .paths import DEMO_WEIGHTS
 
 FOLDER = "psa_fuzz"
-"""Everything lies in folders of this name, in the model folders of ComfyUI."""
+"""All files go into folders of this name inside ComfyUI's model folders."""
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
-"""Name -> type as safetensors writes it, shape, bytes."""
+"""Name -> dtype as safetensors spells it, shape, bytes."""
 
 PRESETS = {
     "empty": b"", "nul": bytes(64), "no json": b"{", "text": b"hello", "list": b"[]", "number": b"1e400",
@@ -39,7 +39,7 @@ PRESETS = {
     "similarity": b'{"shares": {"8": 0.2}, "similarity_cap": {"8": 2}}', "null": b'{"shares": null}',
     "block": b'{"shares": {"1": 0.1}, "block_q": 7}', "flag": b'{"shares": {"1": 0.1}, "tail": "yes"}',
 }  # fmt: skip
-"""Preset files of a user who means harm, and good ones, by name."""
+"""Malicious preset files, and some good ones, by name."""
 GOOD_PRESETS = ("good", "mark", "utf16", "exponent", "surrogate")
 
 NAMES = [
@@ -98,7 +98,7 @@ OTHER_MODELS = [
 
 @contextmanager
 def corpus(home: Path, seed: int) -> Iterator[None]:
-    """The files in the base directory `home` of a ComfyUI, for as long as the `with` block lasts."""
+    """Put the files into ComfyUI's base directory `home` for the duration of the `with` block."""
     rng, models, presets = random.Random(seed), home / "models", home / "user" / "psa_presets"
     folders = [models / category / FOLDER for category in ("diffusion_models", "diffusers", "loras")]
     presets.mkdir(parents=True, exist_ok=True)
@@ -126,25 +126,25 @@ def corpus(home: Path, seed: int) -> Iterator[None]:
 
 
 def packed(tensors: Tensors, metadata: object = None) -> bytes:
-    """A safetensors file."""
+    """The bytes of a safetensors file."""
     header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
-    place = 0
-    for name, (kind, shape, data) in tensors.items():
-        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [place, place + len(data)]}
-        place += len(data)
+    offset = 0
+    for name, (dtype, shape, data) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in tensors.values())
 
 
 def floats(rng: random.Random, *shape: int, value: float | None = None) -> tuple[str, tuple[int, ...], bytes]:
-    """Numbers near 0, or all the same."""
+    """A float32 tensor of random numbers near 0, or filled with `value`."""
     count = math.prod(shape)
     numbers = (rng.uniform(-0.1, 0.1) for _ in range(count)) if value is None else (value for _ in range(count))
     return "F32", shape, array.array("f", numbers).tobytes()
 
 
 def cogvideox(rng: random.Random) -> Tensors:
-    """A CogVideoX transformer with one head and one block, by diffusers' names."""
+    """A CogVideoX transformer with one head and one block, under diffusers' names."""
     block = "transformer_blocks.0."
     weights = {
         "patch_embed.text_proj": (64, 32), "time_embedding.linear_1": (64, 64), "time_embedding.linear_2": (64, 64),
@@ -160,7 +160,7 @@ def cogvideox(rng: random.Random) -> Tensors:
 
 
 def loras(rng: random.Random) -> Iterator[tuple[str, bytes]]:
-    """LoRA files for the demo's Wan model: names of many tools, every form of weight, right sizes and wrong ones."""
+    """LoRA files for the demo's Wan model: names used by many tools, every kind of weight, right and wrong sizes."""
     with (DEMO_WEIGHTS / "diffusion_models" / "psa_demo_wan_dit.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     sizes = {name.removesuffix(".weight"): tuple(entry["shape"]) for name, entry in header.items() if "shape" in entry}
@@ -239,20 +239,20 @@ _METADATA = [
 
 
 def _variants(rng: random.Random, tensors: Tensors) -> dict[str, bytes]:
-    """A good file, damaged: what happens to files, by name."""
+    """Damaged versions of a good file, by the kind of damage."""
     good = packed(tensors)
-    begin = 8 + struct.unpack("<Q", good[:8])[0]
-    header, names = good[8:begin], list(tensors)
+    data_start = 8 + struct.unpack("<Q", good[:8])[0]
+    header, names = good[8:data_start], list(tensors)
     found: dict[str, bytes] = {f"cut {i}": good[: rng.randrange(1, len(good))] for i in range(3)}
     for i in range(3):
         flipped = bytearray(good)
         for _ in range(rng.randint(1, 8)):
-            flipped[rng.randrange(begin)] ^= 1 << rng.randrange(8)
+            flipped[rng.randrange(data_start)] ^= 1 << rng.randrange(8)
         found[f"flipped {i}"] = bytes(flipped)
     found["longer"] = good + bytes(9)
-    found["twice"] = struct.pack("<Q", 2 * len(header) - 1) + header[:-1] + b"," + header[1:] + good[begin:]
-    found["spaces"] = struct.pack("<Q", len(header) + 99) + header + b" " * 99 + good[begin:]
-    found["mark"] = struct.pack("<Q", len(header) + 3) + b"\xef\xbb\xbf" + header + good[begin:]
+    found["twice"] = struct.pack("<Q", 2 * len(header) - 1) + header[:-1] + b"," + header[1:] + good[data_start:]
+    found["spaces"] = struct.pack("<Q", len(header) + 99) + header + b" " * 99 + good[data_start:]
+    found["mark"] = struct.pack("<Q", len(header) + 3) + b"\xef\xbb\xbf" + header + good[data_start:]
     for kind, size in (
         ("F16", 2),
         ("BF16", 2),
@@ -281,7 +281,7 @@ def _variants(rng: random.Random, tensors: Tensors) -> dict[str, bytes]:
 
 
 def write_files(rng: random.Random, folder: Path, files: dict[str, bytes]) -> None:
-    """The given files, files of other kinds and models, and links and folders that have a file's name."""
+    """Write the given files, files of other kinds and models, and links and folders with a file's name."""
     some = next(iter(files.values()))
     for number, content in enumerate(OTHER_KINDS):
         files[f"kind {number}"] = content
@@ -291,7 +291,7 @@ def write_files(rng: random.Random, folder: Path, files: dict[str, bytes]) -> No
         )
     files |= {name: rng.choice([some, b"", some[:100]]) for name in NAMES}
     for name, content in files.items():
-        with suppress(OSError):  # a name that this file system does not take
+        with suppress(OSError):  # this file system may not allow the name
             (folder / f"{name}.safetensors").write_bytes(content)
     (folder / "folder.safetensors").mkdir(exist_ok=True)
     with suppress(OSError):
@@ -302,7 +302,7 @@ def write_files(rng: random.Random, folder: Path, files: dict[str, bytes]) -> No
 
 
 def write_folders(rng: random.Random, folder: Path, checkpoint: bytes) -> None:
-    """Folders in diffusers' layout with something wrong in config, index, weights or scheduler, and good ones."""
+    """Write folders in diffusers' layout, some good, some with a faulty config, index, weights or scheduler."""
     for number in range(60):
         place = folder / (NAMES[number] if number < len(NAMES) - 1 else f"folder {number}")
         with suppress(OSError):
@@ -321,7 +321,7 @@ def write_folders(rng: random.Random, folder: Path, checkpoint: bytes) -> None:
                 (place / "scheduler" / "scheduler_config.json").write_bytes(rng.choice([*CONFIGS, *_SCHEDULERS]))
             if rng.random() < 0.2:
                 (place / "model_index.json").write_bytes(rng.choice(CONFIGS))
-            if rng.random() < 0.1:  # not to a folder above: ComfyUI's own loader would walk it for ever
+            if rng.random() < 0.1:  # not to a parent folder: ComfyUI's own loader would walk that for ever
                 (inside / "circle").symlink_to(inside / "circle", target_is_directory=True)
 
 

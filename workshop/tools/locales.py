@@ -1,7 +1,7 @@
-"""Writes `locales/en/nodeDefs.json` from a server's node definitions, as `python dev.py workflows` does.
+"""Writes `locales/en/nodeDefs.json` from a server's node definitions, for `python dev.py workflows`.
 
-English is what the schemas say; the other languages are written by hand beside it, and `tests/comfyui/test_locales.py`
-says what they lack.
+The English text comes from the schemas. Other languages are translated by hand; `tests/comfyui/test_locales.py` reports
+what they are missing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PREFIX = "PSA"
 
 
 def english(definitions: dict) -> dict:
-    """Node id -> names and tooltips in the frontend's `nodeDefs.json` format; `definitions` answers `/object_info`."""
+    """Node id -> names and tooltips, as in the frontend's `nodeDefs.json`; `definitions` comes from `/object_info`."""
     nodes = {}
     for name, definition in sorted(definitions.items()):
         if not name.startswith(PREFIX):
@@ -39,7 +39,7 @@ def english(definitions: dict) -> dict:
 
 
 def write_english(definitions: dict, folder: Path) -> Path:
-    """Write the English file below `folder` and return its path."""
+    """Write the English file into `folder`/en and return its path."""
     path = folder / "en" / "nodeDefs.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(english(definitions), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

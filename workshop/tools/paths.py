@@ -1,4 +1,4 @@
-"""Where things lie. Everything that dev.py makes is in `.dev/` and `output/`, both git-ignored."""
+"""Paths. Everything that dev.py creates goes into `.dev/` and `output/`, both ignored by git."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DEMO_WEIGHTS = ROOT / "demo" / "weights"
 
 
 def chosen_comfyui() -> Path | None:
-    """The folder of ComfyUI that COMFYUI_PATH in the environment names; None where it names none."""
+    """The ComfyUI folder given by the environment variable COMFYUI_PATH, or None."""
     named = os.environ.get("COMFYUI_PATH", "").strip()
     return Path(named).expanduser().resolve() if named else None
 
 
 def comfyui_folder() -> Path:
-    """The folder of the ComfyUI that is used: the one of COMFYUI_PATH, else our own in `.dev/`."""
+    """The ComfyUI folder to use: COMFYUI_PATH if set, otherwise our own in `.dev/`."""
     return chosen_comfyui() or COMFYUI

@@ -1,4 +1,4 @@
-"""Pictures of the workshop: frames to contact sheets, maps and videos. Colours are those of the nodes' pictures.
+"""Draws frames as contact sheets, maps and videos, in the same colours as the nodes' pictures.
 
 Frames are uint8 arrays [F, H, W, 3].
 """
@@ -25,7 +25,7 @@ def read_frames(webp: bytes) -> np.ndarray:
 
 
 def write_video(frames: np.ndarray, path: Path, fps: int) -> None:
-    """Write H.264 mp4; height and width must be even."""
+    """Write an H.264 mp4; height and width must be even."""
     import av
 
     with av.open(str(path), "w") as container:
@@ -38,7 +38,7 @@ def write_video(frames: np.ndarray, path: Path, fps: int) -> None:
 
 
 def side_by_side(rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Videos beside one another under their titles: uint8 [F, H + title, W * n, 3]."""
+    """Videos side by side, each under its title: uint8 [F, H + title, W * n, 3]."""
     title = 36
     videos = []
     for name, frames in rows.items():
@@ -54,17 +54,17 @@ def contact_sheet(
     rows: Sequence[tuple[str, Sequence[np.ndarray | Image.Image]]],
     side: int,
     title: str = "",
-    below: Sequence[str] = (),
+    captions: Sequence[str] = (),
 ) -> Image.Image:
     """Rows of pictures, each row under its name.
 
     Args:
-        rows: name, may be empty, and pictures uint8 [H, W, 3] of one shape; rows may be of unequal length.
+        rows: name (may be empty) and pictures uint8 [H, W, 3], all of one shape; rows may differ in length.
         side: width of a picture on the sheet.
-        below: what is written under each column.
+        captions: text under each column.
     """
     pictures = [[x if isinstance(x, Image.Image) else Image.fromarray(x) for x in row] for _, row in rows]
-    first, gap, head, foot = pictures[0][0], 4, 40 if title else 0, 24 if below else 0
+    first, gap, head, foot = pictures[0][0], 4, 40 if title else 0, 24 if captions else 0
     line = 24 if any(name for name, _ in rows) else 0
     tall = round(side * first.height / first.width)
     width = max(map(len, pictures)) * (side + gap) - gap
@@ -77,13 +77,13 @@ def contact_sheet(
         for column, picture in enumerate(pictures[row]):
             thumbnail = picture.resize((side, tall), Image.Resampling.LANCZOS)
             sheet.paste(thumbnail, (column * (side + gap), y + line))
-    for column, text in enumerate(below):
+    for column, text in enumerate(captions):
         draw.text((column * (side + gap) + side // 2, sheet.height - foot // 2), text, QUIET, font(13), anchor="mm")
     return sheet
 
 
 def contact_strip(dense: np.ndarray, psa: np.ndarray, title: str, columns: int = 6, side: int = 200) -> Image.Image:
-    """Dense, PSA and their difference at a few moments, with a title line."""
+    """A few frames of the dense and PSA videos and their difference, under a title."""
     picked = np.linspace(0, len(dense) - 1, min(columns, len(dense))).round().astype(int)
     rows = [("dense", dense[picked]), ("PSA", psa[picked])]
     rows.append((f"difference, {DIFFERENCE_GAIN} times", amplified_difference(dense[picked], psa[picked])))
@@ -96,7 +96,7 @@ def amplified_difference(dense: np.ndarray, sparse: np.ndarray) -> np.ndarray:
 
 
 def level_map(factors: list[list[int]], width: int = 760) -> Image.Image:
-    """The pooling factor of every (query block, key block) pair, one square each, query blocks downward."""
+    """The pooling factor of every (query block, key block) pair, one square each, with query blocks as rows."""
     picture = level_picture(np.asarray(factors))
     scale = max(1, width // picture.shape[1])
     size = picture.shape[1] * scale, picture.shape[0] * scale
@@ -104,7 +104,7 @@ def level_map(factors: list[list[int]], width: int = 760) -> Image.Image:
 
 
 def attention_over_video(frames: np.ndarray, token_levels: Sequence[float], grid: Sequence[int]) -> Image.Image:
-    """The share of its resolution at which each token was read, drawn over the frames that the tokens stand for."""
+    """The share of its resolution at which each token was read, drawn over the frames."""
     levels = np.asarray(token_levels, dtype=np.float64).reshape(grid)
     shown = heat((levels - levels.min()) / ((levels.max() - levels.min()) or 1.0))
     side, columns = 230, 5

@@ -1,4 +1,4 @@
-"""What a release to ComfyUI's registry holds: the files that git tracks, without those that `.comfyignore` names."""
+"""The contents of a release to ComfyUI's registry: all files tracked by git, except those matched by `.comfyignore`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ IGNORE = ".comfyignore"
 
 
 def tracked_files(root: Path) -> list[str]:
-    """The files that git tracks in `root`, relative to it, with forward slashes."""
+    """The files tracked by git in `root`, as relative paths with forward slashes."""
     return _git(root, "ls-files", "-z", "--cached")
 
 
 def released_files(root: Path) -> list[str]:
-    """The tracked files that a release holds. The patterns are git's own, so that git itself applies them."""
-    left_out = set(_git(root, "ls-files", "-z", "--cached", "--ignored", f"--exclude-from={root / IGNORE}"))
-    return [name for name in tracked_files(root) if name not in left_out]
+    """The tracked files that belong to a release. The patterns use git's syntax, so git applies them."""
+    ignored = set(_git(root, "ls-files", "-z", "--cached", "--ignored", f"--exclude-from={root / IGNORE}"))
+    return [name for name in tracked_files(root) if name not in ignored]
 
 
 def _git(root: Path, *words: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""The demo's report: one HTML page without outside resources, in light and dark. Layout only, no measuring.
+"""The demo's report: one self-contained HTML page with a light and a dark theme. Layout only, no measuring.
 
-The page is `report_template.html` with its places filled; the pictures and the video are inside the page.
+The page is `report_template.html` with its placeholders filled in; pictures and video are embedded.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def write_report(
     """Write the page.
 
     Args:
-        path: of the HTML file.
-        figures: what was measured.
-        subtitle: what was sampled, and where.
+        path: the HTML file to write.
+        figures: the measurements.
+        subtitle: what was sampled, and on which hardware.
         video: mp4 of both videos side by side.
         strip: the contact strip.
         psa: the frames of the PSA run, uint8 [F, H, W, 3].
     """
-    places = {
+    placeholders = {
         "subtitle": escape(subtitle),
         "video": _data("video/mp4", video),
         "figures": _figure_rows(figures),
@@ -46,20 +46,20 @@ def write_report(
         "maps": _maps(figures.report, psa),
         "fallbacks": _fallbacks(figures.report),
     }
-    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(places)
+    page = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(placeholders)
     path.write_text(page, encoding="utf-8")
 
 
 def bar_chart(
     series: list[tuple[str, list[float | None]]], top: float | None = None, unit: str = "", target: float | None = None
 ) -> str:
-    """An SVG bar chart: one group of bars a step, one bar a series (CSS class, values); None leaves a gap.
+    """An SVG bar chart: one group of bars per step, one bar per series (CSS class, values); None leaves a gap.
 
     Args:
-        series: of equal or unequal lengths.
-        top: value at the upper edge; None takes the greatest value.
-        unit: written after the value at the upper edge.
-        target: value of a dashed line.
+        series: may differ in length.
+        top: value at the top edge; None uses the largest value.
+        unit: written after the value at the top edge.
+        target: where to draw a dashed line.
     """
     steps = max(len(values) for _, values in series)
     top = top or max((value for _, values in series for value in values if value is not None), default=1.0)
@@ -94,7 +94,7 @@ def _figure_rows(figures: Figures) -> str:
         "PSNR of PSA against dense": f"{figures.psnr:.2f} dB",
         "SSIM of PSA against dense": f"{figures.ssim:.4f}",
         "Sparsity of the sparse steps": _number(figures.mean_sparsity, ".3f"),
-        "Sparsity asked for": _number(report.get("target_sparsity"), ".2f"),
+        "Target sparsity": _number(report.get("target_sparsity"), ".2f"),
         "Sparse steps": f"{len(figures.sparse_steps)} of {len(figures.sparsity)}",
         "Seconds per step, dense run (median)": _number(figures.dense_step, ".2f"),
         "Seconds per step, PSA run, sparse steps (median)": _number(figures.psa_sparse_step, ".2f"),
@@ -118,14 +118,14 @@ def _maps(report: dict, psa: np.ndarray) -> str:
     )
     caption = (
         f"Step {found['step'] + 1}, block {found['block']}, head {found['head']}, order {escape(found['order'])}: "
-        f"query blocks of {found['block_q']} tokens downward, key blocks of {found['block_kv']} to the right.<br>{keys}"
+        f"rows are query blocks of {found['block_q']} tokens, columns key blocks of {found['block_kv']}.<br>{keys}"
     )
     parts = ["<h2>Levels of one layer</h2>", _figure(pictures.level_map(found["factors"]), caption, "pixels")]
     if found.get("token_levels") and report.get("grid"):
-        least, most = min(found["token_levels"]), max(found["token_levels"])
+        low, high = min(found["token_levels"]), max(found["token_levels"])
         caption = (
-            "The same map over the video: the share of its resolution at which each token was read, on average over "
-            f"the query blocks, from {least:.2f} (dark) to {most:.2f} (light). One picture per latent frame."
+            "The same map over the video: the share of its resolution at which each token was read, averaged over "
+            f"the query blocks, from {low:.2f} (dark) to {high:.2f} (light). One picture per latent frame."
         )
         over = pictures.attention_over_video(psa, found["token_levels"], report["grid"])
         parts.append(_figure(over, caption, "smooth"))
@@ -151,7 +151,7 @@ def _fallbacks(report: dict) -> str:
         for entry in report.get("fallbacks", [])
     ]
     if not rows:
-        return "<p>Nothing but the warm-up.</p>"
+        return "<p>Only the warm-up.</p>"
     return f"<table><tr><th>Reason</th><th>Attention calls</th></tr>{''.join(rows)}</table>"
 
 

@@ -1,6 +1,6 @@
-"""ComfyUI for a person: started with the pack and the example workflows, until Ctrl-C.
+"""Starts ComfyUI with the pack and the example workflows, for use by hand, until Ctrl-C.
 
-Also the one short visit to a server that `workflows/` needs to be written again.
+Also starts one briefly to regenerate `workflows/`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .thumbnails import write_cards
 
 @contextmanager
 def running_server(comfyui: Path, port: int = 0, home: Path = HOME):
-    """A server with the pack, in the base directory `home`, with its start shown as a phase."""
+    """A server with the pack and the base directory `home`; its start is shown as a phase."""
     with Phase("Starting ComfyUI"):
         server = ComfyServer(comfyui, home, port=port).start()
     with server:
@@ -30,14 +30,14 @@ def running_server(comfyui: Path, port: int = 0, home: Path = HOME):
 
 
 def serve(comfyui: Path, port: int, open_browser: bool) -> None:
-    """Start ComfyUI, show its page and keep it running until Ctrl-C."""
+    """Start ComfyUI, open its page and keep it running until Ctrl-C."""
     library = HOME / "user" / "default" / "workflows"
     library.mkdir(parents=True, exist_ok=True)
     for workflow in WORKFLOWS.glob("*.json"):
         shutil.copy(workflow, library)
     with running_server(comfyui, port) as server:
         print(f"ComfyUI is at {server.url}; the example workflows are in its Workflows panel.")
-        print(f"Its log: {SERVER_LOG}\nCtrl-C stops it.", flush=True)
+        print(f"Log file: {SERVER_LOG}\nPress Ctrl-C to stop.", flush=True)
         if open_browser and is_interactive():
             webbrowser.open(server.url)
         while True:
@@ -46,7 +46,7 @@ def serve(comfyui: Path, port: int, open_browser: bool) -> None:
 
 
 def rebuild_workflows(comfyui: Path) -> None:
-    """Write `workflows/*.json` and the English names and tooltips from the node definitions of a running server."""
+    """Write `workflows/*.json` and the English names and tooltips from a running server's node definitions."""
     with running_server(comfyui) as server:
         definitions = Client(server.url).get("/object_info")
     for path in [*build_all(definitions, WORKFLOWS), write_english(definitions, LOCALES), *write_cards(WORKFLOWS)]:

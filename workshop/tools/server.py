@@ -1,7 +1,7 @@
-"""A ComfyUI server with this pack, on a free loopback port, for as long as a `with` block lasts.
+"""A ComfyUI server with this pack, on a free loopback port, for the duration of a `with` block.
 
-The ComfyUI folder stays as it is: models, nodes and results live in a base directory of our own, where the pack is
-linked into `custom_nodes` the way a user installs it.
+The ComfyUI folder is left untouched: models, nodes and results go into a separate base directory, with the pack linked
+into its `custom_nodes` the way a user installs it.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class ComfyServer:
     """Context manager. `with ComfyServer() as server: ...` gives a server that answers at `server.url`.
 
     Args:
-        comfyui: folder of ComfyUI.
-        home: its base directory, made when missing.
-        log: file that takes what the server prints.
-        port: 0 chooses a free one.
-        environment: variables that the server gets besides ours; None takes one away.
-        pack: folder of the pack that is linked into it.
+        comfyui: ComfyUI's folder.
+        home: its base directory, created if missing.
+        log: file for the server's output.
+        port: 0 picks a free one.
+        environment: variables to set for the server; None removes one.
+        pack: folder of the pack to link into it.
 
     Raises:
-        Failure: on entering, when the server dies or does not answer; it holds the last lines of the log.
+        Failure: on entry, if the server dies or does not respond; includes the last lines of the log.
     """
 
     def __init__(
@@ -70,21 +70,21 @@ class ComfyServer:
         self.stop()
 
     def start(self) -> ComfyServer:
-        """Start and wait until it answers. Whoever calls this without a `with` block must call `stop`."""
+        """Start and wait until it responds. Without a `with` block, the caller must call `stop`."""
         prepare_home(self.home, self.pack)
         try:
             self._launch()
-            self._wait_until_it_answers()
+            self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
         return self
 
     def _launch(self) -> None:
-        # Only what the command says: no user's PYTHONPATH, and never the repository root on sys.path.
-        wanted = {**os.environ, "PYTHONPATH": None, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-        wanted.update(self.environment)
-        environment = {name: value for name, value in wanted.items() if value is not None}
+        # No PYTHONPATH: neither the user's folders nor the repository root may be on the server's sys.path.
+        variables = {**os.environ, "PYTHONPATH": None, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        variables.update(self.environment)
+        environment = {name: value for name, value in variables.items() if value is not None}
         if os.name == "nt":
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         else:
@@ -99,10 +99,10 @@ class ComfyServer:
         command = [sys.executable, str(self.comfyui / "main.py"), "--listen=127.0.0.1", f"--port={self.port}"]
         command += [f"--base-directory={self.home}", f"--database-url=sqlite:///{self.home / 'user' / 'comfyui.db'}"]
         command += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method=none"]
-        # Without the second option ComfyUI's attention on a CPU is a chunked one, three times slower than torch's.
+        # Without the second option, ComfyUI uses chunked attention on a CPU, three times slower than torch's.
         return command if _has_cuda() else [*command, "--cpu", "--use-pytorch-cross-attention"]
 
-    def _wait_until_it_answers(self) -> None:
+    def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             self.check_alive()
@@ -110,7 +110,7 @@ class ComfyServer:
                 urllib.request.urlopen(f"{self.url}/system_stats", timeout=5).close()
                 return
             time.sleep(0.2)
-        raise Failure(f"ComfyUI did not answer within {START_SECONDS} s.\n{self.log_tail()}")
+        raise Failure(f"ComfyUI did not respond within {START_SECONDS} s.\n{self.log_tail()}")
 
     @property
     def pid(self) -> int:
@@ -118,18 +118,18 @@ class ComfyServer:
         return self._process.pid
 
     def check_alive(self) -> None:
-        """Raise `Failure` with the last lines of the log when the server has ended."""
+        """Raise `Failure` with the last lines of the log if the server has exited."""
         code = self._process.poll()
         if code is not None:
-            raise Failure(f"ComfyUI ended with exit code {code}; the last lines of {self.log}:\n{self.log_tail()}")
+            raise Failure(f"ComfyUI exited with code {code}; the last lines of {self.log}:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 12) -> str:
-        """The last lines that the server printed, indented."""
+        """The last lines of the server's output, indented."""
         text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
         return "\n".join("    " + line for line in text.splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End the server and everything it started; safe to call twice."""
+        """Stop the server and everything it started; safe to call twice."""
         process, self._process = self._process, None
         if process is None or process.poll() is not None:
             return
@@ -142,14 +142,14 @@ class ComfyServer:
 
 
 def prepare_home(home: Path, pack: Path = ROOT) -> None:
-    """Make the base directory: its folders, and the pack in `custom_nodes`."""
+    """Create the base directory: its folders, and the pack in `custom_nodes`."""
     for name in HOME_FOLDERS:
         (home / name).mkdir(parents=True, exist_ok=True)
     link_pack(home / "custom_nodes" / PACK, pack)
 
 
 def link_pack(link: Path, pack: Path) -> None:
-    """Make `link` lead to the pack in `pack`, whatever was there before; a copy where links are not to be had."""
+    """Make `link` point to the pack in `pack`, replacing whatever was there; copies it if links are not possible."""
     if link.exists() and link.resolve() == pack:
         return
     if link.is_symlink():
@@ -158,7 +158,7 @@ def link_pack(link: Path, pack: Path) -> None:
         shutil.rmtree(link)
     try:
         link.symlink_to(pack, target_is_directory=True)
-    except OSError:  # Windows without developer mode: a junction, and where that fails a copy
+    except OSError:  # Windows without developer mode: try a junction, then copy
         junction = ["cmd", "/c", "mklink", "/J", str(link), str(pack)]
         if os.name != "nt" or subprocess.run(junction, capture_output=True).returncode:
             shutil.copytree(pack, link, ignore=shutil.ignore_patterns(*NOT_THE_PACK))
@@ -173,7 +173,7 @@ def _end_group(process: subprocess.Popen, gently: bool) -> None:
 
 
 def _end_with_parent() -> None:
-    """In the child: let Linux end it when its parent dies in a way that runs no clean-up."""
+    """Runs in the child: have Linux end it if its parent is killed and cannot clean up."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
@@ -186,6 +186,6 @@ def _free_port() -> int:
 
 
 def _has_cuda() -> bool:
-    import torch  # takes a second, and only the server's owner needs it
+    import torch  # takes a second to import, and only starting a server needs it
 
     return torch.cuda.is_available()

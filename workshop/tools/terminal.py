@@ -1,6 +1,6 @@
-"""What dev.py says: one sentence per failure, one line per phase.
+"""dev.py's output: one sentence per failure, one line per phase.
 
-On a terminal a phase is one line that is rewritten; elsewhere (CI, a pipe) it is plain lines, a few seconds apart.
+On a terminal, a phase is one line that keeps being rewritten; elsewhere (CI, a pipe) it is plain lines, seconds apart.
 Standard library only.
 """
 
@@ -14,7 +14,7 @@ import time
 
 
 class Failure(Exception):
-    """Ends dev.py with one clear sentence and an exit code; never with a traceback."""
+    """Ends dev.py with one clear sentence and an exit code, never with a traceback."""
 
     def __init__(self, sentence: str, exit_code: int = 1) -> None:
         super().__init__(sentence)
@@ -22,12 +22,12 @@ class Failure(Exception):
 
 
 def is_interactive() -> bool:
-    """True when the output is a terminal that a person looks at."""
+    """True if the output goes to a terminal that someone is watching."""
     return sys.stdout.isatty() and not os.environ.get("CI")
 
 
 class Phase:
-    """Context manager: shows `title`, the seconds it has taken and what it is doing now, until the block ends.
+    """Context manager: shows `title`, the seconds so far and the current activity until the block ends.
 
     Usage: `with Phase("Installing packages") as phase: phase.update("torch")`.
     """
@@ -62,7 +62,7 @@ class Phase:
         return time.monotonic() - self._began
 
     def update(self, detail: str) -> None:
-        """Say what is being done now; cheap, it is shown at the next tick."""
+        """Set the current activity; cheap, since it is shown only at the next tick."""
         self._detail = detail
 
     def _tick(self) -> None:

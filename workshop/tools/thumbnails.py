@@ -1,7 +1,7 @@
-"""The pictures that ComfyUI shows beside the templates: `workflows/NAME.jpg`.
+"""The pictures that ComfyUI shows next to the templates: `workflows/NAME.jpg`.
 
-The demo's is half dense, half PSA, from a run of it. The other models' videos cannot be made without their weights:
-they get a card with their title and the pyramid of the default setting, nothing that was not computed here.
+The demo's comes from a run, half dense and half PSA. The other models cannot run without their weights, so they get a
+card with their title and the default pyramid: nothing is shown that was not computed here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from comfyui_psa.reports.paint import font, level_colour
 from .pictures import INK, PAPER, QUIET
 
 SIZE = (512, 384)
-# The default pyramid at sparsity 0.85: share of the pairs, pooling factor.
+# The default pyramid at sparsity 0.85: share of the block pairs, pooling factor.
 BAR = ((0.10, 1), (0.05, 2), (0.20, 8), (0.65, 0))
 
 
 def split_frame(dense: np.ndarray, psa: np.ndarray, title: str) -> Image.Image:
-    """The middle frame of two videos uint8 [F, H, W, 3]: left half dense, right half PSA."""
+    """The middle frame of two videos, uint8 [F, H, W, 3]: the left half dense, the right half PSA."""
     middle = len(dense) // 2
     width = dense.shape[2]
     joined = np.concatenate([dense[middle, :, : width // 2], psa[middle, :, width // 2 :]], axis=1)
@@ -56,7 +56,7 @@ def card(title: str) -> Image.Image:
 
 
 def write_cards(folder: Path) -> list[Path]:
-    """A card for every workflow in `folder` that has no picture, but the demo's; returns what was written."""
+    """Write a card for every workflow in `folder` without a picture, except the demo's; returns the new files."""
     written = []
     for path in sorted(folder.glob("*.json")):
         target = path.with_suffix(".jpg")

@@ -1,7 +1,7 @@
-"""Workflows in the frontend's format: into API prompts, and checked against a server's node definitions.
+"""Converts workflows in the frontend's format to API prompts, and checks them against a server's node definitions.
 
-Covers what files in `workflows/` use: links, widgets, notes, muted and bypassed nodes. Not subgraphs, reroutes or
-primitive nodes. `definitions` is always the answer of `/object_info`.
+Supports what the files in `workflows/` use: links, widgets, notes, muted and bypassed nodes, but no subgraphs, reroutes
+or primitive nodes. `definitions` is always what `/object_info` returns.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMB
 NOTES = ("Note", "MarkdownNote")
 MODE_MUTED, MODE_BYPASSED = 2, 4
 FILE_INPUTS = ("unet_name", "vae_name", "clip_name", "image", "checkpoint", "lora_name")
-"""Widgets whose choices are the files that a server happens to have."""
+"""Widgets whose choices are whatever files a server has."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,18 @@ class Input:
 
     @property
     def companion(self) -> str | None:
-        """Value of the extra widget that the frontend adds after this one and saves with it, or None."""
+        """Value of the extra widget that the frontend adds after this one and saves too, or None."""
         if self.type == "INT" and (self.options.get("control_after_generate") or self.name in ("seed", "noise_seed")):
             return "fixed"
         return "image" if self.options.get("image_upload") else None
 
 
 def inputs_of(definition: dict) -> Iterator[Input]:
-    """The inputs of a node definition in the order in which the frontend shows them."""
+    """The inputs of a node definition in the frontend's order."""
     for section in ("required", "optional"):
         for name, (kind, *rest) in definition["input"].get(section, {}).items():
             options = dict(rest[0]) if rest else {}
-            if isinstance(kind, list):  # the older way to write a combo
+            if isinstance(kind, list):  # the older notation for a combo
                 kind, options["options"] = "COMBO", kind
             yield Input(name, kind, options, section == "required")
 
@@ -66,10 +66,10 @@ def load_workflow(path: Path) -> dict:
 
 
 def graph_to_prompt(workflow: dict, definitions: dict) -> Prompt:
-    """Convert as the frontend does when it queues: notes and muted nodes left out, bypassed nodes passed through.
+    """Convert the way the frontend does when queueing: skip notes and muted nodes, pass through bypassed ones.
 
     Raises:
-        Failure: a node whose class the server does not know.
+        Failure: the server does not know a node's class.
     """
     nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in NOTES}
     links = {link[0]: link for link in workflow["links"]}
@@ -93,7 +93,7 @@ def graph_to_prompt(workflow: dict, definitions: dict) -> Prompt:
 
 
 def widget_values(node: dict, definition: dict) -> dict:
-    """Widget name -> value, read from the node's `widgets_values`; what is missing there takes its default."""
+    """Widget name -> value, from the node's `widgets_values`; missing values take their defaults."""
     saved = iter(node.get("widgets_values") or [])
     values = {}
     for spec in inputs_of(definition):
@@ -108,13 +108,13 @@ def widget_values(node: dict, definition: dict) -> dict:
 
 
 def default_value(spec: Input) -> object:
-    """What the frontend puts into a fresh widget."""
+    """The value that the frontend gives a new widget."""
     blank = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}
     return spec.options.get("default", (spec.choices or [None])[0] if spec.choices is not None else blank[spec.type])
 
 
 def _source(links: dict, nodes: dict, link_id: int | None) -> tuple[int, int] | None:
-    """(node id, output slot) that really feeds a link, through bypassed nodes; None where nothing does."""
+    """(node id, output slot) that actually feeds a link, past any bypassed nodes; None if nothing does."""
     while link_id is not None:
         _, origin, slot, _, _, kind = links[link_id]
         node = nodes[origin]
@@ -122,7 +122,7 @@ def _source(links: dict, nodes: dict, link_id: int | None) -> tuple[int, int] | 
             return None
         if node["mode"] != MODE_BYPASSED:
             return origin, slot
-        # A bypassed node hands on the input at the same place if it has the type, otherwise the first one that has.
+        # A bypassed node passes on the input in the same position if its type fits, otherwise the first that fits.
         inputs = node.get("inputs", [])
         candidates = [*inputs[slot : slot + 1], *inputs]
         link_id = next((found["link"] for found in candidates if found["type"] == kind), None)
@@ -130,7 +130,7 @@ def _source(links: dict, nodes: dict, link_id: int | None) -> tuple[int, int] | 
 
 
 def find_problems(workflow: dict, definitions: dict) -> list[str]:
-    """Everything in a workflow that does not fit the node definitions, one sentence each; empty when it fits."""
+    """Everything in a workflow that does not match the node definitions, one sentence each; empty if it all does."""
     nodes = {node["id"]: node for node in workflow["nodes"] if node["type"] not in NOTES}
     problems = []
     for node in nodes.values():
@@ -160,8 +160,8 @@ def _input_problems(node: dict, definition: dict) -> Iterator[str]:
             if problem:
                 yield f"{spec.name}: {problem}"
         elif spec.required:
-            yield f"{spec.name}: a required input without a link"
-    yield from (f"{name}: there is no such input" for name in linked - {spec.name for spec in specs})
+            yield f"{spec.name}: required input is not connected"
+    yield from (f"{name}: no such input" for name in linked - {spec.name for spec in specs})
 
 
 def _value_problem(value: object, spec: Input) -> str | None:
@@ -171,9 +171,9 @@ def _value_problem(value: object, spec: Input) -> str | None:
     types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}[spec.type]
     if not isinstance(value, types) or (isinstance(value, bool) and spec.type != "BOOLEAN"):
         return f"{value!r} is not of type {spec.type}"
-    least, most = spec.options.get("min"), spec.options.get("max")
-    if (least is not None and value < least) or (most is not None and value > most):
-        return f"{value!r} is not between {least} and {most}"
+    low, high = spec.options.get("min"), spec.options.get("max")
+    if (low is not None and value < low) or (high is not None and value > high):
+        return f"{value!r} is not between {low} and {high}"
     return None
 
 
@@ -184,7 +184,7 @@ def _link_problems(link: list, nodes: dict, definitions: dict) -> Iterator[str]:
         return
     source, sink = nodes[origin], nodes[target]
     if link_id not in (source["outputs"][slot].get("links") or []) or sink["inputs"][target_slot]["link"] != link_id:
-        yield "the nodes at its ends do not name it"
+        yield "the nodes at its ends do not list it"
     if source["type"] not in definitions or sink["type"] not in definitions:
         return
     offered = definitions[source["type"]]["output"]
@@ -193,4 +193,4 @@ def _link_problems(link: list, nodes: dict, definitions: dict) -> Iterator[str]:
     wanted = {spec.name: spec.type for spec in inputs_of(definitions[sink["type"]])}
     name = sink["inputs"][target_slot]["name"]
     if kind not in wanted.get(name, "").split(",") and wanted.get(name) != "*":
-        yield f"{sink['type']} does not take {kind} at {name}"
+        yield f"{sink['type']}'s input {name} does not accept {kind}"

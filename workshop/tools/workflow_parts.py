@@ -1,4 +1,4 @@
-"""Pieces that several of the pack's workflows share."""
+"""Parts shared by several of the pack's workflows."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from .canvas import Canvas, Node
 
 
 def model_file(name: str, folder: str, source: str) -> dict:
-    """What the frontend offers to download for a loader: `folder` of ComfyUI's models, address `source`/folder/name."""
+    """A file that the frontend offers to download for a loader, from `source`/folder/name into models/`folder`."""
     return {"name": name, "url": f"{source}/{folder}/{name}", "directory": folder}
 
 
 def save_video(canvas: Canvas, samples: Node, vae: Node, fps: float, name: str) -> None:
-    """Decode and save in a group of its own."""
+    """Add a group that decodes and saves the video."""
     with canvas.group("Video", "violet"):
         frames = canvas.add("VAEDecode", samples=samples, vae=vae)
         video = canvas.add("CreateVideo", images=frames, fps=fps)

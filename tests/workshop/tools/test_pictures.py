@@ -26,7 +26,7 @@ RED, GREEN, BLUE = [200, 0, 0], [0, 200, 0], [0, 0, 200]
 
 def test_rows_and_columns_of_a_contact_sheet():
     rows = [("first", flat(RED, GREEN, BLUE)), ("second", flat(BLUE))]
-    sheet = pictures.contact_sheet(rows, side=60, title="a title", below=["1", "2", "3"])
+    sheet = pictures.contact_sheet(rows, side=60, title="a title", captions=["1", "2", "3"])
     assert sheet.width == 3 * 64 - 4
     found = middles(sheet, range(3), 60, (40 + 24, 40 + 24 + 30 + 4 + 24), 30)
     assert found == [[RED, GREEN, BLUE], [BLUE, [255] * 3, [255] * 3]]

@@ -50,7 +50,10 @@ def test_it_is_stopped_when_the_block_ends(tmp_path):
 
 
 def test_a_death_is_told_with_the_last_lines_of_the_log(tmp_path):
-    with pytest.raises(Failure, match=r"exit code 3(.|\n)*no such thing as a model"), make_server(tmp_path, DIES):
+    with (
+        pytest.raises(Failure, match=r"exited with code 3(.|\n)*no such thing as a model"),
+        make_server(tmp_path, DIES),
+    ):
         pass
 
 

@@ -117,5 +117,5 @@ def test_wrong_links_are_found(workflow):
     assert any("of type VAE" in problem for problem in find_problems(workflow, DEFINITIONS))
     node_of(workflow, "Sample")["inputs"][0]["link"] = None
     problems = find_problems(workflow, DEFINITIONS)
-    assert any("required input without a link" in problem for problem in problems)
-    assert any("do not name it" in problem for problem in problems)
+    assert any("required input is not connected" in problem for problem in problems)
+    assert any("do not list it" in problem for problem in problems)
