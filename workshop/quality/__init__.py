@@ -1,4 +1,4 @@
-"""How close sparse sampling stays to dense sampling, measured: settings as data, metrics, runs, results as one page.
+"""Measures how close sparse sampling stays to dense sampling: settings as data, metrics, runs, one page of results.
 
-A development tool beside `benchmarks/`; nothing here is imported when the node pack starts. `run.py` is the command.
+A development tool, like `benchmarks/`; the node pack imports nothing from here. `run.py` is the command.
 """

@@ -1,14 +1,14 @@
-"""The self-attention of one measured run: the pack's own override, told step and block as ComfyUI's wrappers tell it.
+"""The self-attention of one measured run: the pack's own override, given step and block as ComfyUI's wrappers would.
 
-What no node offers yet is tried here, as `prototype` of a setting:
-    fresh: a new random sample in every call (by step and block); the override's is the same in all
-    ramp: [first, last] density of the sparse steps, as multiples of their mean, linear between
+Features that no node offers yet are tried here, as the `prototype` of a setting:
+    fresh: a new random sample in every call (by step and block); the override uses the same one in all calls
+    ramp: [first, last] density of the sparse steps, as multiples of their mean, interpolated linearly
     layers: {block: multiple of the mean density}
-    dense_steps: steps that stay dense besides the warm-up
-    reuse: n, levels are chosen at every n-th sparse step and kept in between
+    dense_steps: steps that stay dense in addition to the warm-up
+    reuse: n, choose levels at every n-th sparse step and keep them in between
     rank: how blocks are ranked, see `ranking.py`
-    sol: tau, ComfyUI's own sparse attention instead of ours, see `sol_attn.py`
-    static: `radial` or `random`, a mask that does not look at the data
+    sol: tau, use ComfyUI's own sparse attention instead of ours, see `sol_attn.py`
+    static: `radial` or `random`, a mask that does not depend on the data
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .sol_attn import sol_attention
 
 
 class SparseAttention:
-    """Attention function of `WanTransformer` for one run. Tell it every step; read `densities` afterwards."""
+    """Attention function of `WanTransformer` for one run. Call `begin_step` before every step; read densities after."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class SparseAttention:
         self._lists: dict[int, BlockLists] = {}
 
     def begin_step(self, step: int) -> None:
-        """Called before every model call."""
+        """To be called before every model call."""
         self._step, self._block = step, 0
         self.run.begin_model_call(float(self.schedule.sigmas[step]), self.layout, ())
         sigmas = [self.schedule.sigmas[sparse] for sparse in self._active]
@@ -85,14 +85,14 @@ class SparseAttention:
                 order = self.run.order(q.device)
                 lists = ranked_lists(order.apply(q), order.apply(k), self._config, self.prototype["rank"])
                 return self._with_lists(q, k, v, block, order, lists)
-            self.run.decide(self._here(block), True)
+            self.run.decide(self._config_for(block), True)
         options = {RUN_KEY: self.run}
         return self._override(
             _dense, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
         )
 
     def step_densities(self) -> list[float]:
-        """Mean density of each step over its attention calls, dense ones counting 1.
+        """Mean density of each step over its attention calls, dense ones counting as 1.
 
         Raises:
             RuntimeError: a call fell back to dense attention.
@@ -113,8 +113,8 @@ class SparseAttention:
         blocks = sorted({block for block, _ in calls})
         return {block: _mean([density for b, density in calls if b == block]) for block in blocks}
 
-    def _here(self, block: int) -> PyramidConfig:
-        """The pyramid of this call, where a prototype changes it from step to step or block to block."""
+    def _config_for(self, block: int) -> PyramidConfig:
+        """The configuration of this call, with any changes that the prototype makes per step or block."""
         config, changes = self._config, {}
         if self.prototype.get("fresh"):
             changes["seed"] = config.seed + 7919 * (self._step + 1) + block
@@ -131,8 +131,8 @@ class SparseAttention:
         return dataclasses.replace(config, **changes) if changes else config
 
     def _reused(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
-        chosen_now = self._active.index(self._step) % int(self.prototype["reuse"]) == 0
-        kept = None if chosen_now else self._lists[block]
+        choose_now = self._active.index(self._step) % int(self.prototype["reuse"]) == 0
+        kept = None if choose_now else self._lists[block]
         return self._with_lists(q, k, v, block, self.run.order(q.device), kept)
 
     def _static(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ class SparseAttention:
         order: TokenOrder,
         lists: BlockLists | None,
     ) -> torch.Tensor:
-        """Attention with the given levels, or with those that it chooses and keeps for the block."""
+        """Attention with the given levels; with None it chooses levels. Either way they are kept for the block."""
         result = pyramid_sparse_attention(
             q, k, v, self._config, layout=self.layout, order=order, backend=self.settings.backend, lists=lists
         )

@@ -1,6 +1,6 @@
-"""Triton kernels of all settings compiled beforehand, by several processes that share Triton's cache on disk.
+"""Compiles the Triton kernels for all settings in advance, in several processes that share Triton's cache on disk.
 
-A list of a hundred settings needs dozens of kernels, each some seconds of one core. Not needed on a CPU.
+A list of a hundred settings needs dozens of kernels, each taking one core several seconds. Not needed on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .setting import Schedule, Setting, resolve
 
 
 def start(arguments: Sequence[str], workers: int | None = None) -> list[subprocess.Popen]:
-    """Start the workers: this command line again, each with a part of the list. Wait for them with `finish`."""
+    """Start the workers: the same command line again, each with its part of the list. Wait for them with `finish`."""
     workers = workers or max(1, min(12, (os.cpu_count() or 2) - 2))
     script = Path(__file__).with_name("run.py")
     return [
@@ -30,12 +30,12 @@ def start(arguments: Sequence[str], workers: int | None = None) -> list[subproce
 
 
 def finish(workers: Sequence[subprocess.Popen], seconds: float) -> None:
-    """Wait for the workers, at most `seconds` in all; what they have not compiled is compiled when it is needed."""
+    """Wait at most `seconds` for the workers; kernels they have not compiled by then are compiled when needed."""
     try:
         for worker in workers:
             worker.wait(seconds)
     except subprocess.TimeoutExpired:
-        print("compiling ahead takes too long; going on without")
+        print("compiling ahead is taking too long; continuing without it")
     finally:
         for worker in workers:
             worker.kill()
@@ -51,9 +51,9 @@ def compile_part(
     backend: str,
     dtype: torch.dtype,
 ) -> None:
-    """One attention call of every n-th different kernel setting on random data of the model's type.
+    """Run one attention call on random data for each setting in this part that needs different kernels.
 
-    rows: of the model's batch, those of the empty prompt too.
+    part: "number/count", as `start` passes it; rows: of the model's batch, including those of the empty prompt.
     """
     number, count = map(int, part.split("/"))
     different: dict[str, Setting] = {}
@@ -63,10 +63,10 @@ def compile_part(
         kind += " ".join(name for name in ("reuse", "rank", "sol") if name in setting.prototype)
         different.setdefault(kind, setting)
     tokens = grid[0] * grid[1] * grid[2]
-    # The model's strides: heads beside one another in a token.
+    # The model's memory layout: the heads of a token are adjacent.
     q, k, v = torch.randn(3, rows, tokens, heads, HEAD_WIDTH, device="cuda", dtype=dtype).transpose(2, 3).unbind(0)
     for setting in list(different.values())[number::count]:
-        # What fails here fails again, and is reported, when it is measured.
+        # Whatever fails here fails again when it is measured, and is reported then.
         with contextlib.suppress(Exception):
             compute = MATCHED if setting.match else setting.compute
             settings = resolve(setting, schedule, backend, compute)
@@ -77,4 +77,4 @@ def compile_part(
 
 
 MATCHED = 0.4
-"""Any compute: the kernels do not depend on it."""
+"""An arbitrary compute: the kernels do not depend on it."""

@@ -1,8 +1,8 @@
-"""Levels that are given instead of chosen: masks that see no data.
+"""Fixed levels: masks that do not depend on the data.
 
-`radial` follows the idea of Radial Attention (X. Li et al., arXiv 2506.19852): what is seen of a frame shrinks as the
-frame is farther away in time, the first frame is seen by all. Ours, at block size, with one width that meets the
-density exactly; not the authors' code or their sizes.
+`radial` follows the idea of Radial Attention (X. Li et al., arXiv 2506.19852): the further away a frame is in time, the
+less of it is seen, and every query sees the first frame. This is our own version at block size, with one width chosen
+to meet the density exactly; it uses neither the authors' code nor their sizes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def static_lists(
 ) -> BlockLists:
     """A binary mask in raster order with the given density, the same for all [B, H] = `heads`.
 
-    kind: `radial`, or `random` (a fixed draw of the same number of blocks, the control).
+    kind: `radial`, or `random` as a control (a fixed draw of the same number of blocks).
     """
     tokens = grid[0] * grid[1] * grid[2]
     frame = grid[1] * grid[2]
@@ -38,7 +38,7 @@ def static_lists(
     query, key = centres(config.block_q)[:, None], centres(config.block_kv)[None]
     frames_apart = (query // frame - key // frame).abs()
     if kind == "radial":
-        # The width halves as the distance in time doubles, so a block is seen up to distance * 2^floor(log2 frames).
+        # The width halves each time the distance in time doubles: blocks rank by distance * 2^floor(log2 frames).
         doublings = frames_apart.clamp_min(1).log2().floor()
         distance = (query % frame - key % frame).abs() * 2**doublings
         distance = torch.where(key < frame, -1.0, distance)  # all see the first frame

@@ -1,8 +1,8 @@
-"""What is measured between a sparse and a dense video.
+"""Metrics that compare a sparse video with a dense one.
 
 Videos are uint8 [3, F, H, W] as decoded, before any video codec.
-PSNR, SSIM and LPIPS are those of PSA Compare (`reports/likeness.py`), here on the device of the videos: scikit-image
-would take a second of processor time for every clip of a GPU run. The tests hold them to scikit-image.
+PSNR, SSIM and LPIPS are PSA Compare's (`reports/likeness.py`), computed on the videos' device: scikit-image would take
+a second of CPU time for every clip of a GPU run. Tests check them against scikit-image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...reports import likeness
 
 
 def psnr(dense: torch.Tensor, sparse: torch.Tensor) -> float:
-    """dB over all pixels of all frames; infinite when equal."""
+    """dB over all pixels of all frames; infinite if the videos are equal."""
     return likeness.psnr(float((dense.float() - sparse.float()).square().mean(dtype=torch.float64)) / 255**2)
 
 
@@ -28,7 +28,7 @@ def ssim(dense: torch.Tensor, sparse: torch.Tensor) -> float:
 
 
 def flicker(dense: torch.Tensor, sparse: torch.Tensor) -> float:
-    """Mean absolute change of the error from frame to frame, in 8-bit levels: what moves that should not."""
+    """Mean absolute change of the error between frames, in 8-bit levels: movement that should not be there."""
     error = sparse.float() - dense.float()
     return float(error.diff(dim=1).abs().mean())
 
@@ -39,13 +39,13 @@ def latent_error(dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
 
 
 def load_lpips(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], float] | None:
-    """LPIPS over every fourth frame, where the package `lpips` and its weights are there."""
+    """LPIPS over every fourth frame, or None unless the package `lpips` and its weights are available."""
     if importlib.util.find_spec("lpips") is None:
         return None
     try:
         network = likeness.load_lpips().to(device)
     except Exception as error:
-        print(f"LPIPS is left out: {error}")
+        print(f"LPIPS is not measured: {error}")
         return None
 
     @torch.inference_mode()

@@ -1,9 +1,8 @@
-"""Ways to rank blocks that the kernels do not have, tried here in plain torch before any of them is built.
+"""Ways to rank blocks that the kernels do not support, tried here in plain torch before building any of them.
 
 A way is `{"q": KIND, "k": KIND, "reduction": "mean" or "max", "second_order": bool}`. Kinds: `pooled n` (means of n
-neighbours), `sampled n` (one token in n, drawn from the whole block), `spread n` (one drawn out of every n neighbours)
-and `strided n` (the middle one of every n neighbours). A row of the softmax is divided by its sum over all that is
-compared.
+neighbours), `sampled n` (one token in n, drawn from the whole block), `spread n` (one drawn from every n neighbours)
+and `strided n` (the middle one of every n neighbours). The softmax is normalised over all the keys compared.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ...kernels.levels import BlockLists, choose_levels, group_by_level
 
 
 def ranked_lists(q: torch.Tensor, k: torch.Tensor, config: PyramidConfig, way: Mapping[str, Any]) -> BlockLists:
-    """The levels of q, k [B, H, L, D], in block order, ranked in the given way."""
+    """The levels for q, k [B, H, L, D], in block order, when ranked in the given way."""
     generator = default_generator(config.ranking, q.device)
     queries = representatives(q, config.block_q, way["q"], generator)
     keys = representatives(k, config.block_kv, way["k"], generator)
@@ -34,7 +33,7 @@ def ranked_lists(q: torch.Tensor, k: torch.Tensor, config: PyramidConfig, way: M
 
 
 def representatives(x: torch.Tensor, block: int, kind: str, generator: torch.Generator) -> Representatives:
-    """Of one side, see the module."""
+    """The tokens, or means of tokens, that represent the blocks of x [B, H, L, D]. For `kind` see the module."""
     name, group = kind.split()[0], int(kind.split()[1])
     if name == "pooled":
         return pooled(x, block, group)
@@ -47,7 +46,7 @@ def representatives(x: torch.Tensor, block: int, kind: str, generator: torch.Gen
     elif name == "spread":
         within = torch.randint(group, (groups,), generator=generator, device=generator.device).to(x.device)
     else:
-        raise ValueError(f"no way to choose tokens is called {name!r}")
+        raise ValueError(f"there is no kind of representative named {name!r}")
     padded = -(-length // block) * (block // group)
     rows = torch.nn.functional.pad((first + within).clamp_max(length - 1), (0, padded - groups))
     return Representatives(x.index_select(2, rows), length, block, group, block // group)
@@ -56,7 +55,7 @@ def representatives(x: torch.Tensor, block: int, kind: str, generator: torch.Gen
 def with_second_order(
     queries: Representatives, keys: Representatives, k: torch.Tensor, scale: float
 ) -> tuple[Representatives, Representatives]:
-    """Rows with twice the dimensions, whose product adds what the spread of the keys in a group gives their sum.
+    """Rows with twice the dimensions, whose product also accounts for the spread of the keys within each group.
 
     The mean of exp(scale q.k) over a group is about exp(scale q.mean + scale^2 sum_d q_d^2 var_d / 2).
     """

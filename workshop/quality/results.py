@@ -1,4 +1,4 @@
-"""The CSV files of a run: one row per setting and clip, one per setting, clip and step. Written as measured."""
+"""The CSV files of a run: one with a row per setting and clip, one with a row per setting, clip and step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RUNS, STEPS = "runs.csv", "steps.csv"
 
 @dataclasses.dataclass
 class RunRow:
-    """One setting on one clip. Compute, density and seconds are those of the batch that the clip was sampled in."""
+    """One setting on one clip. Compute, density and seconds are those of the clip's whole batch."""
 
     setting: str
     group: str
@@ -35,7 +35,7 @@ class RunRow:
     run_s: float | None = None
     """Sampling seconds of the batch, model and attention."""
     settings: str = ""
-    """JSON: what the setting says."""
+    """The setting as JSON."""
     error: str = ""
     model: str = ""
     machine: str = ""
@@ -55,12 +55,12 @@ class StepRow:
     step: int
     sigma: float
     density: float
-    """1 in a dense step."""
+    """1 for a dense step."""
     latent_error: float
 
 
 class Writer:
-    """Writes rows to `runs.csv` and `steps.csv` of a folder, new files each time, complete after every call."""
+    """Writes rows to `runs.csv` and `steps.csv` in a folder. Starts new files; they are complete after every call."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -74,5 +74,5 @@ class Writer:
 
 
 def read_runs(folder: Path) -> list[RunRow]:
-    """The rows of `runs.csv` of a folder."""
+    """The rows of a folder's `runs.csv`."""
     return read_records(folder / RUNS, RunRow)

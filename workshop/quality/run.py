@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""`python dev.py quality`: settings of PSA against dense sampling, with the same scenes and the same noise.
+"""`python dev.py quality`: compares PSA settings with dense sampling, on the same scenes and the same noise.
 
-    python dev.py quality --quick          minutes on a CPU; last line: our default minus the best published
+    python dev.py quality --quick          takes minutes on a CPU; last line: our default minus the best published
     python dev.py quality --workflow FILE  any ComfyUI workflow with a PSA Patch node, on a real server
-    python dev.py quality --model FOLDER   the same on a model that workshop/training/train_demo.py has trained
-    python3 workshop/quality/run.py --out DIR   the whole matrix on a GPU; torch, triton, numpy, matplotlib, safetensors
+    python dev.py quality --model FOLDER   the same for a model trained by workshop/training/train_demo.py
+    python3 workshop/quality/run.py --out DIR   all of it, on a GPU; torch, triton, numpy, matplotlib, safetensors
 
 The model is sampled directly, without ComfyUI, through the pack's own attention override.
 """

@@ -1,7 +1,7 @@
-"""ComfyUI's own sparse attention as a rival: Sol-Attn of the package comfy_kitchen (arXiv 2607.24027), at its own rule.
+"""ComfyUI's own sparse attention as a rival: Sol-Attn from the package comfy_kitchen (arXiv 2607.24027).
 
-A block of 64 queries sees the blocks of 64 keys whose score of means lies `tau` standard deviations above the row's
-mean, its own and its neighbours in full, and one mean row of each of the others.
+A block of 64 queries sees in full its own block of 64 keys, the two next to it, and every block whose mean scores more
+than `tau` standard deviations above the row's mean. Of each other block it sees one mean row.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BLOCK = 64
 
 
 def available() -> bool:
-    """Whether the package is there and holds it."""
+    """Whether the package is installed and has Sol-Attn."""
     if importlib.util.find_spec("comfy_kitchen") is None:
         return False
     import comfy_kitchen
@@ -24,7 +24,7 @@ def available() -> bool:
 
 
 def sol_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output [B, H, L, 128] of q, k, v [B, H, L, 128], in the order that blocks are cut in, and the density."""
+    """Output [B, H, L, 128] of q, k, v [B, H, L, 128], given in block order, and the density."""
     import comfy_kitchen
 
     rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
@@ -32,13 +32,13 @@ def sol_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tau: float)
 
 
 def density(q: torch.Tensor, k: torch.Tensor, tau: float) -> torch.Tensor:
-    """Share of the dense attention FLOPs, its pooled rows included, by the package's documented rule: a scalar."""
+    """Share of the dense attention FLOPs by the package's documented rule, pooled rows included: a scalar."""
     queries, keys = _means(q), _means(k)
     keys = keys - keys.mean(2, keepdim=True)
     scores = queries @ keys.transpose(-1, -2)
     deviation = (queries.square() @ keys.square().mean(2, keepdim=True).transpose(-1, -2)).sqrt()
-    place = torch.arange(scores.shape[-1], device=q.device)
-    near = (place[:, None] - place).abs() <= 1
+    index = torch.arange(scores.shape[-1], device=q.device)
+    near = (index[:, None] - index).abs() <= 1
     full = ((scores > tau * deviation) | near).float().mean()
     return full + (1 - full) / BLOCK
 

@@ -1,4 +1,4 @@
-"""From rows to statements: paired differences over clips, verdicts, and the one line of the quick run."""
+"""Conclusions from rows: paired differences over clips, verdicts, and the quick run's summary line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PUBLISHED = " (published)"
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """First minus second over the clips that both have: mean and standard error, at the compute of each."""
+    """First minus second over the clips they share: mean and standard error, with the compute of each."""
 
     first: str
     second: str
@@ -35,7 +35,7 @@ class Difference:
 
 
 def by_setting(rows: Iterable[RunRow]) -> dict[str, list[RunRow]]:
-    """The rows that were measured, by setting, in their order."""
+    """The rows with measurements, by setting, in their original order."""
     found: dict[str, list[RunRow]] = defaultdict(list)
     for row in rows:
         if row.psnr is not None:
@@ -44,12 +44,12 @@ def by_setting(rows: Iterable[RunRow]) -> dict[str, list[RunRow]]:
 
 
 def difference(runs: dict[str, list[RunRow]], first: str, second: str) -> Difference | None:
-    """None where one of them was not measured."""
+    """First minus second; None if one of them was not measured."""
     if first not in runs or second not in runs:
         return None
     others = {row.clip: row for row in runs[second]}
     pairs = [(row, others[row.clip]) for row in runs[first] if row.clip in others]
-    # Equal videos: infinite PSNR says nothing about a difference.
+    # Equal videos have an infinite PSNR, which has no difference.
     pairs = [(a, b) for a, b in pairs if math.isfinite(a.psnr) and math.isfinite(b.psnr)]
     if not pairs:
         return None
@@ -60,27 +60,27 @@ def difference(runs: dict[str, list[RunRow]], first: str, second: str) -> Differ
 
 
 def judge(runs: dict[str, list[RunRow]], claim: Claim) -> list[Difference]:
-    """A claim's differences, one for every compute at which both were measured."""
+    """A claim's differences, one for each compute at which both settings were measured."""
     names = [(f"{claim.first} @{c:.2f}", f"{claim.second} @{c:.2f}") for c in claim.compute]
     found = (difference(runs, *pair) for pair in names or [(claim.first, claim.second)])
     return [d for d in found if d is not None]
 
 
 def against_published(runs: dict[str, list[RunRow]]) -> list[Difference]:
-    """Our default minus each published setting, at the compute that the published one takes."""
+    """Our default minus each published setting, at the published setting's compute."""
     presets = [name.removesuffix(PUBLISHED) for name in runs if name.endswith(PUBLISHED)]
     found = (difference(runs, f"default = {preset}", preset + PUBLISHED) for preset in presets)
     return [d for d in found if d is not None]
 
 
 def quick_line(rows: Iterable[RunRow]) -> tuple[float, str]:
-    """Our default minus the best published setting in dB at equal compute, and the sentence about it.
+    """Our default minus the best published setting in dB at equal compute, and a sentence about it.
 
-    The best is the one that leaves our default the smallest margin, each compared at its own compute.
+    The best is the one with the smallest margin to our default, each compared at its own compute.
     """
     found = against_published(by_setting(rows))
     if not found:
-        return -math.inf, "Nothing was compared: no published setting was measured together with our default."
+        return -math.inf, "Nothing was compared: no published setting was measured alongside our default."
     worst = min(found, key=lambda d: d.psnr)
     return worst.psnr, (
         f"Our default minus the best published setting at equal compute: {worst.psnr:+.2f} dB "

@@ -1,6 +1,6 @@
-"""What ranking blocks costs: whole attention calls at the size of real models, for settings that rank differently.
+"""Measures what ranking blocks costs: times whole attention calls at the size of real models, ranked in various ways.
 
-On a GPU only. `times.csv` is what lets two settings be compared at equal time and not at equal compute alone.
+Needs a GPU. With `times.csv`, two settings can be compared at equal time, not just at equal compute.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..benchmarks.timing import median_ms
 from ..table import write_records
 
 SHAPES = {"wan1.3b-720p": (12, (18, 45, 80), 128), "wan14b-720p": (40, (18, 45, 80), 128)}
-"""Name -> heads, grid of tokens (time, height, width), head size."""
+"""Name -> heads, token grid (time, height, width), head size."""
 PAPER = {"shares": {1: 0.10, 2: 0.05, 8: 0.20}, "mode": "topk", "order": "curve", "tail": False}
 SPARSITIES = (0.85, 0.90)
 RUNS = 7
@@ -33,12 +33,12 @@ WAYS = {
     },
     "1 in 8, mean, 128/32": {"importance": "sampled", "sample_share": 1 / 8, "reduction": "mean", "block_kv": 32},
 }
-"""Fields of the configuration, the others being the paper's recipe."""
+"""Configuration fields that differ from the paper's recipe."""
 
 
 @dataclasses.dataclass
 class TimeRow:
-    """One call: its median, and that of dense attention on the same tensors."""
+    """One call: its median time, and that of dense attention on the same tensors."""
 
     shape: str
     setting: str
@@ -50,7 +50,7 @@ class TimeRow:
 
 
 def measure_times(facts: Mapping[str, str], folder: Path, say: Callable[[str], None]) -> list[TimeRow]:
-    """Time every way at every shape on random data (in topk mode time does not depend on it) and write the file."""
+    """Time every way at every shape and write the file. The data is random: in topk mode it does not affect times."""
     rows: list[TimeRow] = []
     for shape, (heads, grid, dim) in SHAPES.items():
         tokens = grid[0] * grid[1] * grid[2]

@@ -1,7 +1,7 @@
-"""What one model call loses: the error of the velocity against dense, on noisy latents of a dense run.
+"""Measures what one model call loses: the error of the velocity against dense, on noisy latents from a dense run.
 
-Whole runs part ways by chance and differ by decibels from clip to clip; a single call does not. Cheap and of little
-noise, so choices between near settings are made here and confirmed by whole runs.
+Whole runs diverge by chance, and vary by decibels from clip to clip; single calls do not. They are cheap and not very
+noisy, so similar settings are compared here first and confirmed by whole runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .demo_model import Attention, Clip, DemoModel, DenseAttention, Video, simpl
 from .setting import Setting, resolve
 
 STEPS, MEASURED = 10, (3, 5, 8)
-"""Steps of the dense run, and those of them whose call is measured."""
+"""Number of steps of the dense run, and which of them are measured."""
 FILE = "velocity.csv"
 
 
@@ -30,11 +30,11 @@ class VelocityRow:
     clip: str
     sigma: float
     sparsity: float
-    """Of this call."""
+    """Sparsity of this call."""
     error: float
     """Relative L2 error of the velocity."""
     seconds: float
-    """Of the model call, see `DemoModel.clock`."""
+    """Duration of the model call, see `DemoModel.clock`."""
     model: str = ""
     machine: str = ""
     precision: str = ""
@@ -51,7 +51,7 @@ def measure_velocity(
     folder: Path,
     say: Callable[[str], None],
 ) -> list[VelocityRow]:
-    """Measure every setting at the sparsity of its node, write `velocity.csv` into the folder, return the rows."""
+    """Measure every setting at its node's sparsity, write `velocity.csv` into the folder and return the rows."""
     schedule = simple_schedule(STEPS, model.blocks)
     velocity_of = {clip: model.velocity_of([clip], video) for clip in clips}
 
@@ -81,6 +81,6 @@ def measure_velocity(
 
 
 def mean_error(rows: Iterable[VelocityRow], setting: str) -> float:
-    """Mean over scenes and noise levels."""
+    """A setting's mean error over scenes and noise levels."""
     errors = [row.error for row in rows if row.setting == setting]
     return sum(errors) / len(errors)

@@ -1,7 +1,7 @@
-"""Any ComfyUI workflow with a PSA Patch node, measured on a real server: dense, then every setting, same seeds.
+"""Measures any ComfyUI workflow with a PSA Patch node on a real server: dense, then every setting, with the same seeds.
 
-Dense is the same workflow at sparsity 0, which PSA Patch hands on bit for bit. Frames are taken losslessly after the
-decoder, so whatever the workflow saves does not matter and is left out.
+Dense is the same workflow at sparsity 0, where PSA Patch leaves the model unchanged bit for bit. Frames are saved
+losslessly right after the decoder; the workflow's own output nodes are left out.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ DEFAULT_SETTINGS = (
     {"preset": "module-default (published)", "order": "curve", "sparsity": 0.85},
 )
 FRAMES, REPORT = "psa quality frames", "psa quality report"
-"""Ids of the nodes that are added."""
+"""Ids of the added nodes."""
 
 
 def run_workflow(file: Path, settings: Path | None, seeds: int, out: Path, url: str | None) -> int:
-    """Measure a workflow and write `runs.csv` into `out`; the exit code.
+    """Measure a workflow, write `runs.csv` into `out` and return the exit code.
 
     Args:
-        file: as the frontend saves it, or in API format.
-        settings: JSON list of objects; each gives inputs of PSA Patch, and optionally "name". None: a short list.
-        seeds: the workflow's own seed, and the ones that follow it.
-        url: of a server that runs already, with the workflow's models; None starts one as `dev.py demo` does.
+        file: a workflow as the frontend saves it, or in API format.
+        settings: JSON list of objects with inputs of PSA Patch and, optionally, a "name". None: a short default list.
+        seeds: how many seeds to run, counting up from the workflow's own.
+        url: address of a running server that has the workflow's models; None starts one as `dev.py demo` does.
     """
     chosen = json.loads(settings.read_text(encoding="utf-8")) if settings else list(DEFAULT_SETTINGS)
     if not (isinstance(chosen, list) and chosen and all(isinstance(entry, dict) for entry in chosen)):
-        raise SystemExit(f"{settings}: a list of objects was expected, such as {json.dumps(DEFAULT_SETTINGS[:2])}")
+        raise SystemExit(f"{settings}: expected a list of objects, for example {json.dumps(DEFAULT_SETTINGS[:2])}")
     try:
         if url:
             measure_workflow(Client(url.rstrip("/")), file, chosen, seeds, out, print)
@@ -72,10 +72,10 @@ def measure_workflow(
     out: Path,
     say: Callable[[str], None],
 ) -> list[RunRow]:
-    """Run the workflow dense and with every setting on `client`'s server; the rows, also written to `out`.
+    """Run the workflow dense and with every setting on `client`'s server; write the rows to `out` and return them.
 
     Raises:
-        Failure: the workflow does not fit, or a node failed; names it.
+        Failure: the workflow is unsuitable, or a node failed; names the node.
     """
     prompt = to_measured(_load(file, client))
     writer, rows = Writer(out), []
@@ -112,10 +112,10 @@ def measure_workflow(
 
 
 def to_measured(prompt: Prompt) -> Prompt:
-    """The prompt with a lossless output of its frames and PSA Report, and only what these need.
+    """The prompt with a lossless output for its frames and PSA Report, reduced to the nodes that these need.
 
     Raises:
-        Failure: no PSA Patch, or not exactly one decoder after it.
+        Failure: there is no PSA Patch, or not exactly one decoder after it.
     """
     patches = [node for node, entry in prompt.items() if entry["class_type"] == PATCH]
     if not patches:
@@ -126,10 +126,10 @@ def to_measured(prompt: Prompt) -> Prompt:
         if entry["class_type"] in DECODERS and _upstream(prompt, node) & set(patches)
     ]
     if len(decoders) != 1:
-        raise Failure(f"The workflow has {len(decoders)} decoders after PSA Patch where one was expected.")
+        raise Failure(f"The workflow has {len(decoders)} decoders after PSA Patch; expected exactly one.")
     (decoder,) = decoders
     samples = prompt[decoder]["inputs"]["samples"]
-    # With two experts the first that samples reports; both patches get the same setting.
+    # With two experts, only the first patch is reported; both get the same setting.
     report = {"model": [patches[0], 0], "samples": samples}
     frames = {"images": [decoder, 0], "filename_prefix": "psa_quality/frame"}
     found = {**prompt, REPORT: {"class_type": "PSAReport", "inputs": report}}
@@ -141,14 +141,14 @@ def to_measured(prompt: Prompt) -> Prompt:
 
 def _upstream(prompt: Prompt, node: str) -> set[str]:
     """`node` and all nodes that it depends on."""
-    seen, waiting = set(), [node]
-    while waiting:
-        here = waiting.pop()
-        if here in seen or here not in prompt:
+    seen, pending = set(), [node]
+    while pending:
+        current = pending.pop()
+        if current in seen or current not in prompt:
             continue
-        seen.add(here)
-        links = prompt[here]["inputs"].values()
-        waiting += [str(link[0]) for link in links if isinstance(link, list) and len(link) == 2]
+        seen.add(current)
+        links = prompt[current]["inputs"].values()
+        pending += [str(link[0]) for link in links if isinstance(link, list) and len(link) == 2]
     return seen
 
 
@@ -158,7 +158,7 @@ def _load(file: Path, client: Client) -> Prompt:
 
 
 def _run(client: Client, prompt: Prompt, inputs: dict[str, Any], shift: int) -> tuple[torch.Tensor, dict, list[float]]:
-    """Frames uint8 [3, F, H, W], PSA Report's JSON, and seconds of every step that the server reported."""
+    """Frames uint8 [3, F, H, W], PSA Report's JSON, and the seconds of every step as reported by the server."""
     changed = {}
     for node, entry in prompt.items():
         values = dict(entry["inputs"])
@@ -182,13 +182,13 @@ def _frames(client: Client, images: Sequence[dict]) -> torch.Tensor:
 
 
 def _densities(report: dict) -> dict[str, float]:
-    """Compute, density of the sparse steps and share of dense steps, from PSA Report."""
+    """From PSA Report: compute, density of the sparse steps, share of dense steps."""
     steps = report.get("steps", [])
     sparse, costs = [], []
     for step in steps:
         calls = step["sparse_calls"] + step["dense_calls"]
         density = 1 - (step["sparsity"] or 0.0)
-        # A call that PSA never saw (the model is left as it is) is dense.
+        # A step without calls was never seen by PSA (the model was left unchanged), so it is dense.
         costs.append((density * step["sparse_calls"] + step["dense_calls"]) / calls if calls else 1.0)
         if step["sparse_calls"]:
             sparse.append(density)
@@ -203,11 +203,11 @@ def _densities(report: dict) -> dict[str, float]:
 
 def _seconds(report: dict, seconds: Sequence[float]) -> dict[str, float | None]:
     sparse = {i for i, step in enumerate(report.get("steps", [])) if step["sparse_calls"]}
-    of = {kind: [s for i, s in enumerate(seconds) if i and (i in sparse) == kind] for kind in (True, False)}
+    times = {kind: [s for i, s in enumerate(seconds) if i and (i in sparse) == kind] for kind in (True, False)}
     return {
         "run_s": sum(seconds),
-        "sparse_step_s": median(of[True]) if of[True] else None,
-        "dense_step_s": median(of[False]) if of[False] else None,
+        "sparse_step_s": median(times[True]) if times[True] else None,
+        "dense_step_s": median(times[False]) if times[False] else None,
     }
 
 
