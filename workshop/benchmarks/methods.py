@@ -1,7 +1,8 @@
-"""What is timed: shapes of models, and attention methods over them, ours and others.
+"""What is timed: the shapes of real models, and attention methods for them, ours and others'.
 
-A method makes, for q, k, v [1, H, L, D] on a grid, a call without arguments that returns the output [1, H, L, D], and
-the density of what it computes. What the machine or an installed package cannot serve is left out, with the reason.
+For q, k, v [1, H, L, D] on a grid, a method returns a function without arguments that computes the output [1, H, L, D],
+and a function that returns its density. Methods that this machine or its packages do not support are skipped, with the
+reason.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ SHAPES = {
     "cogvideox-5b": (48, (13, 30, 45), 64),
     "cogvideox1.5-5b": (48, (11, 48, 85), 64),
 }
-"""Name -> heads, grid (time, height, width) of tokens, head size. `synthetic` is the demo's shape, for a CPU; what
-`demo` holds see `captured.py`."""
+"""Name -> heads, token grid (time, height, width), head size. `synthetic` has the demo's shape, for a CPU; for `demo`
+see `captured.py`."""
 
 PUBLISHED = {1: 0.10, 2: 0.05, 8: 0.20}
 
@@ -35,19 +36,19 @@ Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One row of the table: `make(q, k, v, grid)` returns the call and a function that gives its density."""
+    """One row of the table: `make(q, k, v, grid)` returns the function to time and one that returns its density."""
 
     name: str
     precision: str
     setting: str
     make: Callable[..., tuple[Callable[[], torch.Tensor], Callable[[], float]]]
     dtype: torch.dtype | None = None
-    """Of q, k, v; None is that of most: bfloat16 on a GPU, float32 on a CPU. The first method of each is dense, and
-    what the times of the others are compared with."""
+    """The type of q, k, v; None is the usual one: bfloat16 on a GPU, float32 on a CPU. The first method of each type is
+    dense, and the others' times are compared with it."""
 
 
 def dense(backend: SDPBackend) -> Callable[..., tuple]:
-    """Dense attention by one of torch's backends."""
+    """Dense attention with one of torch's backends."""
 
     def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple) -> tuple:
         def call() -> torch.Tensor:
@@ -60,9 +61,9 @@ def dense(backend: SDPBackend) -> Callable[..., tuple]:
 
 
 def psa(*, kept: bool = False, **settings: object) -> Callable[..., tuple]:
-    """PSA with fields of `PyramidConfig`; the token order is made once, as it is in a sampling run.
+    """PSA with the given fields of `PyramidConfig`; the token order is built once, as in a sampling run.
 
-    kept: with the levels of an earlier call, as `reuse_steps` has it in most steps.
+    kept: use the levels of an earlier call, as most steps do under `reuse_steps`.
     """
     from comfyui_psa.kernels import PyramidConfig, TokenLayout, make_order, pyramid_sparse_attention
 
@@ -82,9 +83,9 @@ def psa(*, kept: bool = False, **settings: object) -> Callable[..., tuple]:
 
 
 def flex_attention(share: float, block_kv: int) -> Callable[..., tuple]:
-    """torch's flex_attention, compiled, over the blocks that PSA's level 1 takes of `share` of all.
+    """torch's flex_attention, compiled, over the same blocks that PSA chooses when it sees `share` of all in full.
 
-    Order and blocks are made before the call, so that its time is that of attention alone.
+    Order and blocks are computed before the call, so only attention itself is timed.
     """
     from comfyui_psa.kernels import PyramidConfig, TokenLayout, make_order, pyramid_sparse_attention
 
@@ -95,16 +96,16 @@ def flex_attention(share: float, block_kv: int) -> Callable[..., tuple]:
 
         order = make_order("curve", grid, device=q.device)
         chosen = pyramid_sparse_attention(q, k, v, config, layout=TokenLayout(grid), order=order)
-        place = torch.arange(chosen.lists.blocks.shape[-1], device=q.device)
-        blocks = torch.where(place < chosen.lists.ends, chosen.lists.blocks, 0)
+        index = torch.arange(chosen.lists.blocks.shape[-1], device=q.device)
+        blocks = torch.where(index < chosen.lists.ends, chosen.lists.blocks, 0)
         count = chosen.lists.ends[..., 0].contiguous()
-        # All of them are full blocks: none needs a mask inside.
+        # All of them are full blocks; none needs a mask within.
         mask = flex.BlockMask.from_kv_blocks(
             torch.zeros_like(count), torch.zeros_like(blocks), count, blocks, (config.block_q, block_kv),
             seq_lengths=(q.shape[2], k.shape[2]),
         )  # fmt: skip
         ordered = [order.apply(x).contiguous() for x in (q, k, v)]
-        torch.compiler.reset()  # every shape is compiled again, and their number is limited
+        torch.compiler.reset()  # every shape is recompiled, and torch limits the number of recompilations
         compiled = torch.compile(flex.flex_attention, dynamic=False)
         options = {"BLOCK_M": config.block_q, "BLOCK_N": block_kv} if block_kv < 128 and q.is_cuda else None
 
@@ -118,7 +119,7 @@ def flex_attention(share: float, block_kv: int) -> Callable[..., tuple]:
 
 
 def sol_attn(tau: float) -> Callable[..., tuple]:
-    """ComfyUI's own sparse attention (comfy-kitchen's Sol-Attn); blocks of 64 in curve order, made before the call."""
+    """ComfyUI's own sparse attention (comfy-kitchen's Sol-Attn), with blocks of 64 in curve order, sorted before."""
     from comfyui_psa.kernels import make_order
 
     def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple) -> tuple:
@@ -137,15 +138,14 @@ def sol_attn(tau: float) -> Callable[..., tuple]:
 
 
 def kitchen_int8(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple) -> tuple:
-    """comfy-kitchen's dense attention with queries, keys, values and weights in eight bits."""
+    """comfy-kitchen's dense attention with queries, keys, values and weights in 8 bits."""
     import comfy_kitchen
 
     return lambda: comfy_kitchen.int8_attention(q, k, v), lambda: 1.0
 
 
 def methods(dim: int, cuda: bool, full: bool) -> Iterator[Method]:
-    """The methods for a head size, those of each type of q, k, v beside one another. `full` adds the curves of error
-    against time."""
+    """The methods for a head size, grouped by the type of q, k, v. `full` adds curves of error against time."""
     precision = "bfloat16" if cuda else "float32"
     if not cuda:
         yield Method("sdpa", precision, "dense", dense(SDPBackend.FLASH_ATTENTION))
@@ -163,7 +163,7 @@ def methods(dim: int, cuda: bool, full: bool) -> Iterator[Method]:
 
 
 def length_methods(dim: int, cuda: bool) -> Iterator[Method]:
-    """Those whose time is drawn against the length: dense, what `auto` takes, and Sol-Attn."""
+    """The methods plotted against sequence length: dense, the setting behind `auto`, and Sol-Attn."""
     wanted = ("sdpa", "sdpa-cudnn", "psa", "sol-attn")
     for method in methods(dim, cuda, full=False):
         if method.name in wanted and (method.name != "psa" or method.setting == AUTO) and method.dtype is None:
@@ -171,7 +171,7 @@ def length_methods(dim: int, cuda: bool) -> Iterator[Method]:
 
 
 AUTO = "topk 10/5/0/20 at 0.85, curve, pooled, no tail"
-"""What `auto` takes, in 16 bits; the rows of `psa` with other sparsities are called alike."""
+"""The setting behind `auto`, in 16 bits; the `psa` rows at other sparsities are named the same way."""
 
 
 def _psa_methods(precision: str, cuda: bool, full: bool) -> Iterator[Method]:
@@ -212,7 +212,7 @@ def _psa_methods(precision: str, cuda: bool, full: bool) -> Iterator[Method]:
 
 
 def _float16_methods() -> Iterator[Method]:
-    """Dense attention and what `auto` takes, on a GPU, as a model in float16 calls them."""
+    """Dense attention and the setting behind `auto` on a GPU, for a model in float16."""
     from comfyui_psa.choices.presets import RANKING
 
     yield Method("sdpa-cudnn", "float16", "dense", dense(SDPBackend.CUDNN_ATTENTION), torch.float16)
@@ -221,9 +221,9 @@ def _float16_methods() -> Iterator[Method]:
 
 
 def _rivals(dim: int, precision: str, full: bool) -> Iterator[Method]:
-    """Of other authors, on a GPU."""
+    """Other authors' methods, on a GPU."""
     for share in (0.05, 0.15, 0.25, 0.4) if full else (0.15, 0.25):
-        for block_kv in (64, 128) if full else (128,):  # each is some seconds of compiling, for every shape
+        for block_kv in (64, 128) if full else (128,):  # each takes seconds to compile for every shape
             setting = f"full {share} alone, curve, blocks of 128 and {block_kv}"
             yield Method("flex-attention", precision, setting, flex_attention(share, block_kv))
     if importlib.util.find_spec("comfy_kitchen") is None:
@@ -235,7 +235,7 @@ def _rivals(dim: int, precision: str, full: bool) -> Iterator[Method]:
 
 
 def _binary(share: float) -> dict[str, object]:
-    """Fields of `PyramidConfig` for blocks that are seen in full or not at all."""
+    """Fields of `PyramidConfig` where each block is seen either in full or not at all."""
     from comfyui_psa.choices.presets import RANKING
 
     return {"mode": "topk", "shares": {1: share}, "sparsity": None, "tail": False, "order": "curve"} | RANKING

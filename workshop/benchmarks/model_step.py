@@ -1,11 +1,11 @@
 """Time per step of a full-size model, dense and with PSA, in one process: CogVideoX-5B at 720x480x49, 4 steps, and
 Wan2.1-1.3B at 1280x720x69, in bfloat16 and in float16.
 
-Random weights, the same in either type, in ComfyUI's own model code, sampled by ComfyUI. Needs a ComfyUI folder in
-COMFYUI_PATH with its packages, and a GPU of 40 GB or more (without one: `--layers 1 --heads 2 --latent 4 24 32
+Runs ComfyUI's own model code and sampling with random weights, the same in both types. Needs COMFYUI_PATH set to a
+ComfyUI folder, ComfyUI's packages, and a GPU with 40 GB or more (without one: `--layers 1 --heads 2 --latent 4 24 32
 --device cpu`).
-Where diffusers is there, CogVideoX gets PSA's corrections and its sampler; otherwise ComfyUI's euler, which takes the
-same model calls. Weights are random, so nothing here says anything about quality.
+If diffusers is installed, CogVideoX gets PSA's corrections and its sampler; otherwise ComfyUI's euler, which makes the
+same model calls. Since the weights are random, the results say nothing about quality.
 
     COMFYUI_PATH=... python workshop/benchmarks/model_step.py cogvideox-5b --sparsity 0.85 0.9
 """
@@ -52,15 +52,15 @@ def main() -> int:
 
 
 def _measure(arguments: argparse.Namespace, dtype: str) -> None:
-    """Time every method on the model in one type; a function of its own, so that its weights are free afterwards."""
+    """Time every method on the model in one type. A separate function, so that its weights are freed afterwards."""
     model = _random_model(arguments, getattr(torch, dtype))
     if arguments.model == "cogvideox-5b":
         model = _corrected(model)
     dense = None
     for name, patched in _methods(model, arguments):
-        computed = _computed_in(patched, arguments)  # also compiles and warms up
-        if computed != {getattr(torch, dtype)}:
-            raise RuntimeError(f"{name}: the queries that reached attention are {computed}, not {dtype}")
+        types = _query_types(patched, arguments)  # also compiles and warms up
+        if types != {getattr(torch, dtype)}:
+            raise RuntimeError(f"{name}: attention received queries in {types} instead of {dtype}")
         seconds = [second for _ in range(arguments.runs) for second in _sample(patched, arguments, arguments.steps)]
         median = statistics.median(seconds)
         dense = dense or median
@@ -80,11 +80,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--latent", type=int, nargs=3, help="frames, rows, columns")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--guidance", type=float, default=1.0, help="above 1 every step is two model calls in a batch")
+    parser.add_argument("--guidance", type=float, default=1.0, help="above 1, every step batches two model calls")
     parser.add_argument("--preset")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.85, 0.9])
     types = ["bfloat16", "float16"]
-    parser.add_argument("--dtype", choices=types, nargs="+", default=types, help="of the model; by default both")
+    parser.add_argument("--dtype", choices=types, nargs="+", default=types, help="the model's type; default: both")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments = parser.parse_args()
     for name, value in MODELS[arguments.model].items():
@@ -97,7 +97,7 @@ def _import_comfyui(device: str) -> None:
     folder = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")
     if not (folder / "comfy").is_dir():
         sys.exit(f"There is no ComfyUI in {folder}; set COMFYUI_PATH")
-    # ComfyUI has a top-level module `nodes`; nothing of this pack may hide it.
+    # ComfyUI has a top-level module `nodes`, which this pack's must not shadow.
     sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
     import comfy.options
 
@@ -110,12 +110,12 @@ def _import_comfyui(device: str) -> None:
 
 
 def _random_model(arguments: argparse.Namespace, dtype: torch.dtype) -> Any:
-    """A ComfyUI MODEL with the real layer sizes and random weights, loaded and computed in a 16-bit type."""
+    """A ComfyUI MODEL with the real layer sizes and random weights, loaded in a 16-bit type and computing in it."""
     import comfy.model_management
     import comfy.ops
     import comfy.sd
 
-    comfy.model_management.unload_all_models()  # there may not be room for one in either type
+    comfy.model_management.unload_all_models()  # two models, one per type, may not fit
     gc.collect()
     common = {"operations": comfy.ops.disable_weight_init, "dtype": torch.bfloat16, "device": "meta"}
     if arguments.model == "cogvideox-5b":
@@ -144,7 +144,7 @@ def _random_model(arguments: argparse.Namespace, dtype: torch.dtype) -> Any:
             value.normal_(std=0.02, generator=generator)
         state[name] = value.to(dtype)
     model = comfy.sd.load_diffusion_model_state_dict(state, model_options={"dtype": dtype})
-    if model.model.get_dtype_inference() != dtype:  # on a CPU ComfyUI would rather compute in another one
+    if model.model.get_dtype_inference() != dtype:  # on a CPU, ComfyUI prefers to compute in another type
         model.set_model_compute_dtype(dtype)
     del state, value
     gc.collect()
@@ -156,7 +156,7 @@ def _random_model(arguments: argparse.Namespace, dtype: torch.dtype) -> Any:
 
 def _corrected(model: Any) -> Any:
     if importlib.util.find_spec("diffusers") is None:
-        print("diffusers is not there: ComfyUI's positions and euler sampler")
+        print("diffusers is not installed: using ComfyUI's positions and euler sampler")
         return model
     from comfyui_psa.cogvideox.corrections import correct_model
 
@@ -172,8 +172,8 @@ def _methods(model: Any, arguments: argparse.Namespace):
         yield f"{arguments.preset} {sparsity}", patch_model(model, sparsity=sparsity, **settings)
 
 
-def _computed_in(model: Any, arguments: argparse.Namespace) -> set[torch.dtype]:
-    """The types of the queries that reach the attention override of a MODEL in one step."""
+def _query_types(model: Any, arguments: argparse.Namespace) -> set[torch.dtype]:
+    """The types of the queries that reach a MODEL's attention override in one step."""
     from comfyui_psa.patching import core
 
     watched, override, found = model.clone(), core.get_override(model), set()
@@ -188,7 +188,7 @@ def _computed_in(model: Any, arguments: argparse.Namespace) -> set[torch.dtype]:
 
 
 def _sample(model: Any, arguments: argparse.Namespace, steps: int) -> list[float]:
-    """Sample and return the seconds of every step; the first counts from the first model call."""
+    """Sample and return the seconds of every step, the first counted from the first model call."""
     import comfy.sample
     import comfy.samplers
 

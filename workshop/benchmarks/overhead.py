@@ -1,9 +1,9 @@
-"""What recording and the page's live line cost of a step: attention calls of a model with and without a `Run`.
+"""How much time per step recording and the page's live curve cost: a model's attention calls with and without a `Run`.
 
     python workshop/benchmarks/overhead.py            Wan 1.3B at 720p on a GPU, the demo's shape on a CPU
 
-Prints milliseconds of one step: the attention calls alone, recorded, recorded with a live line, and the last sparse
-step, which takes the maps too. Needs torch and triton, no ComfyUI.
+Prints the milliseconds of one step: the attention calls alone, recorded, recorded with a live curve, and for the last
+sparse step, which also saves the maps. Needs torch and triton, but no ComfyUI.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def main() -> None:
     torch.manual_seed(0)
     q, k, v = (smooth(grid, heads, 128, device) for _ in range(3))
     settings = make_settings(preset="module-default", start_percent=0.0, min_tokens=0)
-    layout, schedule, told = TokenLayout(grid), torch.linspace(1, 0, STEPS + 1), []
+    layout, schedule, messages = TokenLayout(grid), torch.linspace(1, 0, STEPS + 1), []
 
     def run_of(live: bool) -> Run:
-        run = Run(settings, 2.0, 0.0, pictured_block=layers // 2, on_step=told.append if live else None)
+        run = Run(settings, 2.0, 0.0, pictured_block=layers // 2, on_step=messages.append if live else None)
         run.plan(schedule.tolist(), device)
         return run
 
@@ -75,12 +75,12 @@ def main() -> None:
         )
     best = [min(column) * 1000 for column in zip(*rows, strict=True)]
     print(torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads")
-    for name, ms in zip(("attention alone", "recorded", "with a live line", "with the maps"), best, strict=True):
+    for name, ms in zip(("attention alone", "recorded", "with a live curve", "with the maps"), best, strict=True):
         print(f"{name:18s} {ms:8.2f} ms  {100 * (ms / best[0] - 1):+.2f} %")
 
 
 def smooth(grid: tuple[int, int, int], heads: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Tokens [1, heads, T*H*W, dim] that vary slowly over the video, so that the levels are those of a video."""
+    """Tokens [1, heads, T*H*W, dim] that vary slowly over the video, so that the levels resemble a real video's."""
     coarse = torch.randn(heads * dim, 1, 6, 8, 10, device=device)
     fine = torch.nn.functional.interpolate(coarse, grid, mode="trilinear").view(heads, dim, -1).transpose(1, 2)[None]
     return (3 * fine).to(torch.bfloat16 if device.type == "cuda" else torch.float32).contiguous()

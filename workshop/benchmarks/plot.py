@@ -1,4 +1,4 @@
-"""Pictures of the results: relative error against time for every shape, and time against length."""
+"""Plots of the results: relative error against time for every shape, and time against length."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def draw(folder: Path) -> int:
-    """Draw `error-<shape>.png` and `length.png` from `attention-gpu.csv` in `folder`."""
+    """Draw `error-<shape>.png` and `length.png` from `folder`'s `attention-gpu.csv`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +32,7 @@ def draw(folder: Path) -> int:
             )
             if points:
                 (dots,) = axes.plot(*zip(*points, strict=True), "o", label=f"{method}, {precision}")
-                axes.plot(*zip(*_front(points), strict=True), "-", color=dots.get_color(), alpha=0.5)
+                axes.plot(*zip(*_pareto_front(points), strict=True), "-", color=dots.get_color(), alpha=0.5)
         axes.axvline(float(rows[0]["dense_ms"]), color="grey", linestyle=":", label="dense, cuDNN")
         axes.set(xlabel="ms per call", ylabel="relative L1 error", yscale="log", xscale="log")
         axes.set_title(f"{shape}, {rows[0]['gpu']}, {rows[0]['date']}")
@@ -62,8 +62,8 @@ def draw(folder: Path) -> int:
     return 0
 
 
-def _front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Of points (time, error) sorted by time, those that no faster one beats."""
+def _pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (time, error), sorted by time, whose error is smaller than that of every faster point."""
     front: list[tuple[float, float]] = []
     for point in points:
         if not front or point[1] < front[-1][1]:

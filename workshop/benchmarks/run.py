@@ -1,10 +1,10 @@
-"""`python dev.py bench`: attention methods against dense attention in the same run, with error beside time.
+"""`python dev.py bench`: times attention methods against dense attention in the same run, and measures their error.
 
-On a CPU the demo's shape, on a GPU the shapes of the models too. Data are smooth and synthetic, or captured from the
-demo model (`demo`), in bfloat16 on a GPU, for some rows in float16. Medians; ratios within one run are what counts:
-`speedup` is over dense attention in the row's own type. Errors are against float64, see `truth.py`. Rows go
-to `workshop/results/attention-gpu.csv` or `-cpu.csv`, the split of the PSA call to `stages-gpu.csv`; what a run
-measures replaces the rows of its shapes. `python dev.py bench --plot` draws error against time from them.
+On a CPU it uses the demo's shape, on a GPU those of real models too. The data is smooth and synthetic, or captured from
+the demo model (`demo`); on a GPU it is bfloat16, and float16 for some rows. Times are medians. Compare only within one
+run: `speedup` is relative to dense attention in the row's own type. Errors are relative to float64, see `truth.py`.
+Results go to `workshop/results/attention-gpu.csv` or `-cpu.csv`, and the stages of the PSA call to `stages-gpu.csv`,
+replacing earlier rows of the same shapes. `python dev.py bench --plot` plots error against time from them.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072, 262144)
 
 
 def main() -> int:
-    """Measure what the command line asks for and write the rows."""
+    """Measure what the command line asks for and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", action="append", choices=methods.SHAPES, help="shape to measure; may be repeated")
-    parser.add_argument("--runs", type=int, help="timed runs of every method (default: 10 on a GPU, 5 on a CPU)")
-    parser.add_argument("--full", action="store_true", help="also the curves of error against time")
-    parser.add_argument("--only", help="methods whose name or setting fits: 'sol-attn', '*tail*'; dense always")
+    parser.add_argument("--runs", type=int, help="timed runs per method (default: 10 on a GPU, 5 on a CPU)")
+    parser.add_argument("--full", action="store_true", help="add the settings for the curves of error against time")
+    parser.add_argument("--only", help="methods whose name or setting matches: 'sol-attn', '*tail*'; always dense")
     parser.add_argument("--lengths", action="store_true", help="only cost against length, 4k to 260k tokens, 4 heads")
-    parser.add_argument("--plot", action="store_true", help="only draw the pictures from the results that are there")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--plot", action="store_true", help="only draw the plots, from existing results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
@@ -77,14 +77,14 @@ def _all_shapes(cuda: bool) -> list[str]:
 
 
 def _chosen(dim: int, arguments: argparse.Namespace) -> list[methods.Method]:
-    """The methods to measure, with the dense one that each is compared with."""
+    """The methods to measure, including the dense ones they are compared with."""
     cuda = torch.cuda.is_available()
     every = methods.length_methods(dim, cuda) if arguments.lengths else methods.methods(dim, cuda, arguments.full)
-    fits = arguments.only or "*"
+    pattern = arguments.only or "*"
     wanted, seen = [], set()
     for method in every:
         first = method.dtype not in seen
-        if first or fnmatch.fnmatch(method.name, fits) or fnmatch.fnmatch(method.setting, fits):
+        if first or fnmatch.fnmatch(method.name, pattern) or fnmatch.fnmatch(method.setting, pattern):
             wanted.append(method)
         seen.add(method.dtype)
     return wanted
@@ -104,16 +104,16 @@ def _measure(
         kind = method.dtype or dtype
         dense_ms = baselines.get(kind)
         try:
-            if kind not in cast:  # the same numbers in another type, so that the truth is the same too
+            if kind not in cast:  # the same numbers in another type, so that the exact result stays valid
                 cast = {kind: tuple(x.to(kind) for x in (q, k, v))}
             call, density = method.make(*cast[kind], grid)
             error = truth.error(getattr(call, "restore", lambda x: x)(call()))
             memory, ms, host = extra_mb(call), median_ms(call, runs), host_ms(call, runs)
-        except Exception as failure:  # a rival that does not run here must not end the run
+        except Exception as failure:  # a rival that fails here must not end the run
             if dense_ms is None:
                 raise
             reason = " ".join(str(failure).split())[:140]
-            print(f"{name:16s} {method.name:15s} left out: {type(failure).__name__}: {reason}", flush=True)
+            print(f"{name:16s} {method.name:15s} skipped: {type(failure).__name__}: {reason}", flush=True)
             continue
         dense_ms = baselines.setdefault(kind, ms)
         row = {"method": method.name, "precision": method.precision, "density": round(density(), 4), "ms": round(ms, 3)}
@@ -123,13 +123,13 @@ def _measure(
         figures = f"{ms:9.2f} ms {dense_ms / ms:6.2f}x  error {error:.4f}"
         times[method.name, method.setting, method.precision] = ms
         usual = times.get((method.name, method.setting, chosen[0].precision))
-        beside = f"  {method.precision}/{chosen[0].precision} {ms / usual:.3f}" if method.dtype and usual else ""
-        print(f"{name:16s} {method.name:15s} {figures}  {method.precision:9s} {method.setting}{beside}", flush=True)
+        ratio = f"  {method.precision}/{chosen[0].precision} {ms / usual:.3f}" if method.dtype and usual else ""
+        print(f"{name:16s} {method.name:15s} {figures}  {method.precision:9s} {method.setting}{ratio}", flush=True)
     return rows, _stages(q, k, v, grid, runs, common) if stages and cuda else []
 
 
 def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs: int, common: dict) -> list[dict]:
-    """Milliseconds of every stage of the Triton backend with what `auto` takes, at sparsity .85, lined up as there."""
+    """Milliseconds of every stage of the Triton backend, in its own order, for the setting behind `auto` at 0.85."""
     from comfyui_psa.choices.presets import RANKING
     from comfyui_psa.kernels import PyramidConfig, make_order
     from comfyui_psa.kernels.gpu.attend import attend_triton
@@ -197,7 +197,7 @@ def _machine(cuda: bool) -> dict[str, object]:
 
 
 def _write(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """Put the rows into the file instead of those of the same shapes."""
+    """Write the rows to the file, replacing those of the same shapes."""
     from comfyui_psa.workshop.table import read_rows, write_rows
 
     measured = {row["shape"] for row in rows}

@@ -1,8 +1,9 @@
 """Smooth, video-like q, k, v for benchmarks: the same recipe for every method, from an explicit seed.
 
-A field is a sum of unit normal noise on the grid divided by (1,1,1), (2,4,4), (4,10,16), trilinearly upsampled. Per
-head x is a field, y = x + .5 field, q = x + .3 noise, k = y + .3 noise; each token is RMS-normalised, times a gain
-of 1.0, 1.3, 1.6, 2.0 (head mod 4, from flat to peaky); 3-D RoPE as in Wan; v = field + .5 noise.
+A field is the sum of unit normal noise on the grid divided by (1,1,1), (2,4,4) and (4,10,16), upsampled trilinearly.
+Per head, x is a field, y = x + .5 field, q = x + .3 noise, k = y + .3 noise. Each token is RMS-normalised and
+multiplied by a gain of 1.0, 1.3, 1.6 or 2.0 (head mod 4, from flat to peaky), followed by 3-D RoPE as in Wan;
+v = field + .5 noise.
 """
 
 from __future__ import annotations

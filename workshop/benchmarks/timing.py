@@ -1,7 +1,7 @@
-"""Times of calls: medians from device events with the second-level cache flushed, or from the clock on a CPU.
+"""Median times of calls: from device events with the L2 cache flushed on a GPU, or from the clock on a CPU.
 
-A GPU is kept busy until the host has launched the call, as it is in the middle of a model: what is measured is the
-time of the GPU. What the host needs is `host_ms`; a call is as slow as the slower of the two.
+The GPU is kept busy until the host has launched the call, as in the middle of a model, so only GPU time is measured.
+`host_ms` measures the host; a call takes as long as the slower of the two.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable
 
 import torch
 
-# More than any second-level cache holds.
+# Larger than any L2 cache.
 _FLUSH_BYTES = 2**28
-# Flushes before a call, .1 ms each on an H100: together as long as the slowest host that we saw took to launch a call.
+# Flushes before a call, 0.1 ms each on an H100: together as long as the slowest host we saw took to launch a call.
 _FLUSHES = 60
 
 
 def median_ms(call: Callable[[], object], runs: int, warm_up: int = 1) -> float:
-    """Median time of `runs` calls in milliseconds, after `warm_up` calls that do not count."""
+    """Median time of `runs` calls in milliseconds, after `warm_up` uncounted calls."""
     for _ in range(warm_up):
         call()
     cuda = torch.cuda.is_available()
@@ -43,7 +43,7 @@ def median_ms(call: Callable[[], object], runs: int, warm_up: int = 1) -> float:
 
 
 def host_ms(call: Callable[[], object], runs: int) -> float | None:
-    """Median time in milliseconds until a call on an idle GPU returns, its work not yet done; None on a CPU."""
+    """Median milliseconds until a call on an idle GPU returns, before its work is done; None on a CPU."""
     if not torch.cuda.is_available():
         return None
     times = []
@@ -57,7 +57,7 @@ def host_ms(call: Callable[[], object], runs: int) -> float | None:
 
 
 def extra_mb(call: Callable[[], torch.Tensor]) -> float | None:
-    """Peak memory of a call beyond its inputs and its output, in MB (2^20 bytes); None on a CPU."""
+    """Peak memory of a call in addition to its inputs and output, in MB (2^20 bytes); None on a CPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""What every method's error is taken against: dense attention in float64 on some query rows of every head.
+"""The reference for every method's error: dense attention in float64 on some query rows of every head.
 
-Not against a dense kernel in 16 bits, whose own rounding would hide what a good method does and be charged to it.
+A dense 16-bit kernel would not do: its own rounding error would be counted against a good method.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import dataclasses
 import torch
 
 _BLOCKS, _ROWS = 8, 64
-"""Query blocks of every head, and rows of each."""
+"""Query blocks per head, and rows per block."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """Exact outputs float64 [H, R, D] at the query rows int64 [H, R], which are other ones in every head."""
+    """Exact outputs float64 [H, R, D] at the query rows int64 [H, R], which differ from head to head."""
 
     rows: torch.Tensor
     output: torch.Tensor
@@ -27,12 +27,12 @@ class Truth:
 
 
 def exact_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Truth:
-    """The truth for q, k, v [1, H, L, D]: blocks spread evenly over the sequence, one head after the other."""
+    """The truth for q, k, v [1, H, L, D], on blocks spread evenly over the sequence; computed head by head."""
     heads, length = q.shape[1:3]
     count = min(_BLOCKS, -(-length // _ROWS))
     rows, outputs = [], []
     for head in range(heads):
-        # Shifted from head to head, so that all heads together see all parts of a video.
+        # Shifted from head to head, so that together the heads cover all parts of a video.
         starts = (torch.arange(count, device=q.device) + head / heads) * (length / count)
         chosen = (starts.long()[:, None] + torch.arange(_ROWS, device=q.device)).flatten() % length
         logits = q[0, head, chosen].double() @ k[0, head].double().T * q.shape[-1] ** -0.5

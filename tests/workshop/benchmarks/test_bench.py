@@ -154,5 +154,5 @@ def test_pictures_of_errors_and_of_lengths(tmp_path):
 
 
 def test_the_front_is_what_no_faster_point_beats():
-    front = load("plot")._front([(1.0, 0.5), (2.0, 0.6), (3.0, 0.1), (4.0, 0.1)])
+    front = load("plot")._pareto_front([(1.0, 0.5), (2.0, 0.6), (3.0, 0.1), (4.0, 0.1)])
     assert front == [(1.0, 0.5), (3.0, 0.1)]
