@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""The development command line: a real ComfyUI with this pack, from nothing.
+"""The development command line: sets up a real ComfyUI with this pack from scratch.
 
-    python dev.py demo     sample a video dense and with PSA on the CPU, compare them in output/psa_demo/
-    python dev.py test     run the tests, a process per core; everything after `test` goes to pytest
-    python dev.py serve    open ComfyUI with the pack, for trying by hand
+    python dev.py demo     sample a video dense and with PSA on the CPU, and compare them in output/psa_demo/
+    python dev.py test     run the tests, one process per core; everything after `test` goes to pytest
+    python dev.py serve    open ComfyUI with the pack, to try it by hand
     python dev.py bench    run the benchmarks
-    python dev.py quality  measure settings against dense sampling; --quick takes minutes on a CPU
-    python dev.py check    style, the layers of the house and types; `check layers` runs one of the three
-    python dev.py fuzz     random and hostile inputs and files on a real server, --cases of them
-    python dev.py soak     many prompts in a row on a real server, and its memory before and after
-    python dev.py setup    only make the environment in .dev/
-    python dev.py workflows    write workflows/*.json and locales/en again, after a node's schema has changed
-    python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; needs huggingface-hub alone
+    python dev.py quality  compare settings with dense sampling; --quick takes minutes on a CPU
+    python dev.py check    check style, layers and types; `check layers` runs only one of the three
+    python dev.py fuzz     send random and hostile inputs and files to a real server, --cases of them
+    python dev.py soak     run many prompts on a real server and compare its memory before and after
+    python dev.py setup    only set up the environment in .dev/
+    python dev.py workflows    regenerate workflows/*.json and locales/en after changing a node's schema
+    python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; only needs huggingface-hub
 
-Needs Python 3.10 or newer and nothing else; the first run installs into .dev/ (a few minutes, about 8 GB).
-Every command takes another ComfyUI with --comfyui FOLDER, or from COMFYUI_PATH in the environment; what that one
-requires is then installed into .dev/venv.
+Needs only Python 3.10 or newer; the first run installs the rest into .dev/ (a few minutes, about 8 GB).
+To use another ComfyUI, pass --comfyui FOLDER to any command or set COMFYUI_PATH; its requirements are then installed
+into .dev/venv.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from workshop.tools.terminal import Failure
 
 def main() -> int:
     """Run one command and return its exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that was started is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running server gets stopped
     arguments, rest = _parser().parse_known_args()
     if rest and arguments.command not in ("test", "bench", "quality"):
         _parser().error(f"unrecognised arguments: {' '.join(rest)}")
@@ -67,23 +67,23 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--comfyui",
             type=Path,
-            help="folder of a ComfyUI that is already there; without it COMFYUI_PATH, else one in .dev/",
+            help="folder of an existing ComfyUI; default: COMFYUI_PATH, otherwise the one in .dev/",
         )
         if name == "demo":
             command.add_argument("--steps", type=int, help="sampling steps")
-            command.add_argument("--sparsity", type=float, help="target sparsity of PSA, 0 to 0.97")
+            command.add_argument("--sparsity", type=float, help="PSA's target sparsity, 0 to 0.97")
         if name == "serve":
-            command.add_argument("--port", type=int, default=0, help="0 chooses a free one")
+            command.add_argument("--port", type=int, default=0, help="0 picks a free port")
             command.add_argument("--no-browser", action="store_true", help="only print the address")
         if name == "check":
-            command.add_argument("kinds", nargs="*", help="style, layers or types; without it all three")
+            command.add_argument("kinds", nargs="*", help="style, layers or types; default: all three")
         if name == "fuzz":
             command.add_argument("--cases", type=int, default=500, help="prompts to try, about 20 a second")
-            command.add_argument("--seed", type=int, default=0, help="the same seed tries the same cases")
+            command.add_argument("--seed", type=int, default=0, help="the same seed gives the same cases")
         if name == "soak":
             command.add_argument("--prompts", type=int, default=50, help="prompts after the warm-up")
         if name == "weights":
-            command.add_argument("--to", type=Path, default=ROOT / "weights", help="another folder that is there")
+            command.add_argument("--to", type=Path, default=ROOT / "weights", help="an existing folder to use instead")
     return parser
 
 
@@ -112,12 +112,12 @@ def _workflows(_: argparse.Namespace, comfyui: Path, __: list[str]) -> int:
 
 
 SPREAD = ["--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile", "--no-loadscope-reorder"]
-"""Tests of several files run in several processes; tests/conftest.py says in how many, and in which order."""
+"""Runs test files in several processes; tests/conftest.py decides how many, and in which order."""
 
 
 def _test(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
-    # The script, not `python -m pytest`: that would put the repository root on sys.path. What the user says comes last,
-    # so that their -n or --dist wins.
+    # Not `python -m pytest`, which would put the repository root on sys.path. The user's arguments come last, so that
+    # their -n or --dist wins.
     spread = [] if any("no:xdist" in word for word in rest) else SPREAD
     return _run(
         [VENV_SCRIPTS / "pytest", f"--rootdir={ROOT}", f"--config-file={ROOT / 'pyproject.toml'}", *spread, *rest],
@@ -141,7 +141,7 @@ def _check(arguments: argparse.Namespace, _: Path, __: list[str]) -> int:
 
     unknown = [kind for kind in arguments.kinds if kind not in KINDS]
     if unknown:
-        raise Failure(f"There is no check named {unknown[0]}; choose among {', '.join(KINDS)}.")
+        raise Failure(f"There is no check named {unknown[0]}; choose from {', '.join(KINDS)}.")
     return 0 if run_checks(arguments.kinds or list(KINDS)) else 1
 
 
@@ -162,7 +162,7 @@ def _soak(arguments: argparse.Namespace, comfyui: Path, _: list[str]) -> int:
 def _weights(arguments: argparse.Namespace, *_: object) -> int:
     if importlib.util.find_spec("huggingface_hub") is None:
         if not VENV_PYTHON.exists():
-            raise Failure("huggingface-hub is missing: pip install huggingface-hub, then start this again.")
+            raise Failure("huggingface-hub is missing; run `pip install huggingface-hub` and try again.")
         _continue_in_environment()
     from loading.download import DownloadError, download_lora
 
@@ -170,7 +170,7 @@ def _weights(arguments: argparse.Namespace, *_: object) -> int:
     if not folder.is_dir():
         raise Failure(f"There is no folder {folder}.")
     try:
-        print(f"The LoRA is {download_lora(folder)}")
+        print(f"The LoRA is at {download_lora(folder)}")
     except DownloadError as error:
         raise Failure(str(error)) from error
     return 0
@@ -197,8 +197,8 @@ COMMANDS = {
 
 
 def _continue_in_environment() -> None:
-    """Return when this is the environment's Python, with the pack imported; otherwise run this command line again
-    with it, and end."""
+    """Import the pack if this is the environment's Python; otherwise run this command line again with that Python, and
+    exit."""
     if Path(sys.prefix).resolve() != VENV.resolve():
         sys.exit(_run([VENV_PYTHON, Path(__file__).resolve(), *sys.argv[1:]]))
     load_pack()
@@ -208,7 +208,9 @@ def _run(command: list, environment: dict[str, str] | None = None) -> int:
     sys.stdout.flush()
     words, environment = [str(word) for word in command], {**os.environ, **(environment or {})}
     if os.name != "nt":
-        os.execve(words[0], words, environment)  # no process in between that could outlive or miss a signal
+        os.execve(
+            words[0], words, environment
+        )  # replaces this process: no parent in between that could outlive it or miss a signal
     return subprocess.run(words, env=environment).returncode
 
 
