@@ -48,6 +48,7 @@ def search(frontend, words, expected=None):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_template_has_its_picture_and_opens(pages, name):
     frontend = pages()
@@ -67,7 +68,7 @@ def test_every_template_has_its_picture_and_opens(pages, name):
     assert frontend.errors == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_the_demo_runs_at_once(frontend):
     open_template(frontend, "psa_demo")
     frontend.page.wait_for_timeout(1000)

@@ -12,6 +12,7 @@ from comfyui_psa.workshop.tools.terminal import Failure
 from comfyui_psa.workshop.tools.workflow import load_workflow
 
 
+@pytest.mark.slow(seconds=30)
 def test_a_workflow_is_measured(client, tmp_path):
     workflow = load_workflow(WORKFLOWS / "psa_demo.json")
     for node in workflow["nodes"]:

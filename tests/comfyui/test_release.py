@@ -50,6 +50,7 @@ def released(files, tmp_path_factory):
         yield server
 
 
+@pytest.mark.slow
 def test_a_server_offers_all_of_it(released, files):
     client = Client(released.url)
     definitions = client.get("/object_info")

@@ -81,7 +81,7 @@ def forget_everything(client):
     time.sleep(1.5)  # the server does it between two prompts
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_the_demo_runs_at_a_small_size(client, definitions, workflow, tmp_path):
     prompt = graph_to_prompt(workflow, definitions)
     result = client.run(prompt)

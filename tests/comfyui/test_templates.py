@@ -60,7 +60,7 @@ def test_the_demos_node_is_always_there_in_a_category_of_its_own(definitions):
     assert node["dev_only"], "search and menus leave it out"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_the_demo_template_gives_a_video(client, definitions):
     prompt = graph_to_prompt(client.get(f"{ADDRESS}/psa_demo.json"), definitions)
     for entry in prompt.values():

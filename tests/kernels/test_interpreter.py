@@ -15,7 +15,7 @@ import torch
 FILES = sorted(Path(__file__).parent.glob("test_*_triton.py"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=400)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tried there")
 def test_the_kernels_in_the_interpreter():
     pytest.importorskip("triton")

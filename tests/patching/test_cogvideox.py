@@ -123,6 +123,7 @@ def test_a_model_without_the_corrections_is_told_so_once(comfyui, tiny, caplog):
     assert sum("put PSA CogVideoX Fix after" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.slow(seconds=30)
 def test_compiled_after_the_loader(models, sample):
     """Core's TorchCompileModel after PSA CogVideoX Loader, without the minutes that generating code takes."""
     import torch._dynamo

@@ -315,6 +315,7 @@ def compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow(seconds=15)
 @pytest.mark.parametrize(("first", "before"), [("psa", True), ("bypassed", False), ("bypassed", True)])
 def test_compile_on_bypassed_on(model, sample, compiler, first, before):
     stock, expected = sample(model, steps=4), sample(patch_model(model, **PATCH), steps=4)
@@ -330,6 +331,7 @@ def test_compile_on_bypassed_on(model, sample, compiler, first, before):
             assert_close(out, stock, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["psa", "bypassed"])
 def test_single_blocks_compiled(model, sample, compiler, first):
     """As packs do it that compile block by block, with guards on transformer_options dropped."""
@@ -349,6 +351,7 @@ def test_single_blocks_compiled(model, sample, compiler, first):
     assert report(psa)["notes"] == []
 
 
+@pytest.mark.slow(seconds=15)
 def test_compile_settles(tiny_wan, sample, compiler):
     deep = tiny_wan.load("t2v", num_layers=6)
     psa = compiled(patch_model(deep, **PATCH))
