@@ -1,7 +1,7 @@
-"""Queries, keys and values of a trained model: self-attention of the demo model while it samples, without ComfyUI.
+"""Queries, keys and values of a trained model: the demo model's self-attention while it samples, without ComfyUI.
 
-Two heads of 9216 tokens in each of three blocks, at an early and a late step of a dense run of ten. They are laid
-beside each other as twelve heads, so that one call is large enough for a GPU and one error is the mean over them all.
+Two heads of 9216 tokens from each of three blocks, at an early and a late step of a dense run of ten steps. They are
+combined into twelve heads, so that one call is large enough for a GPU and its error is the mean over all of them.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import torch
 
 HEADS, GRID, DIM = 12, (9, 32, 32), 128
 STEPS, BLOCKS = (3, 8), (1, 3, 5)
-"""Steps of ten (sigma .97 and .75) and transformer blocks of six that are taken."""
+"""The recorded steps, out of ten (sigma .97 and .75), and transformer blocks, out of six."""
 
 
 def demo_qkv(dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v [1, 12, 9216, 128]; heads are ordered by step, block and head."""
+    """q, k, v [1, 12, 9216, 128], with heads ordered by step, block and head."""
     from comfyui_psa.workshop.quality.demo_model import Clip, DemoModel, DenseAttention, Video, simple_schedule
     from comfyui_psa.workshop.training.shapes_sheet import SHEET_SCENES
 

@@ -27,7 +27,7 @@ SEEDS = (42, 7, 1234, 99)
 DEFAULTS = {
     # steps, scenes, seeds, frames
     "full": (20, 4, 2, 33),
-    # Not fewer steps: with 10 a dense quarter and the published 30 % would be the same three.
+    # Not fewer steps: with 10, a dense quarter and the published 30 % would be the same three steps.
     "quick": (20, 2, 1, 17),
     "smoke": (8, 1, 1, 17),
     "candidates": (20, 4, 2, 33),
@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 def main(description: str | None = None) -> int:
-    """Run what the command line asks for; the exit code."""
+    """Run what the command line asks for and return the exit code."""
     began = time.monotonic()
     try:
         arguments = _parse(description)
@@ -69,7 +69,7 @@ def main(description: str | None = None) -> int:
     ]
     device = torch.device(arguments.device)
     precision = arguments.dtype or ("bf16" if device.type == "cuda" else "float32")
-    # Where the model runs in float32 the Triton kernels do not serve on a GPU; on a CPU torch is the backend anyway.
+    # The Triton kernels do not support float32 models; on a CPU the backend is torch anyway.
     backend = arguments.backend or ("triton" if device.type == "cuda" and precision != "float32" else "torch")
     video = Video(frames, arguments.side, arguments.side)
     clips = [
@@ -124,12 +124,12 @@ def main(description: str | None = None) -> int:
 
 
 def name_of(found: ModelFolder, guidance: float) -> str:
-    """The model in the results: that of its files, and the scale where it is guided at another than its own."""
+    """The model's name in the results: its files' name, plus the guidance scale if it is not the model's own."""
     return f"psa_{found.name}" + ("" if guidance == found.guidance else f", cfg {guidance:g}")
 
 
 def exit_code(margin: float) -> int:
-    """Of the quick run, for our default minus the best published setting in dB: 0 only where ours is closer."""
+    """The quick run's exit code for our default minus the best published setting in dB: 0 only if ours is closer."""
     return 0 if margin > 0 else 1
 
 
@@ -141,37 +141,39 @@ def _parse(description: str | None) -> argparse.Namespace:
     )
     size.add_argument("--smoke", action="store_true", help="a few settings, 8 steps, one clip: does it run?")
     size.add_argument("--velocity", action="store_true", help="single model calls: how blocks should be ranked")
-    size.add_argument("--candidates", action="store_true", help="what might become the default, at both warm-ups")
-    size.add_argument("--times", action="store_true", help="what ranking costs at the size of real models, on a GPU")
+    size.add_argument("--candidates", action="store_true", help="possible new defaults, with both warm-ups")
+    size.add_argument("--times", action="store_true", help="the time ranking takes at real models' sizes, on a GPU")
     size.add_argument("--report", action="store_true", help="write docs/quality.md from workshop/results/")
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")
     parser.add_argument("--settings", type=Path, metavar="FILE", help="JSON list of PSA Patch inputs, for --workflow")
-    parser.add_argument("--url", help="of a running ComfyUI with this pack, for --workflow; otherwise one is started")
-    parser.add_argument("--model", type=Path, metavar="FOLDER", help="of a trained model; otherwise the demo's")
-    parser.add_argument("--cfg", type=float, help="scale of guidance, 1 for none; otherwise that of the model")
+    parser.add_argument("--url", help="address of a running ComfyUI with this pack, for --workflow; default: start one")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="folder of a trained model; default: the demo's")
+    parser.add_argument("--cfg", type=float, help="guidance scale, 1 for none; default: the model's own")
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder of the results: output/quality, with -MODEL and -DTYPE where they are not usual",
+        help="folder for the results; default: output/quality, plus -MODEL and -DTYPE if given",
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="settings whose name fits one of these: 'paper*'")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="settings whose name matches one of these, such as 'paper*'"
+    )
     parser.add_argument("--list", action="store_true", help="only print the names of the settings")
     parser.add_argument("--steps", type=int, help="sampling steps")
     parser.add_argument("--scenes", type=int, help="1 to 6")
-    parser.add_argument("--seeds", type=int, help=f"1 to {len(SEEDS)}, for every scene")
+    parser.add_argument("--seeds", type=int, help=f"1 to {len(SEEDS)}, per scene")
     parser.add_argument("--frames", type=int, help="1 + 4n")
     parser.add_argument("--side", type=int, default=512, help="height and width in pixels")
-    parser.add_argument("--minutes", type=float, default=60.0, help="no setting begins later than this")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no setting after this time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model; bf16 on a GPU, float32 elsewhere")
-    parser.add_argument("--backend", choices=("triton", "torch"), help="of the attention")
-    parser.add_argument("--no-compile-ahead", action="store_true", help="compile each kernel when it is needed")
+    parser.add_argument("--dtype", choices=DTYPES, help="the model's type; default: bf16 on a GPU, float32 elsewhere")
+    parser.add_argument("--backend", choices=("triton", "torch"), help="for attention")
+    parser.add_argument("--no-compile-ahead", action="store_true", help="compile kernels only when needed")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    # A run replaces the files of its folder: one of another model or type must not end those of the usual.
+    # A run replaces the files in its folder, so other models and types get folders of their own.
     given = [name for name in ("model", "cfg") if getattr(arguments, name) is not None]
     if given and (arguments.workflow or arguments.times or arguments.report):
-        parser.error(f"--{given[0]} is of no use here: a workflow names its own model, --times and --report use none")
+        parser.error(f"--{given[0]} does not apply: a workflow names its own model, --times and --report use none")
     arguments.found = read_folder(arguments.model.expanduser() if arguments.model else WEIGHTS)
     model = None if arguments.found.name == "demo" else arguments.found.name
     arguments.out = arguments.out or ROOT / "output" / "-".join(filter(None, ("quality", model, arguments.dtype)))

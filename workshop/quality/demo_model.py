@@ -1,7 +1,7 @@
-"""A trained model sampled directly: ComfyUI's numbers, with an attention function of our choice and no ComfyUI.
+"""Samples a trained model directly, without ComfyUI but with the same results, using any attention function.
 
-Euler steps over the `simple` schedule, as `workflows/psa_demo.json` has them. The model is that of a folder: the
-demo's, or the large one, whose prompts are of another vocabulary and which is sampled with guidance.
+Uses Euler steps over the `simple` schedule, like `workflows/psa_demo.json`. The model comes from a folder: the demo's,
+or the large one, which has another vocabulary and is sampled with guidance.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from .setting import Schedule, shifted
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "demo" / "weights"
 SHIFT = 12.0
-# Clips that are decoded at once on a GPU, and on a CPU.
+# Clips decoded at once on a GPU, and on a CPU.
 _DECODED_AT_ONCE = 4, 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Size of the sampled video in pixels; frames are 1 + 4n, sides divide by 16."""
+    """Size of the sampled video in pixels; frames must be 1 + 4n, sides divisible by 16."""
 
     frames: int = 33
     height: int = 512
@@ -39,7 +39,7 @@ class Video:
 
     @property
     def latent(self) -> tuple[int, int, int, int]:
-        """[C, T, H, W] of its latent."""
+        """Shape [C, T, H, W] of its latent."""
         return 16, 1 + (self.frames - 1) // 4, self.height // 8, self.width // 8
 
     @property
@@ -58,7 +58,7 @@ class Clip:
 
 
 class Attention(Protocol):
-    """An attention function that is told the step it is in."""
+    """An attention function that is informed when a step begins."""
 
     def begin_step(self, step: int) -> None: ...
 
@@ -66,10 +66,10 @@ class Attention(Protocol):
 
 
 class DenseAttention:
-    """Torch's own attention: what every setting is compared with."""
+    """torch's own attention, which every setting is compared with."""
 
     def begin_step(self, step: int) -> None:
-        """Dense attention knows no steps."""
+        """Does nothing: dense attention does not depend on the step."""
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Output [B, H, L, D] of q, k, v [B, H, L, D]."""
@@ -81,7 +81,7 @@ VelocityOf = Callable[[torch.Tensor, float, Attention], torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """Latents [steps, B, 16, T, H, W] after every step, float32 on the device, and seconds of every step."""
+    """Latents [steps, B, 16, T, H, W] after every step, float32 on the device, and the seconds of every step."""
 
     latents: torch.Tensor
     seconds: list[float]
@@ -95,13 +95,13 @@ def simple_schedule(steps: int, blocks: int, shift: float = SHIFT) -> Schedule:
 
 
 class DemoModel:
-    """Diffusion model and decoder on a device; `dtype` bfloat16 or float16 runs matrix products and attention in it.
+    """Diffusion model and decoder on a device; with `dtype` bfloat16 or float16, matrix products and attention use it.
 
-    guidance: scale of classifier-free guidance, prompt and empty prompt as one batch of twice the clips; None takes the
-    one that the model was made for, 1 samples without.
+    guidance: scale of classifier-free guidance, with prompts and empty prompts as one batch of twice the clips; None
+    uses the scale the model was made for, 1 means no guidance.
 
     Raises:
-        MissingModelError: the folder does not hold a whole model.
+        MissingModelError: the folder does not contain a complete model.
     """
 
     def __init__(
@@ -123,8 +123,8 @@ class DemoModel:
         return len(self.network.blocks)
 
     def velocity_of(self, clips: Sequence[Clip], video: Video) -> VelocityOf:
-        """One step's velocity of these clips: float32, of noisy latents [B, 16, T, H, W], their noise level and the
-        attention, which was told the step before."""
+        """A function that returns these clips' velocity, float32, for noisy latents [B, 16, T, H, W], their noise level
+        and an attention function whose `begin_step` has been called."""
         context = self.facts.world.conditioning([clip.scene for clip in clips]).to(self.device)
         table = rotary_table(video.grid, self.device)
 
@@ -160,7 +160,7 @@ class DemoModel:
 
     @torch.inference_mode()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Videos uint8 [B, 3, F, H, W] on the device, of latents [B, 16, T, H, W]."""
+        """Videos uint8 [B, 3, F, H, W] on the device, from latents [B, 16, T, H, W]."""
         at_once = _DECODED_AT_ONCE[0 if self.device.type == "cuda" else 1]
         videos = []
         for part in latents.split(at_once):
@@ -169,13 +169,13 @@ class DemoModel:
         return torch.cat(videos)
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """Around every call of the network: 16-bit matrix products, or nothing in float32."""
+        """Context for every call of the network: 16-bit matrix products, or no change in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def clock(self) -> float:
-        """Seconds of the GPU's work; on a CPU processor seconds a thread, which other load hardly changes."""
+        """Seconds, after the GPU's work is done; on a CPU, CPU seconds per thread, which other load hardly affects."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return time.perf_counter()

@@ -1,7 +1,7 @@
-"""The list of settings as data: the paper's claims, what goes beyond them, rivals, and the published presets.
+"""The list of settings as data: the paper's claims, claims beyond them, rivals, and the published presets.
 
 Nothing is computed here. Compute is the whole run's attention FLOPs as a share of the dense run's, see `setting.py`.
-The order is the order of importance: a run that is cut short has measured the first ones.
+The most important settings come first, in case a run is cut short.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 from .setting import Setting
 
 LEAN, MIDDLE = 0.3625, 0.4375
-"""A quarter of the steps dense and the others at sparsity 0.85, or at 0.75."""
+"""A quarter of the steps dense, and the others at sparsity 0.85 or 0.75."""
 FRONT = (1 / 3, 1 / 2, 2 / 3)
 """3x, 2x and 1.5x less attention compute."""
 ALL = (LEAN, MIDDLE, *FRONT)
 
 PUBLISHED = {
-    # preset: start_percent, the published share of dense steps; module-default names none, so it gets the others'
+    # preset: start_percent, the published share of dense steps; module-default has none, so it gets the same as others
     "wan2.1-14b": 0.30,
     "wan2.1-1.3b": 0.30,
     "wan2.1-1.3b-topk": 0.30,
@@ -30,12 +30,12 @@ PUBLISHED = {
     "module-default": 0.30,
 }
 _WRITTEN_SPARSITY = {"wan2.1-1.3b-topk": 0.90, "cogvideox-5b-4step": 0.84375}
-"""1 - density of the shares as they are written, where it is not 0.85 (topk presets)."""
+"""1 - density of the shares as written, if it is not 0.85 (topk presets)."""
 QUICK = ("cogvideox1.5-5b", "wan2.1-1.3b-topk")
-"""The published presets of the quick run: those that came closest to our default at their compute in the full one."""
+"""The quick run's published presets: those that came closest to our default at equal compute in the full run."""
 
 TAUS = (0.5, 1.0, 1.5, 2.0)
-"""Of Sol-Attn: standard deviations that a block's score lies above its row's mean to be seen in full."""
+"""Sol-Attn's thresholds: standard deviations above the row's mean at which a block is seen in full."""
 PAPER = {"preset": "module-default (published)", "order": "curve"}
 """The paper's recipe in one setting: topk 10/5/0/20, curve order, sampled importance, 128/64, a quarter dense."""
 BUDGETS = {
@@ -49,7 +49,7 @@ BUDGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """`first` is said to be closer to dense than `second`; both are names without their compute, compared at each."""
+    """Claims that `first` is closer to dense than `second`. Names without a compute, compared at each."""
 
     text: str
     source: str
@@ -57,7 +57,7 @@ class Claim:
     second: str
     compute: tuple[float, ...] = ()
     equal: bool = False
-    """Said to be as close as `second`, not closer."""
+    """Claims that `first` is as close as `second`, not closer."""
 
 
 def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
@@ -86,7 +86,7 @@ def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
 
 
 def claims() -> list[Claim]:
-    """The paper's claims and what we ask beyond them, each a comparison of measured settings."""
+    """The paper's claims and our own questions, each a comparison of measured settings."""
     both = (LEAN, MIDDLE)
     return [
         Claim("Several levels beat a binary mask", "table of masks", "PSA-3", "block-sparse", both),
@@ -159,7 +159,7 @@ def claims() -> list[Claim]:
 
 
 def choice_claims() -> list[Claim]:
-    """What is asked of the candidates for the default; their names are those of `_candidates`."""
+    """Questions about the candidates for the default; the names are those of `_candidates`."""
     three = (LEAN, MIDDLE, 0.5)
 
     def ask(text: str, first: str, second: str, *, equal: bool = False) -> Claim:
@@ -198,10 +198,10 @@ def _at(name: str, group: str, compute: tuple[float, ...], node: dict[str, Any],
 
 
 def _front() -> list[Setting]:
-    """Quality against compute: what a user would choose from, and rivals."""
+    """Quality against compute: settings a user might choose, and rivals."""
     full = PAPER | {"pyramid": "1: 1.0", "sparsity": 0.0}
     return [
-        Setting("all blocks in full", "front", full),  # what the precision alone costs
+        Setting("all blocks in full", "front", full),  # the loss from precision alone
         *_at("default", "front", ALL, {}, sheet=True),
         *_at("pooled by max", "front", ALL, PAPER | {"importance": "pooled"}, config={"reduction": "max"}),
         *_at("default, falling", "front", ALL, {"falling": 0.6}),
@@ -220,7 +220,7 @@ def _budget(name: str, **node: Any) -> dict[str, Any]:
 
 
 def _published(presets: tuple[str, ...], ramp: bool = False) -> list[Setting]:
-    """Each published preset exactly as it is, and our default at the compute that it turned out to take."""
+    """Each published preset unchanged, and our default at the compute which that preset takes."""
     found = []
     for preset in presets:
         node = {"preset": f"{preset} (published)", "start_percent": PUBLISHED[preset]}
@@ -315,7 +315,7 @@ def _beyond(blocks: int) -> list[Setting]:
 
 
 def _velocity() -> list[Setting]:
-    """How blocks are ranked, all else being the paper's recipe: for single model calls, at the slider's 0.85."""
+    """Ways to rank blocks, otherwise the paper's recipe: for single model calls, with the slider at 0.85."""
     found = []
     for share, reduction in ((4, "max"), (4, "mean"), (8, "mean"), (8, "max"), (16, "mean"), (1, "mean")):
         kind = f"sampled, 1 in {share}" if share > 1 else "exact, all tokens"
@@ -324,7 +324,7 @@ def _velocity() -> list[Setting]:
     for kind, reduction in (("pooled", "max"), ("pooled", "mean"), ("means", "mean")):
         config = {"reduction": reduction}
         found.append(Setting(f"{kind}, {reduction}", "velocity", PAPER | {"importance": kind}, config=config))
-    # The two that decide come first.
+    # The two decisive ones come first.
     return sorted(found, key=lambda s: s.name not in ("sampled, 1 in 8, mean", "pooled, mean"))
 
 
@@ -339,7 +339,7 @@ def _ranked(q: str, k: str, reduction: str = "mean", second_order: bool = False)
 POOLED = {"importance": "pooled"}
 _MEAN = {"config": {"reduction": "mean"}}
 CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    # name: inputs of the node beside the paper's recipe, and what the node does not offer
+    # name: node inputs that differ from the paper's recipe, and settings that the node does not offer
     "pooled, mean": (POOLED, _MEAN),
     "pooled, mean, 1.6 to 0.4": (POOLED, _MEAN | {"prototype": {"ramp": (1.6, 0.4)}}),
     "pooled, max": (POOLED, {"config": {"reduction": "max"}}),
@@ -362,16 +362,16 @@ CANDIDATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "queries 1 in 16, keys 1 in 4, mean": ({}, _ranked("sampled 16", "sampled 4")),
     "1 in 8, mean, 12/0/0/25": ({"pyramid": "1: 0.12, 8: 0.25"}, _sampled(8)),
 }
-"""What might become our default, see `_candidates`; the likeliest come first."""
+"""Possible new defaults, see `_candidates`; the likeliest come first."""
 WARM_UPS = (0.25, 0.30)
 _LIKELY = 5
-"""How many of the first are compared with published presets."""
+"""How many of them, from the first, are compared with published presets."""
 _TOPK = ("cogvideox1.5-5b", "wan2.1-1.3b-topk", "cogvideox-5b", "module-default")
-"""Published presets of topk, which come closer to dense at their compute than those of threshold."""
+"""Published topk presets, which come closer to dense at their compute than the threshold presets."""
 
 
 def _candidates() -> list[Setting]:
-    """Each candidate with both warm-ups at three computes, and the likeliest at the compute of published presets."""
+    """Each candidate with both warm-ups at three computes; the likeliest also at the compute of published presets."""
     found = [setting for setting in _published(_TOPK) if not setting.match]
     for number, (name, (node, more)) in enumerate(CANDIDATES.items()):
         for start in WARM_UPS:
@@ -382,7 +382,7 @@ def _candidates() -> list[Setting]:
                     for preset in _TOPK
                 ]
             found += _at(full, "candidates", (LEAN, MIDDLE, 0.5), inputs, **more)
-    # A density that falls might stand in for some of the dense steps.
+    # A falling density might replace some of the dense steps.
     ramp = _MEAN | {"prototype": {"ramp": (1.6, 0.4)}}
     inputs = PAPER | POOLED | {"start_percent": 0.20}
     found += _at("pooled, mean, 1.6 to 0.4, from 0.20", "candidates", (LEAN, MIDDLE, 0.5), inputs, **ramp)
@@ -390,7 +390,7 @@ def _candidates() -> list[Setting]:
 
 
 def _noise() -> list[Setting]:
-    """The random sample of the importance: the same in every step, or a fresh one; several draws of each."""
+    """The random sample for importance: the same in every step, or a fresh one in each; several draws of both."""
     found = []
     for seed in range(4):
         config = {"seed": seed}

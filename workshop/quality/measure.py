@@ -1,4 +1,4 @@
-"""Measure a list of settings on the demo model: sample, decode, compare with dense, write each as it is done."""
+"""Measures a list of settings: sample, decode, compare with dense, and write each result as soon as it is done."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Measurement:
     schedule: Schedule
     backend: str
     facts: dict[str, object]
-    """Columns that are the same in every row."""
+    """Columns with the same value in every row."""
 
     def run(self, settings: Sequence[Setting], folder: Path, deadline: float, say: Callable[[str], None]) -> int:
-        """Measure all settings and return how many were; those that begin after `deadline` (monotonic) are left out."""
+        """Measure the settings and return how many were measured; none is started after `deadline` (monotonic)."""
         writer, sheet = Writer(folder), Sheet(folder)
         lpips = metrics.load_lpips(self.model.device)
         self.model.sample(self.clips, self.video, dataclasses.replace(self.schedule, sigmas=self.schedule.sigmas[:1]),
@@ -52,12 +52,12 @@ class Measurement:
         measured = 0
         for setting in settings:
             if time.monotonic() > deadline:
-                say(f"out of time: {len(settings) - measured} settings left out")
+                say(f"out of time: {len(settings) - measured} settings not measured")
                 break
             began = time.monotonic()
             try:
                 rows, steps, frames, last = self._one(setting, computes, dense.latents, truth, lpips)
-            except Exception as error:  # one setting that fails must not end a run of a hundred
+            except Exception as error:  # one failure must not end a run of a hundred settings
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 writer.add([RunRow(setting.name, setting.group, "", error=reason, **self.facts)])
                 say(f"{setting.name}: failed: {reason}")
@@ -74,7 +74,7 @@ class Measurement:
                 f"SSIM {means['ssim']:.4f}, flicker {means['flicker']:.3f} ({time.monotonic() - began:.1f} s)"
             )
         for name, latents in averages.items():
-            # The mean of several draws: noise that differs from draw to draw falls, bias stays.
+            # The mean of several draws: noise that differs between draws averages out, bias remains.
             frames = self.model.decode(torch.stack(latents).mean(0))
             for i, clip in enumerate(self.clips):
                 row = RunRow(f"mean of {len(latents)} {name}", "noise", clip.name, **self.facts)

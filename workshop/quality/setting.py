@@ -1,7 +1,7 @@
-"""One setting to measure, and how it becomes what PSA Patch would build for a given amount of compute.
+"""A setting to measure, and what PSA Patch would build from it for a given amount of compute.
 
-Compute is the attention FLOPs of a whole run as a share of the dense run's, warm-up steps and dense blocks included
-(the estimate of importance is not counted; its time is). Two settings are compared at equal compute only.
+Compute is the attention FLOPs of a whole run as a share of the dense run's, including warm-up steps and dense blocks.
+Estimating importance is not counted, but is part of the times. Settings are compared only at equal compute.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...sampling.run import is_active
 
 NODE_DEFAULTS = {name: getattr(PatchInputs, name) for name in ("sparsity", "preset", "start_percent", "end_percent")}
 NODE_DEFAULTS |= {"min_tokens": 0}
-"""Inputs of PSA Patch that a setting may leave out; `min_tokens` is 0, for the demo's videos are short."""
+"""PSA Patch inputs that a setting may leave out; `min_tokens` is 0 because the demo's videos are short."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Setting:
         name: unique in a list; group: the table it belongs to.
         node: inputs of PSA Patch.
         config: fields of `PyramidConfig` that the node does not offer.
-        prototype: what no node offers yet, see `attention.py`.
-        compute: the run's share of the dense attention FLOPs, met by the sparsity; None runs the node as it is.
-        match: name of a setting before this one whose measured compute is taken.
-        average: runs of one name here are also averaged as videos (what remains of their error is bias).
-        sheet: shown on the contact sheet.
+        prototype: features that no node offers yet, see `attention.py`.
+        compute: target share of the dense attention FLOPs, reached by adjusting the sparsity; None leaves it unchanged.
+        match: name of an earlier setting whose measured compute to use as the target.
+        average: videos of settings with the same name here are also averaged (the error that remains is bias).
+        sheet: whether to show it on the contact sheet.
     """
 
     name: str
@@ -48,34 +48,34 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The steps of a run: `sigmas` of its model calls, first to last, and the number of transformer blocks."""
+    """The steps of a run: the `sigmas` of its model calls in order, and the number of transformer blocks."""
 
     sigmas: Sequence[float]
     shift: float
     blocks: int
 
     def percent_to_sigma(self, percent: float) -> float:
-        """As ComfyUI's flow models count schedule time."""
+        """The noise level at a share of the schedule, as in ComfyUI's flow models."""
         if percent <= 0 or percent >= 1:
             return 1.0 if percent <= 0 else 0.0
         return shifted(1 - percent, self.shift)
 
     def active(self, start_percent: float, end_percent: float) -> list[bool]:
-        """Which steps lie in PSA's part of the schedule."""
+        """For each step, whether it is in PSA's part of the schedule."""
         start, end = self.percent_to_sigma(start_percent), self.percent_to_sigma(end_percent)
         return [is_active(sigma, start, end) for sigma in self.sigmas]
 
 
 def shifted(time: float, shift: float) -> float:
-    """Noise level of schedule time 0..1."""
+    """Noise level at schedule time 0..1."""
     return shift * time / (1 + (shift - 1) * time)
 
 
 def resolve(setting: Setting, schedule: Schedule, backend: str, compute: float | None) -> PatchSettings:
-    """The settings that PSA Patch would build, with the sparsity at which the run's compute is `compute`.
+    """The settings that PSA Patch would build, with the sparsity that makes the run's compute `compute`.
 
     Raises:
-        ValueError: the dense part alone costs more, or an input is wrong (ConfigError, InputError).
+        ValueError: the dense part alone takes more, or an input is wrong (ConfigError, InputError).
     """
     inputs = NODE_DEFAULTS | {"backend": backend} | dict(setting.node)
     if inputs["preset"] == "auto":
@@ -90,7 +90,7 @@ def resolve(setting: Setting, schedule: Schedule, backend: str, compute: float |
 
 
 def dense_share(inputs: Mapping[str, Any], schedule: Schedule, prototype: Mapping[str, Any]) -> float:
-    """Share of the run's attention calls that are dense, for inputs of the node: warm-up, dense blocks, dense steps."""
+    """Share of the run's attention calls that are dense for these node inputs: warm-up, dense blocks, dense steps."""
     active = schedule.active(inputs["start_percent"], inputs["end_percent"])
     dense_blocks = parse_blocks(inputs.get("dense_blocks", ""), schedule.blocks)
     dense_steps = prototype.get("dense_steps", ())
@@ -99,7 +99,7 @@ def dense_share(inputs: Mapping[str, Any], schedule: Schedule, prototype: Mappin
 
 
 def _wan_family(blocks: int) -> Any:
-    """What the patch finds out about a Wan text-to-video model; here from its description alone."""
+    """The family that the patch would detect for a Wan text-to-video model, from its description alone."""
     config = {"image_model": "wan2.1", "model_type": "t2v", "dim": 256}
     network = SimpleNamespace(blocks=range(blocks))
     model = SimpleNamespace(model_config=SimpleNamespace(unet_config=config))

@@ -1,1 +1,1 @@
-"""Training of the demonstration model. Run through `workshop/training/train_demo.py`, never by the node pack."""
+"""Training of the demo model. Run by `workshop/training/train_demo.py`, never by the node pack."""

@@ -1,8 +1,8 @@
-"""Procedural clips of scenes: soft-edged textured shapes that move over a drifting smooth background.
+"""Procedural clips of scenes: soft-edged textured shapes moving over a smooth, drifting background.
 
-Everything is a closed formula of pixel position and time, so that any resolution, crop or length of the same clip
-can be rendered, on any device, in one fused kernel. Not a general renderer: no lighting, no rotation. Written for
-this project; lengths are fractions of the frame, y points down, time runs from 0 (first frame) to 1 (last frame).
+Everything is a closed formula of pixel position and time, so the same clip can be rendered at any resolution, crop or
+length, on any device, in one fused kernel. There is no lighting and no rotation. Lengths are fractions of the frame, y
+points down, and time runs from 0 (first frame) to 1 (last frame).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RADII = (0.090, 0.130, 0.180)
 TEXTURE_PERIOD = 0.085
 WAVE_COUNT = 6
 EDGE_PIXELS = 2.0
-"""Width of the soft edge in pixels of the rendered resolution, so that no resolution aliases."""
+"""Width of the soft edge in rendered pixels, which avoids aliasing at every resolution."""
 
 _SQUARE_ROOT_HALF = math.sqrt(0.5)
 DIRECTION_VECTORS = (
@@ -64,8 +64,8 @@ def indices_of(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> t
 def sample_parameters(indices: torch.Tensor, generator: torch.Generator, candidates: int = 6) -> Parameters:
     """Draw what the scenes leave open: start positions, texture phases, the background's waves.
 
-    indices: long [B, 13] on the generator's device. Start positions are drawn so that the objects stay mostly
-    inside the frame, and of `candidates` pairs the one whose objects keep farthest apart is taken.
+    indices: long [B, 13] on the generator's device. Start positions keep the objects mostly inside the frame; of
+    `candidates` pairs of positions, the pair that stays farthest apart is used.
     Returns float32 tensors (long for ids), batch first.
     """
     device, batch = indices.device, indices.shape[0]
@@ -120,7 +120,7 @@ def sample_parameters(indices: torch.Tensor, generator: torch.Generator, candida
 
 
 def signed_distance(shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Approximate signed distance (negative inside) to the outline of unit size shapes, broadcast over x and y."""
+    """Approximate signed distance (negative inside) to the outline of unit-size shapes, broadcast over x and y."""
     length = torch.sqrt(x * x + y * y + 1e-12)
     ax, ay = x.abs(), y.abs()
     circle = length - 0.95
@@ -165,8 +165,8 @@ def render(
 ) -> torch.Tensor:
     """Render clips: [B, 3, frames, height, width], values -1..1, of `dtype`.
 
-    pixel: size of a pixel as a fraction of the frame (1 / height if None, so that the whole frame is shown).
-    origin: float [B, 2], (x, y) of the upper left corner (0, 0 if None); with `pixel` this renders a crop.
+    pixel: size of a pixel as a fraction of the frame (None: 1 / height, which shows the whole frame).
+    origin: float [B, 2], (x, y) of the top left corner (0, 0 if None); with `pixel` this renders a crop.
     first_frame: float [B], number of the first rendered frame of the 33 (0 if None).
     """
     device = parameters["start"].device

@@ -1,8 +1,8 @@
-"""Training of a diffusion transformer on fresh procedural clips, half resolution first.
+"""Trains a diffusion transformer on freshly rendered procedural clips, first at half resolution.
 
-No data set and no encoder: each step renders clips on the device, projects them on the latent basis and learns their
-velocity. Several processes, one a device, draw different clips and average their gradients. Flow matching as in `flow`;
-matrices by Muon, everything else by AdamW.
+There is no data set and no encoder: each step renders clips on the device, projects them onto the latent basis and
+learns their velocity. With several processes, one per device, each draws different clips, and gradients are averaged.
+Flow matching as in `flow`; Muon for matrices, AdamW for everything else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CHECKPOINT_SECONDS = 60
 
 
 def _split(model: WanTransformer) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
-    """Weight matrices of the blocks for Muon; the rest for AdamW."""
+    """The blocks' weight matrices (for Muon) and all other parameters (for AdamW)."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and name.startswith("blocks.") else others).append(parameter)
@@ -37,14 +37,14 @@ def _split(model: WanTransformer) -> tuple[list[torch.nn.Parameter], list[torch.
 
 
 def make_muon(matrices: list[torch.nn.Parameter], team: Team = ALONE) -> torch.optim.Optimizer:
-    """Muon for the weight matrices (K. Jordan et al., https://kellerjordan.github.io/posts/muon/), whose steps are as
-    long as those of AdamW at the same rate: 0.2 * sqrt(longer side), J. Liu et al., arXiv 2502.16982."""
-    # Divided: it is thousands of small kernels a step, which take longer to start than to run.
+    """Muon for the weight matrices (K. Jordan et al., https://kellerjordan.github.io/posts/muon/), scaled so that its
+    steps are as long as AdamW's at the same rate: 0.2 * sqrt(longer side), J. Liu et al., arXiv 2502.16982."""
+    # Divided among the team: it runs thousands of small kernels per step, which take longer to launch than to run.
     return team.divide(matrices, torch.optim.Muon, momentum=0.95, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
 
 class Data:
-    """Fresh latents and context of one stage."""
+    """Draws fresh latents and context for one stage."""
 
     def __init__(self, stage: DitStage, settings: Settings, basis: LatentBasis, device: torch.device):
         self.stage, self.basis, self.world = stage, basis, WORLDS[settings.world]
@@ -55,7 +55,7 @@ class Data:
 
     @torch.no_grad()
     def draw(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents [B, 16, T, H, W] and context tokens [B, tokens, 4096]; those of an emptied prompt are zeros."""
+        """Latents [B, 16, T, H, W] and context tokens [B, tokens, 4096]; for a dropped prompt they are zeros."""
         indices = self.world.draw(self.stage.batch, generator)
         parameters = self.world.sample(indices, generator)
         clip = self.render(parameters, CLIP_FRAMES, self.stage.side, self.stage.side)
@@ -84,9 +84,9 @@ def _make_loss(model: torch.nn.Module, device: torch.device, attend: AttentionFu
 
 
 def _held_out_loss(loss: Callable, data: Data, device: torch.device, batches: int) -> dict[str, float]:
-    """Loss at fixed noise levels on clips of a seed that training never uses.
+    """Loss at fixed noise levels, on clips from a seed that training never uses.
 
-    With gradients on, though none are needed: without, every block would be compiled once more.
+    Gradients stay enabled although they are not needed: otherwise every block would be compiled again.
     """
     result = {}
     for sigma in (0.3, 0.6, 0.85, 0.95, 0.98):
@@ -111,10 +111,10 @@ def train_dit(
     log: Callable[[str], None] = print,
     team: Team = ALONE,
 ) -> dict:
-    """Train until `deadline` (as `time.time()` counts) and write the averaged weights into `folder`.
+    """Train until `deadline` (in `time.time()` seconds) and write the averaged weights into `folder`.
 
-    resume: weights to go on from, through the same stages at `resume_rate` of the learning rate.
-    team: processes that train it together; every one calls this, the leader writes.
+    resume: weights to continue from, through the same stages, at `resume_rate` of the learning rate.
+    team: processes that train together; all call this function, the leader writes the files.
     Returns the figures of the run: steps, clips, seconds and losses.
     """
     begun = time.time()
@@ -122,7 +122,7 @@ def train_dit(
     model.initialise(torch.Generator().manual_seed(settings.seed))
     words = sum(len(words) for _, _, words in WORLDS[settings.world].vocabulary)
     with torch.no_grad():
-        model.text_embedding[0].weight[:, words:] = 0.0  # no token has a value there
+        model.text_embedding[0].weight[:, words:] = 0.0  # tokens are always zero there
     rate = 1.0
     if resume is not None:
         load_weights(model, resume)
@@ -139,7 +139,7 @@ def train_dit(
     attend = fastest_attention(device, last.batch, settings.width // HEAD_WIDTH, tokens, log)
     plain_loss = _make_loss(model, device, attend)
     if settings.compile:
-        # Block by block: one compiled block serves all layers, a sixth of the compilation of the whole model.
+        # Block by block: one compiled block serves all layers, which takes a sixth of the time of compiling the model.
         for block in model.blocks:
             block.compile(dynamic=False)
     loss_function = _make_loss(team.wrap(model, device), device, attend)
@@ -181,7 +181,7 @@ def train_dit(
             f"{rate_of_clips:.0f} clips/s can be rendered"
         )
 
-    team.share(0.0)  # the clock starts when all have compiled
+    team.share(0.0)  # the clock starts once all processes have compiled
     schedule = ClockSchedule(deadline)
     steps, clips, history, checkpoint = 0, 0, [], time.time()
     running = torch.zeros((), device=device)
@@ -200,7 +200,7 @@ def train_dit(
             steps += 1
             clips += data.stage.batch * team.size
             if steps % 10 == 0:
-                running.item()  # keeps the clock honest: work is queued ahead of the device otherwise
+                running.item()  # waits for the device, which would otherwise lag behind the clock
             progress = team.share(schedule.progress())
             if steps % 200 == 0:
                 milliseconds = (time.time() - mark_time) / (steps - mark_step) * 1000

@@ -1,4 +1,4 @@
-"""The faster of torch's two exact attentions for the training's self-attention; which one it is depends on the GPU."""
+"""Picks the faster of torch's two exact attention functions for training; which one that is depends on the GPU."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _CALLS = 5
 
 
 def cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """cuDNN's, called by its own name: the choice among torch's backends is a global switch otherwise."""
+    """cuDNN's attention, called directly, because torch's usual way of choosing a backend is a global switch."""
     return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)[0]
 
 
 def fastest_attention(
     device: torch.device, batch: int, heads: int, tokens: int, log: Callable[[str], None]
 ) -> AttentionFunction:
-    """Time one call and its gradient at this size, bfloat16; torch's usual one where there is no choice."""
+    """Time one call and its gradient at this size in bfloat16; without a choice, return torch's usual attention."""
     usual = F.scaled_dot_product_attention
     if device.type != "cuda":
         return usual
     generator = torch.Generator(device).manual_seed(0)
-    # The model's strides: heads beside one another in a token.
+    # The model's memory layout: the heads of a token are adjacent.
     q, k, v = (
         torch.randn(batch, tokens, heads, HEAD_WIDTH, generator=generator, device=device, dtype=torch.bfloat16)
         .transpose(1, 2)
@@ -47,9 +47,10 @@ def fastest_attention(
     usual_seconds, expected = seconds(usual)
     try:
         other_seconds, found = seconds(cudnn_attention)
-    except RuntimeError as error:  # an old cuDNN, or a GPU that it does not serve
-        log(f"dit: cuDNN's attention is left out: {str(error).splitlines()[0]}")
+    except RuntimeError as error:  # an old cuDNN, or a GPU that it does not support
+        log(f"dit: cuDNN's attention is not used: {str(error).splitlines()[0]}")
         return usual
     same = bool((found - expected).norm() < 0.02 * expected.norm())
-    log(f"dit: attention {usual_seconds * 1e3:.1f} ms, cuDNN's {other_seconds * 1e3:.1f} ms" + ("" if same else "?!"))
+    note = "" if same else ", but its result differs"
+    log(f"dit: attention {usual_seconds * 1e3:.1f} ms, cuDNN's {other_seconds * 1e3:.1f} ms{note}")
     return cudnn_attention if same and other_seconds < usual_seconds else usual

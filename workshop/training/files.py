@@ -1,6 +1,6 @@
-"""Reading and writing the trained weights as safetensors with their facts as metadata.
+"""Reads and writes trained weights as safetensors files with metadata.
 
-A folder holds one model: its diffusion model and its autoencoder, whose sizes are read from the files themselves.
+A folder holds one model, that is a diffusion model and an autoencoder; their sizes are read from the files themselves.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ BASIS_FILE = "latent_basis.safetensors"
 
 
 def dit_file(name: str) -> str:
-    """Path of the diffusion model in its folder. Named as ComfyUI names the kinds, so that each folder of it can be one
-    of its model folders."""
+    """Path of the diffusion model in its folder. Subfolders are named as in ComfyUI, so that they can serve as model
+    folders there."""
     return f"diffusion_models/psa_{name}_wan_dit.safetensors"
 
 
@@ -38,12 +38,12 @@ DIT_FILE, VAE_FILE = dit_file("demo"), vae_file("demo")
 
 
 class MissingModelError(FileNotFoundError):
-    """A folder does not hold a whole model; the message says what is missing and how to get it."""
+    """A folder does not contain a complete model; the message says what is missing and how to get it."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What the files of a folder say about their model. Attributes: guidance: the scale that it was made for."""
+    """What the files in a folder say about their model. `guidance` is the scale that the model was made for."""
 
     name: str
     dit: Path
@@ -55,10 +55,10 @@ class ModelFolder:
 
 
 def read_folder(folder: Path) -> ModelFolder:
-    """Find the model in a folder and read its facts, but not its weights.
+    """Find the model in a folder and read its metadata, but not its weights.
 
     Raises:
-        MissingModelError: there is none, more than one, or only a half.
+        MissingModelError: there is none, more than one, or only half of one.
     """
     found = sorted(folder.glob(dit_file("*")))
     advice = (
@@ -78,13 +78,13 @@ def read_folder(folder: Path) -> ModelFolder:
         facts = file.metadata() or {}
         width = file.get_slice("head.modulation").get_shape()[-1]
         blocks = len({key.split(".")[1] for key in file.keys() if key.startswith("blocks.")})  # noqa: SIM118
-    # The released demo model was made before worlds had names.
+    # The released demo model was trained before worlds had names.
     world, guidance = WORLDS[facts.get("world", "shapes")], float(facts.get("guidance", 1.0))
     return ModelFolder(name, found[0], vae, world, blocks, width // HEAD_WIDTH, guidance)
 
 
 def load_transformer(path: Path) -> WanTransformer:
-    """The diffusion model in a file, of the file's size, in float32 on the CPU."""
+    """Load a diffusion model of whatever size the file has, in float32 on the CPU."""
     state = {name: value.float() for name, value in load_file(str(path)).items()}
     hidden, width = state["blocks.0.ffn.0.weight"].shape
     blocks = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
@@ -94,7 +94,7 @@ def load_transformer(path: Path) -> WanTransformer:
 
 
 def load_autoencoder(path: Path) -> WanAutoencoder:
-    """The autoencoder in a file, of the file's size, in float32 on the CPU, its frame attention left out."""
+    """Load an autoencoder of whatever size the file has, in float32 on the CPU, without its frame attention."""
     state = {name: value.float() for name, value in load_file(str(path)).items()}
     model = WanAutoencoder(state["decoder.head.2.weight"].shape[1])
     model.load_state_dict(state, strict=True)
@@ -105,9 +105,9 @@ def load_autoencoder(path: Path) -> WanAutoencoder:
 def save_weights(
     model: torch.nn.Module, path: Path, dtype: torch.dtype, bits: int | None = None, **facts: object
 ) -> None:
-    """Write a state dict in `dtype`; `facts` become string metadata beside the vocabulary's version.
+    """Write a state dict in `dtype`; `facts` become string metadata, along with the vocabulary's version.
 
-    bits: matrix weights are rounded to so many bits, see `on_grid`. The file is there whole or not at all.
+    bits: round matrix weights to this many bits, see `on_grid`. The file is written completely or not at all.
     """
     state = {name: value.detach().float() for name, value in model.state_dict().items()}
     if bits is not None:
@@ -121,9 +121,9 @@ def save_weights(
 
 
 def on_grid(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """A matrix rounded to multiples of a power of two of its own a row, at most 2 ** (bits - 1) - 1 of them.
+    """Round each row of a matrix to multiples of its own power of two, at most 2 ** (bits - 1) - 1 of them.
 
-    Such weights are exact in bfloat16 for up to 8 bits, and `parcel.py` sends them as that many bits.
+    Up to 8 bits, the result is exact in bfloat16, and `parcel.py` stores it as 8-bit integers.
     """
     most = 2 ** (bits - 1) - 1
     step = torch.exp2(torch.ceil(torch.log2(weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / most)))
@@ -131,7 +131,7 @@ def on_grid(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """Load what `save_weights` wrote; every key must match."""
+    """Load weights written by `save_weights`; every key must match."""
     model.load_state_dict({name: value.float() for name, value in load_file(str(path)).items()}, strict=True)
 
 

@@ -1,7 +1,7 @@
 """Flow matching as Wan is sampled in ComfyUI: noisy = (1 - sigma) * data + sigma * noise, target noise - data.
 
-The model receives sigma * 1000 as its timestep. Schedules are shifted, sigma = s*u / (1 + (s - 1)*u), after
-P. Esser et al., arXiv 2403.03206, section 5.3.2. Not a general sampler: Euler steps.
+The model gets sigma * 1000 as its timestep. Schedules are shifted, sigma = s*u / (1 + (s - 1)*u), following
+P. Esser et al., arXiv 2403.03206, section 5.3.2. Samples with plain Euler steps.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Velocity = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 def guided(
     model: Velocity, x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Velocity led away from that of the empty prompt (J. Ho and T. Salimans, arXiv 2207.12598), as ComfyUI's cfg.
+    """Velocity with classifier-free guidance (J. Ho and T. Salimans, arXiv 2207.12598), like ComfyUI's cfg.
 
-    scale: 1 is the velocity of the prompt alone, in one call; otherwise prompt and empty prompt are one batch of twice
-    the size, prompts first. An empty prompt is as many zero tokens.
+    scale: 1 uses the prompt alone; otherwise prompts and empty prompts go through the model as one batch of twice the
+    size, prompts first. An empty prompt is zeros of the prompt's shape.
     """
     if scale == 1:
         return model(x, timestep, context)

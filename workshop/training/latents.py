@@ -1,8 +1,8 @@
-"""The latent space of the demonstration model: principal components of space-time cells of procedural clips.
+"""The demo model's latent space: principal components of space-time cells of procedural clips.
 
-A cell is 8x8 pixels, 3 colours and 4 frames (the first frame of a clip stands alone and counts four times), the
-geometry of the Wan 2.1 autoencoder. Used in training only: the trained decoder and encoder replace it. Channel
-means and deviations are those of the Wan 2.1 release (https://github.com/Wan-Video/Wan2.1, wan/modules/vae.py).
+A cell has 8x8 pixels, 3 colours and 4 frames (a clip's first frame is a cell of its own and counts four times), as in
+the Wan 2.1 autoencoder. Only used in training; the trained decoder and encoder replace it. Channel means and standard
+deviations are those of the Wan 2.1 release (https://github.com/Wan-Video/Wan2.1, wan/modules/vae.py).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LatentBasis:
     def encode(self, clip: torch.Tensor) -> torch.Tensor:
         """Normalised latents, float32 [B, 16, 1 + n, H/8, W/8], of clips [B, 3, 1 + 4n, H, W] in -1..1.
 
-        Raises ValueError when the clip does not divide into cells.
+        Raises ValueError if the clip does not divide into cells.
         """
         if (clip.shape[2] - 1) % CELL_FRAMES or clip.shape[3] % CELL or clip.shape[4] % CELL:
             raise ValueError(f"clip of shape {tuple(clip.shape)}: needs 1 + 4n frames and sides divisible by {CELL}")
@@ -87,10 +87,10 @@ class LatentBasis:
 def fit_basis(
     device: torch.device | str, seed: int = 7, clips: int = 192, side: int = 128, world: World = WORLDS["shapes"]
 ) -> LatentBasis:
-    """Fit the basis on random crops of clips at two scales (512 and 256 pixels a frame).
+    """Fit the basis on random crops of clips at two scales (512 and 256 pixels per frame).
 
-    The sign of each direction is fixed (its largest entry is positive). CPU and CUDA draw different clips from one
-    seed, so a basis fitted on one does not fit weights trained with the other.
+    The sign of each direction is fixed (its largest entry is positive). CPU and CUDA draw different clips from the same
+    seed, so a basis fitted on one does not match weights trained on the other.
     """
     generator = torch.Generator(device).manual_seed(seed)
     total = torch.zeros(CELL_SIZE, CELL_SIZE, device=device, dtype=torch.float64)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""A trained model as a few small files, for places that take no large ones.
+"""Packs a trained model into a few small files, for places that do not accept large ones.
 
     python workshop/training/parcel.py pack FOLDER PARTS [--mebibytes 15]
     python workshop/training/parcel.py unpack PARTS FOLDER
 
-Rounded weights (see `files.on_grid`) travel as whole numbers of a byte and a step a row, deflated; nothing is lost.
+Rounded weights (see `files.on_grid`) are stored losslessly as 8-bit integers with one step size per row, compressed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from safetensors.torch import load, safe_open, save
 
 PART = "psa_model.part{number}of{count}"
 STEP = ".row_step"
-"""Ends the name of the steps of a weight that is sent as whole numbers."""
+"""Suffix of the tensor that holds the step sizes of a weight stored as integers."""
 
 
 def contents(folder: Path) -> list[Path]:
-    """The finished files of a model's folder that a parcel holds."""
+    """The finished files in a model's folder that go into a parcel."""
     return sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".jpg", ".json"))
 
 
 def pack(folder: Path, parts: Path, mebibytes: float = 15.0) -> list[Path]:
-    """Write the model in `folder`, with its pictures and figures, as parts of at most that size; their paths.
+    """Write the model in `folder`, with its pictures and figures, as parts of limited size, and return their paths.
 
-    Parts of an earlier parcel are replaced only when all new ones have been written.
+    Parts of an earlier parcel are replaced only once all the new ones are written.
     """
     box = io.BytesIO()
     with zipfile.ZipFile(box, "w", zipfile.ZIP_DEFLATED) as parcel:
@@ -59,11 +59,11 @@ def pack(folder: Path, parts: Path, mebibytes: float = 15.0) -> list[Path]:
 
 
 def unpack(parts: Path, folder: Path) -> None:
-    """Write the model of a parcel into `folder`.
+    """Write a parcel's model into `folder`.
 
     Raises:
         FileNotFoundError: there is no parcel, or a part is missing; the message names it.
-        ValueError: the parts are of different parcels.
+        ValueError: the parts belong to different parcels.
     """
     found = sorted(parts.glob(PART.format(number="*", count="*")))
     if not found:
@@ -72,7 +72,7 @@ def unpack(parts: Path, folder: Path) -> None:
     wanted = [parts / PART.format(number=number + 1, count=count) for number in range(count)]
     missing = [path.name for path in wanted if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{', '.join(missing)} of the model is missing in {parts}.")
+        raise FileNotFoundError(f"{', '.join(missing)} is missing from {parts}; copy all parts of the model there.")
     try:
         with zipfile.ZipFile(io.BytesIO(b"".join(path.read_bytes() for path in wanted))) as parcel:
             if parcel.testzip():
@@ -87,14 +87,14 @@ def unpack(parts: Path, folder: Path) -> None:
                 if target.suffix == ".safetensors":
                     target.write_bytes(_rewritten(target, content, _from_numbers))
     except (zipfile.BadZipFile, zlib.error):
-        raise ValueError(f"The parts in {parts} do not belong together: copy them again.") from None
+        raise ValueError(f"The parts in {parts} do not belong together; copy them again.") from None
 
 
 State = dict[str, torch.Tensor]
 
 
 def _rewritten(path: Path, content: bytes, change: Callable[[State], State]) -> bytes:
-    """The content of a safetensors file with other tensors and the same facts."""
+    """The content of a safetensors file with changed tensors and the same metadata."""
     with safe_open(str(path), framework="pt") as file:
         facts = file.metadata()
     return save(change(load(content)), metadata=facts)
@@ -107,7 +107,7 @@ def _to_numbers(state: State) -> State:
         if value.ndim != 2 or value.dtype != torch.bfloat16:
             continue
         weight = value.float()
-        # In these steps the largest weight of a row is 64 to 127: as fine as any grid of up to 8 bits.
+        # With this step size, the largest weight of a row is 64 to 127 steps: as fine as any grid of up to 8 bits.
         step = torch.exp2(torch.floor(torch.log2(weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 64)))
         numbers = weight / step
         if bool((numbers == numbers.round()).all()) and float(numbers.abs().max()) <= 127:
@@ -124,7 +124,7 @@ def _from_numbers(state: State) -> State:
 
 
 def main() -> int:
-    """The command line; the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, paths in (("pack", ("folder", "parts")), ("unpack", ("parts", "folder"))):
@@ -132,7 +132,7 @@ def main() -> int:
         for path in paths:
             command.add_argument(path, type=Path)
         if name == "pack":
-            command.add_argument("--mebibytes", type=float, default=15.0, help="of a part at most")
+            command.add_argument("--mebibytes", type=float, default=15.0, help="maximum size of a part")
     arguments = parser.parse_args()
     try:
         if arguments.command == "pack":

@@ -1,9 +1,9 @@
 """Procedural clips of rich scenes: four textured things, a ridge and a patterned backdrop at different depths, seen by
 a camera that pans, zooms or rolls.
 
-Closed formulas of position and time, as in `clips.py`, with the same arguments. Time is counted from the middle of the
-clip, -0.5 to 0.5, so that its middle frame shows everything where it was put. Near layers follow the camera more than
-far ones: that is the parallax.
+As in `clips.py`, everything is a closed formula of position and time, and the arguments are the same. Time runs from
+-0.5 to 0.5, so that the middle frame shows everything at its drawn position. Near layers respond to the camera more
+than far ones, which creates parallax.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .clips import CLIP_FRAMES, COLOUR_VALUES, DIRECTION_VECTORS, EDGE_PIXELS, R
 from .rich_scene import RICH_ATTRIBUTES, SLOTS
 
 TRAVEL = 0.4
-"""Distance a thing covers in a whole clip, as a fraction of the frame."""
+"""Distance a thing covers over a whole clip, as a fraction of the frame."""
 THING_DEPTHS = (0.75, 0.9, 1.05, 1.2)
 BACKDROP_DEPTH, RIDGE_DEPTH = 0.4, 0.6
-"""Share of the camera's motion that a layer shows."""
+"""Share of the camera's motion that applies to a layer."""
 TEXTURE_PERIOD = 0.07
 WAVE_COUNT = 6
 PAN, ZOOM, ROLL = 0.4, 0.7, 0.6
-"""Of a whole clip at depth 1: fraction of the frame, logarithm of the scale, radians."""
+"""Over a whole clip at depth 1: fraction of the frame, logarithm of the scale, radians."""
 SPIN = 2.2
-"""Radians in a whole clip."""
+"""Radians over a whole clip."""
 CAMERA_MOTIONS = (
     # pan x, pan y, zoom, roll, in the order of CAMERAS
     (0.0, 0.0, 0.0, 0.0),
@@ -55,10 +55,10 @@ def _column(slot: str, name: str, vocabulary: Vocabulary = RICH_ATTRIBUTES) -> i
 
 
 def sample_rich_parameters(indices: torch.Tensor, generator: torch.Generator, candidates: int = 8) -> Parameters:
-    """Draw what the scenes leave open: positions, first angles, phases of patterns, outlines of ridges.
+    """Draw what the scenes leave open: positions, initial angles, phases of patterns, outlines of ridges.
 
-    indices: long [B, 30] on the generator's device. Of `candidates` draws of the positions the one is taken whose
-    things keep farthest apart. Returns float32 tensors (long for ids), batch first.
+    indices: long [B, 30] on the generator's device. Of `candidates` draws of positions, the one whose things stay
+    farthest apart is used. Returns float32 tensors (long for ids), batch first.
     """
     device, batch = indices.device, indices.shape[0]
 
@@ -113,7 +113,7 @@ def sample_rich_parameters(indices: torch.Tensor, generator: torch.Generator, ca
 
 
 def focus_of_rich(parameters: Parameters, time: torch.Tensor) -> torch.Tensor:
-    """Where the things are on the screen, float32 [B, 4, 2], at time 0..1 of the clip, [B]."""
+    """Positions of the things on the screen, float32 [B, 4, 2], at times 0..1 of the clip, [B]."""
     now = (time - 0.5).view(-1, 1)
     depth = torch.tensor(THING_DEPTHS, device=now.device)
     camera = parameters["camera"]
@@ -126,7 +126,7 @@ def focus_of_rich(parameters: Parameters, time: torch.Tensor) -> torch.Tensor:
 
 
 def _thing_distance(shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """As `signed_distance`, whose shapes are one up here; `nothing` is far away."""
+    """Like `signed_distance`, with shape numbers one higher; `nothing` is far away."""
     ax, ay = x.abs(), y.abs()
     out = signed_distance(shape - 1, x, y)
     out = torch.where(shape == 7, torch.maximum(0.8660254 * ax + 0.5 * ay, ay) - 0.84, out)
@@ -135,7 +135,7 @@ def _thing_distance(shape: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> to
 
 
 def _thing_texture(kind: torch.Tensor, x: torch.Tensor, y: torch.Tensor, phase: torch.Tensor) -> torch.Tensor:
-    """Darkness 0..1 of the texture at positions relative to the thing's centre, turning with it."""
+    """Darkness 0..1 of the texture at positions relative to the thing's centre; it turns with the thing."""
     turn = _TURN / TEXTURE_PERIOD
     px, py = _TURN * phase[..., 0], _TURN * phase[..., 1]
     across, down = torch.sin(x * turn + px), torch.sin(y * turn + py)
@@ -187,7 +187,7 @@ def render_rich(
     first_frame: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Render clips: [B, 3, frames, height, width], values -1..1, of `dtype`. Arguments as those of `clips.render`."""
+    """Render clips: [B, 3, frames, height, width], values -1..1, of `dtype`. Takes the arguments of `clips.render`."""
     p = parameters
     device = p["start"].device
     pixel = 1.0 / height if pixel is None else pixel
@@ -210,7 +210,7 @@ def render_rich(
     turned_y = (y - 0.5) * cos - (x - 0.5) * sin
 
     def layer(depth: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Positions on a layer, and how much larger than itself the camera shows it."""
+        """Positions on a layer, and the camera's magnification of it."""
         scale = torch.exp(depth * zoom * time)
         return turned_x / scale + 0.5 + depth * pan_x * time, turned_y / scale + 0.5 + depth * pan_y * time, scale
 

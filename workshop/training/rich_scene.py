@@ -1,6 +1,6 @@
-"""The vocabulary of the large model: four things before a ridge and a backdrop, light, and a camera that moves.
+"""The large model's vocabulary: four things in front of a ridge and a backdrop, lighting, and a moving camera.
 
-As in `demo/scene.py` every attribute is one context token; an empty prompt is the same number of zero tokens.
+As in `demo/scene.py`, every attribute is one context token; an empty prompt is the same number of zero tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class RichScene:
-    """A view and up to four things, the farthest first."""
+    """A view and up to four things, farthest first."""
 
     view: View = View()
     first: Thing = Thing("circle")
@@ -89,7 +89,7 @@ def _sentence_of(thing: Thing) -> str:
 
 
 def describe_rich(scene: RichScene) -> str:
-    """An English sentence that says what the scene shows."""
+    """An English sentence describing the scene."""
     view = scene.view
     shown = [_sentence_of(thing) for slot in SLOTS if (thing := getattr(scene, slot)).shape != "nothing"]
     things = "; ".join(shown) or "nothing"
@@ -137,4 +137,4 @@ RICH_SHEET = (
         Thing("star", "orange", "small", "plain", "left"),
     ),
 )
-"""Scenes of the contact sheet and of the quality harness."""
+"""Scenes for the contact sheet and the quality measurements."""

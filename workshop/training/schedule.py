@@ -1,7 +1,7 @@
-"""Learning-rate schedule tied to the clock: training ends on time on any GPU; and the average of the weights.
+"""A learning-rate schedule tied to the clock, so that training ends on time on any GPU, and the average of the weights.
 
-Progress is the share of the time budget that has passed; the rate warms up over steps and falls as a cosine of
-progress. Not reproducible to the bit between runs, because the number of steps depends on the machine.
+Progress is the share of the time budget used so far; the rate warms up over the first steps, then falls as a cosine of
+progress. Runs are not reproducible bit for bit, because the number of steps depends on the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 class ClockSchedule:
-    """Progress 0..1 from construction until `deadline` (seconds, as `time.time()` counts)."""
+    """Progress 0..1 from construction until `deadline` (in `time.time()` seconds)."""
 
     def __init__(self, deadline: float, warmup_steps: int = 150):
         self.begin = time.time()
@@ -23,7 +23,7 @@ class ClockSchedule:
         self.warmup_steps = warmup_steps
 
     def progress(self) -> float:
-        """Share of the budget that has passed, at most 1."""
+        """Share of the time budget used so far, at most 1."""
         return min(1.0, (time.time() - self.begin) / max(self.deadline - self.begin, 1e-3))
 
     def factor(self, step: int, progress: float) -> float:
@@ -32,11 +32,11 @@ class ClockSchedule:
 
 
 def moving_average(model: torch.nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of a model's weights, all of one device and type; short-sighted in the beginning."""
+    """Exponential moving average of a model's weights, all on one device and of one type; short memory at first."""
     update = itertools.count(2)  # the first one copies
 
     def average(averaged: list[torch.Tensor], current: list[torch.Tensor], _: torch.Tensor) -> None:
-        number = next(update)  # reading the count that is handed over would wait for the device
+        number = next(update)  # reading the count passed in would wait for the device
         get_ema_multi_avg_fn(min(decay, (1 + number) / (10 + number)))(averaged, current, None)
 
     return AveragedModel(model, multi_avg_fn=average)

@@ -1,4 +1,4 @@
-"""Sizes and rates of the trainings: the released model, the large one, and how each is made tiny for a CPU."""
+"""Sizes and learning rates: the released model, the large one, and a tiny version of each for a CPU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class DitStage:
-    """One resolution of the curriculum; `until` is the share of the time budget at which it ends, `batch` that of
-    every process."""
+    """One resolution of the curriculum; `until` is the share of the time budget at which it ends, `batch` is per
+    process."""
 
     side: int
     batch: int
@@ -29,28 +29,28 @@ class VaeStage:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that `workshop/training/train_demo.py` fixes."""
+    """All settings that are not options of `workshop/training/train_demo.py`."""
 
     name: str = "demo"
-    """Of the files, see `files.py`."""
+    """Used in file names, see `files.py`."""
     world: str = "shapes"
     """What the clips show, see `worlds.py`."""
     prompt_dropout: float = 0.0
-    """Share of the clips whose prompt is emptied; with it the model can be guided away from the empty prompt."""
+    """Share of clips trained with an empty prompt, so that the model can be guided away from it."""
     guidance: float = 1.0
-    """Scale at which it is sampled; 1 is without guidance."""
+    """Guidance scale for sampling; 1 means no guidance."""
     weight_bits: int | None = None
-    """Of every matrix weight in the file, sign included, see `files.py`; None leaves them as they are trained."""
+    """Bits per matrix weight in the file, including the sign, see `files.py`; None does not round."""
     width: int = 256
     hidden: int = 1024
     layers: int = 6
-    # Thousands of tokens share one layout, which stays visible up to sigma 0.97: a large shift trains where it is made.
-    # A quarter of the tokens carries the same picture, so equal difficulty needs half the noise ratio: 12 / 2.
+    # Thousands of tokens share one layout, visible up to sigma 0.97: a large shift trains at the levels that decide it.
+    # At half size, a quarter of the tokens shows the same picture, so equal difficulty means half the noise: 12 / 2.
     dit_stages: tuple[DitStage, ...] = (
         DitStage(side=256, batch=32, spatial_step=2.0, shift=6.0, until=0.45),
         DitStage(side=512, batch=8, spatial_step=1.0, shift=12.0, until=1.0),
     )
-    # Going on from finished weights: the same stages at a part of the learning rate.
+    # Resuming from finished weights: the same stages at this fraction of the learning rate.
     resume_rate: float = 0.6
     matrix_rate: float = 3e-3
     other_rate: float = 1.5e-3
@@ -81,20 +81,20 @@ LARGE = Settings(
     width=768,
     hidden=768,
     layers=12,
-    # About 18000 tokens a process and step, at either resolution.
+    # About 18000 tokens per process and step at either resolution.
     dit_stages=(
         DitStage(side=256, batch=8, spatial_step=2.0, shift=6.0, until=0.5),
         DitStage(side=512, batch=2, spatial_step=1.0, shift=12.0, until=1.0),
     ),
-    # A step of Muon turns a matrix by rate * sqrt(width), one of Adam by up to rate * width: the demo's rates at three
-    # times the width.
+    # A Muon step changes a matrix by rate * sqrt(width), an Adam step by up to rate * width: these are the demo's rates
+    # for three times the width.
     matrix_rate=1.7e-3,
     other_rate=7e-4,
     vae_width=16,
     seed=2026,
 )
 SIZES = {size.name: size for size in (Settings(), LARGE)}
-"""Sizes that `train_demo.py` trains, by name."""
+"""The models that `train_demo.py` can train, by name."""
 
 
 def tiny(settings: Settings) -> Settings:

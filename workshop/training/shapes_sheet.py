@@ -1,4 +1,4 @@
-"""Scenes of the demo model that are looked at: on its contact sheet and in the quality harness."""
+"""The demo model's scenes on the contact sheet and in the quality measurements."""
 
 from __future__ import annotations
 

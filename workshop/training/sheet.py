@@ -1,4 +1,4 @@
-"""The contact sheet: scenes sampled by the finished model, five frames each, captioned with what was asked for."""
+"""The contact sheet: scenes sampled by the finished model, five frames each, captioned with their prompts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sample_clips(folder: Path, settings: Settings, device: torch.device) -> torc
 
 
 def write_sheet(clips: torch.Tensor, world: World, path: Path) -> None:
-    """Write five frames of each clip with its sentence above as a JPEG."""
+    """Write five frames of each clip under its sentence, as a JPEG."""
     frames = [round(i * (CLIP_FRAMES - 1) / 4) for i in range(5)]
     pixels = ((clips[:, :, frames].permute(0, 2, 3, 4, 1) + 1) * 127.5).round().byte().numpy()
     rows = [(world.describe(scene), clip) for scene, clip in zip(world.scenes, pixels, strict=True)]
@@ -46,5 +46,5 @@ def write_sheet(clips: torch.Tensor, world: World, path: Path) -> None:
 
 
 def make_sheet(folder: Path, settings: Settings, device: torch.device) -> None:
-    """Sample the scenes and write the sheet beside the weights."""
+    """Sample the scenes and write the sheet next to the weights."""
     write_sheet(sample_clips(folder, settings, device), read_folder(folder).world, folder / SHEET_FILE)

@@ -1,5 +1,5 @@
-"""The processes that train one network together, one a device: gradients are averaged by torch's own
-DistributedDataParallel, and all agree on the clock of the first. A team of one needs no torch.distributed.
+"""The processes that train one network together, one per device. torch's DistributedDataParallel averages gradients,
+and the leader's clock applies to all. A team of one does not need torch.distributed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 RANK, SIZE, MEETING = "PSA_TRAINING_RANK", "PSA_TRAINING_SIZE", "PSA_TRAINING_MEETING"
-"""Environment of a process: its number, how many there are, and a file that does not exist yet, where they meet."""
+"""Environment variables of a process: its number, the number of processes, and a new file used to connect them."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """This process among `size`; number 0 leads: it keeps the clock, writes the files and speaks."""
+    """One of `size` processes; number 0 leads: it keeps time, writes the files and prints."""
 
     rank: int = 0
     size: int = 1
@@ -27,7 +27,7 @@ class Team:
         return self.rank == 0
 
     def share(self, value: float) -> float:
-        """The leader's value, in every process."""
+        """Return the leader's value in every process."""
         if self.size == 1:
             return value
         box = torch.tensor([value], dtype=torch.float64)
@@ -35,10 +35,10 @@ class Team:
         return float(box)
 
     def wrap(self, model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-        """The model, whose backward pass averages the gradients over the team."""
+        """The model, with a backward pass that averages the gradients over the team."""
         if self.size == 1:
             return model
-        # Blocks are compiled one by one, and between them gradients are sent already: no need to cut them up for that.
+        # Blocks are compiled one by one and gradients are sent between them, so blocks need not be split any further.
         torch._dynamo.config.optimize_ddp = False
         places = [device.index] if device.type == "cuda" else None
         return torch.nn.parallel.DistributedDataParallel(
@@ -48,7 +48,7 @@ class Team:
     def divide(
         self, parameters: list[torch.nn.Parameter], kind: type[torch.optim.Optimizer], **options: object
     ) -> torch.optim.Optimizer:
-        """An optimiser of which every process takes a share of the parameters, and sends them to the others."""
+        """An optimiser in which every process updates its share of the parameters and sends them to the others."""
         if self.size == 1:
             return kind(parameters, **options)
         from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -56,7 +56,7 @@ class Team:
         return ZeroRedundancyOptimizer(parameters, optimizer_class=kind, **options)
 
     def gather(self, text: str) -> list[str]:
-        """What every process says, the leader first."""
+        """Return the text of every process, the leader's first."""
         if self.size == 1:
             return [text]
         found = [""] * self.size
@@ -64,7 +64,7 @@ class Team:
         return found
 
     def part(self) -> None:
-        """Wait for all and end the connection."""
+        """Wait for all processes and close the connection."""
         if self.size > 1:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
@@ -74,7 +74,7 @@ ALONE = Team()
 
 
 def join_team(device: torch.device) -> Team:
-    """The team that the environment tells of; one alone where it tells of none."""
+    """Join the team given by the environment variables; a team of one if there are none."""
     size = int(os.environ.get(SIZE, "1"))
     if size == 1:
         return ALONE
@@ -94,5 +94,5 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def member(rank: int, size: int, meeting: Path) -> dict[str, str]:
-    """Environment of a process to be started."""
+    """The environment variables for a process that is about to start."""
     return {RANK: str(rank), SIZE: str(size), MEETING: str(meeting)}

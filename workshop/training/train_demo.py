@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Train the demonstration model: `python workshop/training/train_demo.py [--minutes 9]`, or with `--size large` the
-large one of the quality harness.
+"""Train the demo model: `python workshop/training/train_demo.py [--minutes 9]`, or with `--size large` the large model
+for quality measurements.
 
-Writes the diffusion model, the autoencoder, a contact sheet and the figures of the run into demo/weights (or --out).
-With several GPUs the last one trains the autoencoder and all others train the diffusion model together; with one they
-take turns. Needs torch, numpy, safetensors and Pillow.
+Writes the diffusion model, the autoencoder, a contact sheet and the run's figures into demo/weights (or --out). With
+several GPUs, the last one trains the autoencoder and all others the diffusion model; on one, the two networks take
+turns. Needs torch, numpy, safetensors and Pillow.
 """
 
 from __future__ import annotations
 
 import time
 
-BEGUN = time.time()  # all of --minutes counts from here, the imports too
+BEGUN = time.time()  # --minutes counts from here, imports included
 
 import argparse  # noqa: E402
 import json  # noqa: E402
@@ -26,21 +26,23 @@ from pathlib import Path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 DIT_SHARE = 0.7
-"""Share of the time that the diffusion model gets where both networks share one device."""
+"""The diffusion model's share of the time if both networks share one device."""
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; the hidden options are for the child processes."""
+    """Parse the command line; the hidden options are for the child processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="demo", choices=["demo", "large"], help="of the model, see settings.py")
+    parser.add_argument(
+        "--size", default="demo", choices=["demo", "large"], help="which model to train, see settings.py"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything but the contact sheet")
     parser.add_argument("--out", type=Path, help="folder for the results: demo/weights, or output/large for that size")
-    parser.add_argument("--parts", type=Path, help="folder that also gets the model in small files, see parcel.py")
+    parser.add_argument("--parts", type=Path, help="also pack the model into small files here, see parcel.py")
     parser.add_argument("--device", default=None, help="for example cuda:0 or cpu; all visible GPUs by default")
-    parser.add_argument("--processes", type=int, help="that train the diffusion model together on the CPU")
-    parser.add_argument("--only", choices=["dit", "vae"], default=None, help="train one network only")
-    parser.add_argument("--resume", type=Path, default=None, help="diffusion model to go on training from")
-    parser.add_argument("--tiny", action="store_true", help="settings small enough for a CPU, to try the script")
+    parser.add_argument("--processes", type=int, help="how many processes train the diffusion model on the CPU")
+    parser.add_argument("--only", choices=["dit", "vae"], default=None, help="train only one network")
+    parser.add_argument("--resume", type=Path, default=None, help="diffusion model to continue training from")
+    parser.add_argument("--tiny", action="store_true", help="small enough for a CPU, to try the script")
     parser.add_argument("--basis", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--begun", type=float, default=BEGUN, help=argparse.SUPPRESS)
@@ -52,7 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def train_one(arguments: argparse.Namespace) -> None:
-    """Train one network on one device, alone or in a team (child process)."""
+    """In a child process: train one network on one device, alone or as part of a team."""
     import torch
 
     from comfyui_psa.workshop.training import dit, files, settings, vae
@@ -85,7 +87,7 @@ def train_one(arguments: argparse.Namespace) -> None:
 def start(
     arguments: argparse.Namespace, network: str, devices: Sequence[str], deadline: float, work: Path
 ) -> list[subprocess.Popen]:
-    """Start the training of one network, in a process of its own for each device."""
+    """Start training one network, in one process per device."""
     from comfyui_psa.workshop.training.files import BASIS_FILE
     from comfyui_psa.workshop.training.team import member
 
@@ -103,7 +105,7 @@ def start(
     command += ["--figures", str(work / f"{network}.json")] + (["--tiny"] if arguments.tiny else [])
     command += ["--resume", str(arguments.resume)] if arguments.resume else []
     usual = dict(os.environ)
-    # Torch would start one compiling process and one thread a core for each of ours.
+    # Otherwise torch would start one compile process and one thread per core for each of our processes.
     cores = max(1, min(16, (os.cpu_count() or 1) // len(devices)))
     usual.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
     usual.setdefault("OMP_NUM_THREADS", str(cores))
@@ -116,7 +118,7 @@ def start(
 
 
 def wait(teams: Sequence[Sequence[subprocess.Popen]], meanwhile: Callable[[], None]) -> bool:
-    """Wait for all and say whether all went well; when one of a team has failed the others of it are ended."""
+    """Wait for all processes; True if all succeeded. If one of a team fails, the rest of that team are killed."""
     while any(process.poll() is None for team in teams for process in team):
         for team in teams:
             if any(process.poll() for process in team):
@@ -128,7 +130,7 @@ def wait(teams: Sequence[Sequence[subprocess.Popen]], meanwhile: Callable[[], No
 
 
 def main() -> int:
-    """Train what was asked for and sample the contact sheet; the exit code."""
+    """Train the requested networks, sample the contact sheet and return the exit code."""
     arguments = parse_arguments()
     runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
     if arguments.deadline is not None:
@@ -155,7 +157,7 @@ def main() -> int:
     sent = 0.0
 
     def send() -> None:
-        """Make a parcel of what is there, when it is newer than the last one."""
+        """Pack the finished files into a parcel if they are newer than the last one."""
         nonlocal sent
         written = [path.stat().st_mtime for path in parcel.contents(arguments.out)]
         if arguments.parts and written and max(written) > sent:

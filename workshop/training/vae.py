@@ -1,7 +1,7 @@
-"""Training of the demonstration autoencoder: a decoder that inverts the latent basis, an encoder that repeats it.
+"""Trains the demo autoencoder: a decoder that inverts the latent basis, and an encoder that reproduces it.
 
-Both learn on fresh crops of procedural clips. Not adversarial and without a perceptual loss: the clips are smooth, so
-absolute error at three scales and on differences is enough. One device.
+Both learn from fresh crops of procedural clips, without adversarial or perceptual loss: the clips are smooth, so the
+absolute error at three scales and of differences is enough. Uses one device.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ CHECKPOINT_SECONDS = 60
 
 @torch.no_grad()
 def fix_scale(model: WanAutoencoder) -> None:
-    """Make the two pointwise convolutions the map between normalised and Wan latents, and freeze them.
+    """Set the two pointwise convolutions to the map between normalised and Wan latents, and freeze them.
 
-    Rounded to half precision first, because that is how they are stored.
+    The values are first rounded to half precision, because that is how they are saved.
     """
     mean, std = (torch.tensor(v).half().float() for v in (VAE_MEAN, VAE_STD))
     model.conv1.weight.zero_()
@@ -46,7 +46,7 @@ def fix_scale(model: WanAutoencoder) -> None:
 
 @torch.no_grad()
 def initialise(model: WanAutoencoder, generator: torch.Generator) -> None:
-    """He-scaled convolutions, quiet residual branches, no attention, fixed latent scale."""
+    """Initialise with He-scaled convolutions, weak residual branches, no attention and a fixed latent scale."""
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 4 and not name.endswith("gamma"):
             parameter.normal_(0.0, (1.4 / parameter[0].numel()) ** 0.5, generator=generator)
@@ -59,7 +59,7 @@ def initialise(model: WanAutoencoder, generator: torch.Generator) -> None:
 
 
 def decoder_loss(decoded: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
-    """Absolute error of pixels, of their halves and quarters, and of differences along x, y and time."""
+    """Absolute error at full, half and quarter size and of differences along x, y and time, plus the squared error."""
     error = decoded.float() - clip
     loss = error.abs().mean()
     for axis in (2, 3, 4):
@@ -70,7 +70,7 @@ def decoder_loss(decoded: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
 
 
 class _Data:
-    """Fresh crops of one stage: clips and their normalised latents."""
+    """Draws fresh crops for one stage: clips and their normalised latents."""
 
     def __init__(self, stage: VaeStage, world: World, basis: LatentBasis, compiled: bool):
         self.stage, self.world, self.basis = stage, world, basis
@@ -82,7 +82,7 @@ class _Data:
         parameters = self.world.sample(self.world.draw(stage.batch, generator), generator)
         room = CLIP_FRAMES - stage.frames
         first = torch.floor(torch.rand(stage.batch, generator=generator, device=device) * (room + 1))
-        # Look at an object in most crops: that is where the edges are.
+        # Most crops show an object, since that is where the edges are.
         places = self.world.focus(parameters, (first + stage.frames / 2) / (CLIP_FRAMES - 1))
         pick = torch.randint(0, places.shape[1], (stage.batch, 1, 1), generator=generator, device=device)
         centre = places.gather(1, pick.expand(-1, -1, 2))[:, 0]
@@ -99,7 +99,7 @@ class _Data:
 
 
 def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """PSNR in dB of clips in -1..1, after the clamp that every viewer applies."""
+    """PSNR in dB of clips in -1..1, clamped as any viewer would."""
     error = (a.float().clamp(-1, 1) - b.clamp(-1, 1)).square().mean() / 4
     return float(-10 * torch.log10(error))
 
@@ -108,7 +108,7 @@ def _psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 def evaluate(
     model: WanAutoencoder, basis: LatentBasis, world: World, device: torch.device, count: int, side: int
 ) -> dict[str, float]:
-    """Figures on whole held-out clips of `side` pixels: decoder PSNR, round-trip PSNR, encoder error."""
+    """Decoder PSNR, round-trip PSNR and encoder error on whole held-out clips with sides of `side` pixels."""
     generator = torch.Generator(device).manual_seed(99991)
     decoder, round_trip, encoder = [], [], []
     for _ in range(count):
@@ -137,7 +137,7 @@ def train_vae(
     folder: Path,
     log: Callable[[str], None] = print,
 ) -> dict:
-    """Train until `deadline` (as `time.time()` counts) and write the averaged weights into `folder`.
+    """Train until `deadline` (in `time.time()` seconds) and write the averaged weights into `folder`.
 
     Returns the figures of the run.
     """

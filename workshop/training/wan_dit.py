@@ -1,8 +1,8 @@
 """The Wan 2.1 text-to-video diffusion transformer, written for training at small sizes.
 
-Parameter names and shapes are those of the released checkpoints, so ComfyUI's own loader takes the weights as they
-are. Not for inference in ComfyUI, and without image, camera or reference inputs. Architecture: the Wan technical
-report (arXiv 2503.20314) and the released configuration files.
+Parameter names and shapes match the released checkpoints, so ComfyUI's own loader accepts the weights unchanged. Not
+meant for inference in ComfyUI; has no image, camera or reference inputs. Architecture: the Wan technical report (arXiv
+2503.20314) and the released configuration files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AttentionFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.T
 
 
 def timestep_embedding(timestep: torch.Tensor, width: int = FREQUENCY_WIDTH) -> torch.Tensor:
-    """Cosines then sines of timesteps 0..1000: float32 [B, width] for [B]."""
+    """Cosines, then sines, of timesteps [B] in 0..1000: float32 [B, width]."""
     half = width // 2
     rates = 10000.0 ** (-torch.arange(half, device=timestep.device, dtype=torch.float32) / half)
     angle = timestep.float()[:, None] * rates
@@ -36,8 +36,8 @@ def rotary_table(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosine and sine of the 3-D rotary embedding: float32 [T*H*W, 64] each.
 
-    Axes share the head's width as 44 for time and 42 for each side (d - 4*(d//6), 2*(d//6), 2*(d//6)), base 10000.
-    spatial_step: distance of neighbouring tokens; 2 lets a half-size grid cover the positions of the full one.
+    Of the head's width, 44 goes to time and 42 to each side (d - 4*(d//6), 2*(d//6), 2*(d//6)), with base 10000.
+    spatial_step: distance between neighbouring tokens; 2 makes a half-size grid cover the positions of the full one.
     """
     sixth = HEAD_WIDTH // 6
     widths = (HEAD_WIDTH - 4 * sixth, 2 * sixth, 2 * sixth)
@@ -73,7 +73,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys; self-attention when no context is given."""
+    """Multi-head attention with normalised queries and keys; self-attention unless a context is given."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -133,7 +133,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Modulated normalisation and the projection back to latent patches."""
+    """Modulated normalisation, then projection back to latent patches."""
 
     def __init__(self, width: int, out_width: int):
         super().__init__()
@@ -146,7 +146,7 @@ class Head(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Velocity model (noise minus data) of latents [B, channels, T, H, W].
+    """Predicts the velocity (noise minus data) of latents [B, channels, T, H, W].
 
     width must be a multiple of 128 (one head each); text_width is 4096 in every released model.
     """
@@ -174,7 +174,7 @@ class WanTransformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Start every residual branch at zero with its gate open, so that the first steps are stable and fast."""
+        """Start every residual branch at zero with its gate open, so that training starts stable and fast."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or name.endswith("modulation"):
                 parameter.zero_()
@@ -208,7 +208,7 @@ class WanTransformer(nn.Module):
         grid = (frames, height // 2, width // 2)
         if table is None:
             table = rotary_table(grid, x.device)
-        # The patch convolution as a matrix product over patches: the same numbers, friendlier to compile.
+        # The patch convolution as a matrix product over patches: same result, easier to compile.
         patches = x.view(batch, self.channels, frames, grid[1], 2, grid[2], 2).permute(0, 2, 3, 5, 1, 4, 6)
         patches = patches.reshape(batch, math.prod(grid), -1)
         tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).float()

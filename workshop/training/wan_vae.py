@@ -1,8 +1,8 @@
 """The Wan 2.1 causal video autoencoder, evaluated on whole clips, written for training at small sizes.
 
-Parameter names and shapes are those of the released checkpoint, so ComfyUI's own loader takes the weights as they
-are, and the numbers equal ComfyUI's chunked evaluation. Not memory-frugal: nothing is cached or split. Architecture:
-the Wan technical report (arXiv 2503.20314, section 4.1).
+Parameter names and shapes match the released checkpoint, so ComfyUI's own loader accepts the weights unchanged, and
+results equal ComfyUI's chunked evaluation. It processes whole clips without caching or splitting, and so takes much
+memory. Architecture: the Wan technical report (arXiv 2503.20314, section 4.1).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ WIDTH_FACTORS = (1, 2, 4, 4)
 LATENT_CHANNELS = 16
 RESIDUAL_BLOCKS = 2
 TEMPORAL = (False, True, True)
-"""Which of the three downsamplings also halve time, from the pixel side."""
+"""Which of the three downsampling steps also halve time, starting from the pixels."""
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution that pads time with zeros on the past side only."""
+    """Convolution that zero-pads time only at the start."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int, int], time_stride: int = 1):
         kernel = (kernel,) * 3 if isinstance(kernel, int) else kernel
@@ -68,8 +68,8 @@ class ResidualBlock(nn.Module):
 class FrameAttention(nn.Module):
     """Single-head attention within each frame.
 
-    `enabled = False` leaves it out, which is exact while `proj` is zero. The demonstration model keeps it so: an
-    attention trained on crops would meet sixteen times as many positions in a whole frame.
+    `enabled = False` skips it, which is exact while `proj` is zero. The demo model leaves it disabled, because an
+    attention trained on crops would face sixteen times as many positions in a whole frame.
     """
 
     def __init__(self, width: int):
@@ -95,7 +95,7 @@ def _each_frame(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Downsample(nn.Module):
-    """Halve the sides, and time too when `temporal`: frame 0 stays alone, then one frame out of every two."""
+    """Halve the sides and, if `temporal`, time: frame 0 is kept, then every two frames become one."""
 
     def __init__(self, width: int, temporal: bool):
         super().__init__()
@@ -110,7 +110,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the sides and halve the channels; when `temporal`, every frame but the first becomes two before."""
+    """Double the sides and halve the channels; if `temporal`, first turn every frame but the first into two."""
 
     def __init__(self, width: int, temporal: bool):
         super().__init__()
@@ -192,7 +192,7 @@ class WanAutoencoder(nn.Module):
 
     @torch.no_grad()
     def disable_attention(self) -> None:
-        """Zero and freeze the two frame attentions and leave them out of the computation."""
+        """Zero and freeze the two frame attentions, and skip them."""
         for module in self.modules():
             if isinstance(module, FrameAttention):
                 module.proj.weight.zero_()

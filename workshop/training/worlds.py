@@ -1,6 +1,6 @@
-"""What the clips of a model show: its vocabulary, how clips are drawn and rendered, and the scenes that are looked at.
+"""What a model's clips show: the vocabulary, how clips are drawn and rendered, and the scenes used for evaluation.
 
-`shapes` is that of the demo model; `rich` is that of the large one.
+`shapes` belongs to the demo model, `rich` to the large one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from .rich_scene import RICH_ATTRIBUTES, RICH_SHEET, describe_rich
 from .shapes_sheet import SHEET_SCENES
 
 Render = Callable[..., torch.Tensor]
-"""Clips [B, 3, frames, height, width] in -1..1, with the arguments of `clips.render`."""
+"""Renders clips [B, 3, frames, height, width] in -1..1; takes the arguments of `clips.render`."""
 
 
 @dataclass(frozen=True)
 class World:
     """Attributes:
     vocabulary: (slot, attribute, words) of every context token.
-    sample: what scenes leave open, of word numbers [B, tokens] and a generator.
+    sample: from word numbers [B, tokens] and a generator, draws what the scenes leave open.
     render: see `Render`.
-    focus: where objects are, [B, n, 2], of parameters at times 0..1, [B].
-    describe: the sentence of a scene.
-    scenes: those of the contact sheet and of the quality harness.
+    focus: positions [B, n, 2] of the objects, from parameters and times 0..1, [B].
+    describe: turns a scene into a sentence.
+    scenes: the scenes of the contact sheet and the quality measurements.
     """
 
     name: str
@@ -41,11 +41,11 @@ class World:
     scenes: Sequence[Any]
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Word numbers of scenes with every attribute uniform: long [count, tokens] on the generator's device."""
+        """Word numbers of scenes with uniformly drawn attributes: long [count, tokens] on the generator's device."""
         return random_indices(count, generator, self.vocabulary)
 
     def context(self, indices: torch.Tensor) -> torch.Tensor:
-        """Context tokens, float32 [B, tokens, 4096], of word numbers."""
+        """Context tokens, float32 [B, tokens, 4096], for word numbers."""
         return conditioning_from_indices(indices, self.vocabulary)
 
     def indices(self, scenes: Sequence[Any]) -> torch.Tensor:
@@ -58,7 +58,7 @@ class World:
                              for s in scenes])  # fmt: skip
 
     def conditioning(self, scenes: Sequence[Any]) -> torch.Tensor:
-        """Context tokens of scenes, float32 [B, tokens, 4096]; of an empty prompt they are zeros of that shape."""
+        """Context tokens of scenes, float32 [B, tokens, 4096]; an empty prompt is zeros of the same shape."""
         return self.context(self.indices(scenes))
 
 
@@ -88,4 +88,4 @@ WORLDS = {
         ),
     )
 }
-"""By name."""
+"""All worlds, by name."""

@@ -242,7 +242,7 @@ def test_a_model_is_refused_where_none_is_used(monkeypatch, capsys, large):
     monkeypatch.setattr(sys, "argv", ["quality", "--report", "--model", str(large)])
     with pytest.raises(SystemExit):
         command.main()
-    assert "--model is of no use here" in capsys.readouterr().err
+    assert "--model does not apply" in capsys.readouterr().err
 
 
 @pytest.mark.slow

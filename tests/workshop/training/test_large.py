@@ -148,7 +148,7 @@ def test_rounded_weights_travel_without_loss(tmp_path):
         assert found[name].dtype == value.dtype
         assert torch.equal(found[name], value), name
     parts[0].unlink()
-    with pytest.raises(FileNotFoundError, match=f"{parts[0].name} of the model is missing"):
+    with pytest.raises(FileNotFoundError, match=f"{parts[0].name} is missing from"):
         parcel.unpack(tmp_path / "parts", tmp_path / "third")
 
 
