@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.config import ConfigError, PyramidConfig
+from .correction import AUTO, OFF, OURS, Correction
 
 PUBLISHED_SUFFIX = " (published)"
 _NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence")
@@ -34,6 +35,7 @@ class Preset:
         dense_steps: how many of a run's first steps stay dense; None if a share of the schedule decides.
         evidence: page of this repository that measures it against others; empty if there is none.
         sparsity: the target that it was made for, a suggestion to the user, or None.
+        correction: how its sparse calls are corrected; None if they are not, unless the user asks for it.
         as_written: True uses the shares as they are; a target sparsity then has no effect.
     """
 
@@ -44,12 +46,19 @@ class Preset:
     as_written: bool = False
     dense_steps: int | None = None
     evidence: str = ""
+    correction: Correction | None = OURS
 
     @property
     def is_scaled(self) -> bool:
         """Whether the shares are scaled to meet a target sparsity. Otherwise they are used as written: in threshold
         mode, where density follows the data, or because the preset is `as_written`."""
         return not self.as_written and self.settings["mode"] != "threshold"
+
+    def correction_of_size(self, size: str) -> Correction | None:
+        """The correction of a size in `CORRECTIONS`; auto leaves it to the preset whether there is one."""
+        if size == OFF or (size == AUTO and self.correction is None):
+            return None
+        return dataclasses.replace(self.correction or OURS, size=size)
 
     def config(self, sparsity: float | None, **changes: Any) -> PyramidConfig:
         """The configuration with other settings in it, at a target sparsity if the shares are scaled.
@@ -90,13 +99,13 @@ def load_presets(path: Path | None = None) -> dict[str, Preset]:
         mode = "budget" if settings["mode"] == "threshold" else settings["mode"]
         ours = {"mode": mode, "shares": settings["shares"], "order": settings["order"], "tail": False}
         ours |= RANKING | entry.get("ours", {})
-        steps = ours.pop("dense_steps", None)
+        steps, correction = ours.pop("dense_steps", None), Correction(**ours.pop("correction", {}))
         about = f"{entry['about']}: its pyramid, met to the slider's sparsity"
         evidence = entry.get("evidence", "")
-        presets[name] = Preset(name, about, ours, dense_steps=steps, evidence=evidence)
+        presets[name] = Preset(name, about, ours, dense_steps=steps, evidence=evidence, correction=correction)
         if not entry.get("published", True):
             continue
         published = settings | {"tail": False, "importance": "sampled", "reduction": "max"}
         about = f"{entry['about']}, as published (dense steps: {entry['dense_steps']})"
-        presets[name + PUBLISHED_SUFFIX] = Preset(name + PUBLISHED_SUFFIX, about, published)
+        presets[name + PUBLISHED_SUFFIX] = Preset(name + PUBLISHED_SUFFIX, about, published, correction=None)
     return presets

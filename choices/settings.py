@@ -12,11 +12,11 @@ from ..kernels.backends import BACKENDS
 from ..kernels.config import BLOCK_SIZES, SPARSITY, ConfigError, PyramidConfig
 from ..kernels.falling import check_falling
 from ..kernels.semantic import SEMANTIC_ORDERS
+from .correction import AUTO, CORRECTIONS, Correction
 from .errors import InputError
 from .presets import Preset
 from .user_presets import find_preset
 
-AUTO = "auto"
 AUTO_PRESETS = ("module-default", "cogvideox-5b", "cogvideox1.5-5b")
 """What `auto` can stand for (`family.py`); the first is the preset of Wan."""
 ANY_SPARSITY = 0.95
@@ -57,6 +57,7 @@ class PatchInputs:
     reuse_steps: int = 1
     psa_pyramid: Preset | None = None
     falling: float = 0.0
+    correction: str = AUTO
 
     def changes(self) -> dict[str, Any]:
         """The fields of the configuration that the inputs set; the others come from the preset.
@@ -92,6 +93,7 @@ class PatchSettings:
         backend: auto, triton or torch; verbose: log every step.
         reuse_steps: levels are chosen in every so-many-th step and kept in between; 1 chooses them in every step.
         falling: how far the density falls over the sparse steps, see `kernels/falling.py`; 0 keeps it constant.
+        correction: how sparse calls get back what they lose, see `kernels/delta.py`; None for not at all.
     """
 
     config: PyramidConfig
@@ -105,6 +107,7 @@ class PatchSettings:
     verbose: bool
     reuse_steps: int
     falling: float
+    correction: Correction | None = None
 
     def __str__(self) -> str:
         """The settings in words, as one user would tell another."""
@@ -118,6 +121,7 @@ class PatchSettings:
             f"blocks of {config.block_q} and {config.block_kv}",
             *(["tail"] if config.tail else []),
             *([f"density falling by {self.falling:g}"] if self.falling else []),
+            *([f"correction {self.correction.size}"] if self.correction is not None else []),
         ]
         part = f"from {begin} to {self.end_percent:.0%} of the schedule"
         return f"{target} {part}; preset {self.preset} ({', '.join(shape)})"
@@ -137,6 +141,8 @@ def make_settings(*, auto: str = AUTO_PRESETS[0], blocks: int | None = None, **i
     check_window(asked.start_percent, asked.end_percent)
     if asked.backend not in BACKENDS:
         raise InputError.of_choice("backend", asked.backend, BACKENDS)
+    if asked.correction not in CORRECTIONS:
+        raise InputError.of_choice("correction", asked.correction, CORRECTIONS)
     check_one_pyramid(asked.preset, asked.psa_pyramid is not None)
     shape, config = make_config(asked, auto)
     return PatchSettings(
@@ -151,6 +157,7 @@ def make_settings(*, auto: str = AUTO_PRESETS[0], blocks: int | None = None, **i
         verbose=asked.verbose,
         reuse_steps=asked.reuse_steps,
         falling=asked.falling,
+        correction=shape.correction_of_size(asked.correction),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..choices.correction import CORRECTIONS
 from ..choices.presets import load_presets
 from ..choices.settings import AUTO, MOST_SPARSITY, PatchInputs, PatchSettings, check_reuse
 from ..kernels.backends import BACKENDS
@@ -56,7 +57,7 @@ class AppliedPSA:
         """Mean sparsity of the calls that PSA computed, None if there were none. Reads from the device."""
         totals = [state.totals() for state in self.states]
         densities = [float(total.sums[0]) for total in totals if total.sums is not None]
-        return 1 - sum(densities) / sum(total.sparse for total in totals) if densities else None
+        return 1 - sum(densities) / sum(total.counted for total in totals) if densities else None
 
     def unranked_pairs(self) -> int:
         """Number of pairs of blocks whose importance was not a finite number; they ranked last. Reads from the device.
@@ -115,6 +116,7 @@ def apply_psa(
     backend: str = PatchInputs.backend,
     falling: float = PatchInputs.falling,
     reuse_steps: int = PatchInputs.reuse_steps,
+    correction: str = PatchInputs.correction,
     **changes: Any,
 ) -> AppliedPSA:
     """Let a diffusers pipeline attend with PSA. Calling it again replaces the earlier settings.
@@ -132,6 +134,9 @@ def apply_psa(
             without its pipeline knows no steps, so its density stays the same throughout.
         reuse_steps: levels are chosen once in so many steps and kept in between; 1 chooses them in every step. A
             transformer without its pipeline knows no steps, so it must be 1 there.
+        correction: gives sparse steps back what sparsity lost in the last dense step: full, half, quarter or eighth of
+            a byte per number, auto for the finest that fits the memory, off. A transformer without its pipeline knows
+            no steps, so it has none.
         changes: other fields of `kernels.config.PyramidConfig`, such as block_kv.
 
     Returns:
@@ -144,6 +149,8 @@ def apply_psa(
     transformers = _transformers(pipe)
     if backend not in BACKENDS:
         raise _error("backend", backend, ", ".join(BACKENDS))
+    if correction not in CORRECTIONS:
+        raise _error("correction", correction, ", ".join(CORRECTIONS))
     if not 0 <= sparsity <= MOST_SPARSITY:
         raise _error("sparsity", sparsity, f"0 to {MOST_SPARSITY}")
     presets = load_presets()
@@ -180,6 +187,7 @@ def apply_psa(
             verbose=False,
             reuse_steps=reuse_steps,
             falling=falling,
+            correction=chosen.correction_of_size(correction) if knows_steps else None,
         )
         planned.append((transformer, TransformerState(family, settings, schedule, off=sparsity == 0)))
     remove_psa(pipe)

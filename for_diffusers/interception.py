@@ -41,6 +41,9 @@ class AttentionInterception(TorchFunctionMode):
             output = self.state.attend(self.call, self.block, *args, **kwargs)
             if output is not None:
                 return output
+            output = func(*args, **kwargs)
+            self.state.learn(self.call, output, *args, **kwargs)
+            return output
         return func(*args, **kwargs)
 
     def __exit__(self, *_: Any) -> None:

@@ -16,11 +16,13 @@ from ..choices.settings import PatchSettings
 from ..kernels.backends import NO_GRADIENTS, BackendError
 from ..kernels.config import ConfigError
 from ..kernels.order import TokenLayout
+from ..sampling.correction import Memory
 from ..sampling.figures import make_report
 from ..sampling.kept import Kept
 from ..sampling.record import Record
 from ..sampling.run import Run
-from ..sampling.self_attention import Host, attend, decline_reason, own_words
+from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
+from . import memory
 from .layout import MODELS
 from .schedule import Schedule, Steps
 
@@ -65,18 +67,21 @@ class Totals:
     """Totals over the calls of all runs.
 
     Attributes:
-        sums: density, and pairs without a finite score, summed over the sparse calls, on the device; None if there were
+        counted: number of calls in `sums`: the sparse ones, and dense ones in which a loss was renewed.
+        sums: work as a share of dense calls, and pairs without a finite score, summed on the device; None if there were
             no such calls.
     """
 
     sparse: int = 0
     dense: int = 0
     fallbacks: Counter[str] = dataclasses.field(default_factory=Counter)
+    counted: int = 0
     sums: torch.Tensor | None = None
 
     def plus(self, record: Record) -> Totals:
         """These totals with one more run added."""
-        densities = [density for step in record.steps for _, density in step.densities]
+        densities = [density for step in record.steps for _, density in step.work]
+        sparse = self.sparse + sum(len(step.densities) for step in record.steps)
         dense = self.dense + sum(step.dense_calls for step in record.steps)
         sums = self.sums
         if densities:
@@ -84,7 +89,7 @@ class Totals:
             density = torch.stack(densities).float().sum()
             found = torch.stack([density, torch.stack(pairs).sum().to(density) if pairs else density.new_zeros(())])
             sums = found if sums is None else sums + found.to(sums.device)
-        return Totals(self.sparse + len(densities), dense, self.fallbacks + record.fallbacks, sums)
+        return Totals(sparse, dense, self.fallbacks + record.fallbacks, self.counted + len(densities), sums)
 
 
 class TransformerState:
@@ -182,7 +187,7 @@ class TransformerState:
         for thread in [thread for thread in self._runs if over(thread)]:
             run, _ = self._runs.pop(thread)
             self._ended = self._ended.plus(run.record)
-            run.kept.clear()
+            run.release()
 
     def forget(self) -> None:
         """PSA is taken off: keep only the totals."""
@@ -228,19 +233,38 @@ class TransformerState:
         """
         run = call.run
         run.begin_self_attention(block)
-        if not run.position.active:
+        if not run.position.active or run.learns:
             self._stays_dense(call, None)
             return None
         masked = attn_mask is not None or is_causal or bool(dropout_p)
         found: torch.Tensor | str | None
         found = _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)
         if found is None:
-            # The calls of a step come in the same order in every step.
-            found = attend(run, query, key, value, prompts=run.position.forward, host=DIFFUSERS, scale=scale)
+            found = attend(run, query, key, value, prompts=_prompts(run, query), host=DIFFUSERS, scale=scale)
         if isinstance(found, str):
             self._stays_dense(call, found)
             return None
         return found
+
+    def learn(
+        self,
+        call: Call,
+        dense: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        """Called with the output of a call that stayed dense: measure what PSA would have lost, if it is time to."""
+        run = call.run
+        masked = attn_mask is not None or is_causal or bool(dropout_p)
+        if not run.learns or _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value):
+            return
+        learn(run, query, key, value, dense, prompts=_prompts(run, query), host=DIFFUSERS, scale=scale)
 
     def _stays_dense(self, call: Call, reason: str | None, calls: int = 1) -> None:
         """Count calls that stay dense, and log the reason once. In the warm-up, a reason means no step is sparse."""
@@ -266,6 +290,11 @@ def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) 
     return NO_GRADIENTS if call.with_graph and not torch.is_grad_enabled() else None
 
 
+def _prompts(run: Run, query: torch.Tensor) -> list[tuple[int, int]]:
+    """What each batch entry is computed for: the forwards of a step come in the same order in every step."""
+    return [(run.position.forward, entry) for entry in range(query.shape[0])]
+
+
 def _unseen_reason(attention: torch.nn.Module) -> str:
     backend = getattr(getattr(attention, "processor", None), "_attention_backend", None)
     named = "" if backend is None else f" (attention backend: {getattr(backend, 'value', backend)})"
@@ -286,4 +315,5 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError)
 
 
-DIFFUSERS = Host(_is_out_of_memory, torch.cuda.empty_cache, _failure)
+MEMORY = Memory(memory.free_for_run, memory.free_on_host, memory.pin, memory.unpin)
+DIFFUSERS = Host(_is_out_of_memory, torch.cuda.empty_cache, _failure, MEMORY)

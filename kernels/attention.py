@@ -155,7 +155,7 @@ def pyramid_sparse_attention(
         others = F.scaled_dot_product_attention(other_queries, _aligned(k), _aligned(v), scale=scale)
         output[:, :, : query_layout.before] = others[:, :, : query_layout.before]
         output[:, :, query_layout.before + query_layout.video :] = others[:, :, query_layout.before :]
-    return AttentionResult(output, lists, lists.density.mean(), name, query_order, order, centroids)
+    return AttentionResult(output, lists, lists.mean_density, name, query_order, order, centroids)
 
 
 def _default_order(layout: TokenLayout, config: PyramidConfig, device: torch.device) -> TokenOrder:

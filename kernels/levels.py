@@ -48,6 +48,16 @@ class BlockLists:
     best: torch.Tensor | None = None
     key_blocks: int | None = None
 
+    @functools.cached_property
+    def mean_density(self) -> torch.Tensor:
+        """Mean of `density`, a scalar on the device; computed once, since lists may be kept for many calls."""
+        return self.density.mean()
+
+    @functools.cached_property
+    def mean_ends(self) -> torch.Tensor:
+        """Share of the key blocks up to the end of each level, mean over all rows: float32 [n_levels]."""
+        return self.ends.float().mean((0, 1, 2)) / self.shape[-1]
+
     @property
     def shape(self) -> tuple[int, ...]:
         """(B, H, n_q, n_k) of the map that the lists were made from."""

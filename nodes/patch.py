@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..choices.correction import CORRECTIONS
 from ..choices.picture import suggested_sparsities
 from ..choices.settings import (
     AUTO,
@@ -193,6 +194,17 @@ class PSAPatch(PSANode):
                     tooltip=(
                         "Spend more of the same work in the first sparse steps: at 0.6, density falls from 1.6 to "
                         "0.4 times the slider's. Not tried on real weights. 0: all steps alike."
+                    ),
+                ),
+                io.Combo.Input(
+                    "correction",
+                    options=list(CORRECTIONS),
+                    default=PatchInputs.correction,
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "Give sparse steps back what sparsity lost in the last dense step: much closer to dense. full: "
+                        "1 byte per number, 3 GB for Wan 1.3B at 720p; half to eighth: less. auto: what fits."
                     ),
                 ),
             ],

@@ -185,11 +185,60 @@ def schedule(options: Mapping[str, Any]) -> list[float] | None:
     return None if sigmas is None else sigmas.tolist()
 
 
-def call_identity(options: Mapping[str, Any]) -> tuple:
-    """What distinguishes the forwards of one step, the same in every step: their prompts, and the frames of a context
-    window."""
-    window = getattr(options.get("context_window"), "index_list", ())
-    return tuple(options.get("cond_or_uncond", ())), tuple(options.get("uuids", ())), tuple(window)
+def prompts_of(options: Mapping[str, Any], batch: int) -> list[tuple]:
+    """What each of the `batch` entries of a forward is computed for, the same in every step: its prompt, its place
+    among the videos that are sampled together, and the frames of a context window.
+
+    ComfyUI puts several prompts in one forward if there is memory for it, and may split them again in a later step.
+    """
+    window = tuple(getattr(options.get("context_window"), "index_list", ()))
+    prompts = tuple(options.get("uuids", ())) or tuple(options.get("cond_or_uncond", ()))
+    if not prompts or batch % len(prompts):
+        return [(prompts, entry, window) for entry in range(batch)]
+    return [(prompt, entry, window) for prompt in prompts for entry in range(batch // len(prompts))]
+
+
+def prompt_count(guider: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many prompts a step of a sampling run has, times its videos, from the arguments of the wrapper around it."""
+    noise: Any = args[0] if args else kwargs.get("noise")
+    prompts = sum(len(conds) for conds in getattr(guider, "conds", {}).values())
+    return max(1, prompts) * (noise.shape[0] if hasattr(noise, "shape") else 1)
+
+
+def free_for_run(device: torch.device) -> int:
+    """Bytes that a run may hold on a device besides what its model needs, as ComfyUI counts memory.
+
+    What torch has reserved is not counted: the model has used it in this run and will use it again.
+    """
+    import comfy.model_management
+
+    total, reserved = comfy.model_management.get_free_memory(device, torch_free_too=True)
+    unused = total if device.type == "cpu" else total - reserved
+    return max(0, int(unused - comfy.model_management.minimum_inference_memory()))
+
+
+def free_on_host() -> int:
+    """Bytes that may be pinned on the host: half of what is free, and no more than ComfyUI pins."""
+    import comfy.model_management as memory
+
+    free = memory.get_free_memory(torch.device("cpu")) // 2
+    limit = memory.MAX_PINNED_MEMORY - memory.TOTAL_PINNED_MEMORY
+    return int(max(0, min(free, limit)))
+
+
+def pin(tensor: torch.Tensor) -> None:
+    """Pin a tensor of the host, counted by ComfyUI."""
+    import comfy.model_management
+
+    comfy.model_management.pin_memory(tensor)
+
+
+def unpin(tensor: torch.Tensor) -> None:
+    """Undo `pin`."""
+    import comfy.model_management
+
+    if tensor.is_pinned():
+        comfy.model_management.unpin_memory(tensor)
 
 
 def block_index(options: Mapping[str, Any]) -> int | None:

@@ -57,6 +57,7 @@ class SamplingWrapper:
             blocks=self.blocks,
             latent_size=core.latent_size(args, kwargs),
             pixels=core.pixels_per_latent(guider.model_patcher),
+            prompts=core.prompt_count(guider, args, kwargs),
         )
         options = core.run_options(guider)
         options[RUN_KEY] = run

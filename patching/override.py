@@ -15,8 +15,9 @@ import torch
 from ..kernels.backends import BackendError
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.levels import topk_ends
+from ..sampling.correction import Memory
 from ..sampling.run import Run
-from ..sampling.self_attention import Host, attend, decline_reason, own_words
+from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
 from . import core
 
 RUN_KEY = "psa_run"
@@ -26,14 +27,15 @@ _WITHOUT_TRITON = "set backend to auto, or install Triton where it is missing (o
 class PSAOverride:
     """The value of `transformer_options["optimized_attention_override"]`; holds no state of a run."""
 
-    def __init__(self, previous: Callable[..., torch.Tensor] | None) -> None:
-        self.previous = previous
+    def __init__(self, previous: Callable[..., torch.Tensor] | None, host: Host | None = None) -> None:
+        """host: the program that runs the model, by default ComfyUI; another one for experiments without it."""
+        self.previous, self.host = previous, host or COMFYUI
         # Tracing would freeze our decisions into a compiled graph. A decorator would load the compiler at import.
         self._untraced = torch.compiler.disable(self._attend)
 
     def __reduce__(self) -> tuple:
-        """Made again from `previous`: what the compiler wrapped cannot be sent to another process."""
-        return PSAOverride, (self.previous,)
+        """Made again: what the compiler wrapped cannot be sent to another process."""
+        return PSAOverride, (self.previous, self.host)
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attention of q, k, v [B, L, H*D], or [B, H, L, D] with `skip_reshape`; see ComfyUI's attention functions."""
@@ -56,14 +58,38 @@ class PSAOverride:
             run.record.other_call()
             return self._hand_on(func, *args, **kwargs)
         run.begin_self_attention(core.block_index(kwargs["transformer_options"]))
-        if not run.position.active:
+        if not run.position.active and not run.learns:
             run.record.dense_call()
             return self._hand_on(func, *args, **kwargs)
-        output = _sparse(run, *args, **kwargs)
+        call = _read(run, *args, **kwargs)
+        if run.learns:
+            return self._learn(run, call, func, *args, **kwargs)
+        output = call if isinstance(call, str) else self._sparse(run, call, **kwargs)
         if isinstance(output, str):
             run.record.fell_back(output)
             return self._hand_on(func, *args, **kwargs)
         return output
+
+    def _learn(
+        self, run: Run, call: _Call | str, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The dense call, of which PSA measures what it would lose."""
+        if isinstance(call, str) and run.position.active:
+            run.record.fell_back(call)
+        else:
+            run.record.dense_call()
+        output = self._hand_on(func, *args, **kwargs)
+        if not isinstance(call, str):
+            dense = output if kwargs.get("skip_output_reshape") else _by_heads(output, call.q.shape[1])
+            learn(run, call.q, call.k, call.v, dense, prompts=call.prompts, host=self.host, scale=kwargs.get("scale"))
+        return output
+
+    def _sparse(self, run: Run, call: _Call, **kwargs: Any) -> torch.Tensor | str:
+        """PSA on one call, or the reason why the call stays dense."""
+        output = attend(run, call.q, call.k, call.v, prompts=call.prompts, host=self.host, scale=kwargs.get("scale"))
+        if isinstance(output, str) or kwargs.get("skip_output_reshape"):
+            return output
+        return output.transpose(1, 2).flatten(2)
 
 
 def _run_of(kwargs: Mapping[str, Any]) -> Run | None:
@@ -82,22 +108,33 @@ def is_self_attention(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     return q.shape == k.shape == v.shape and layout is not None and q.shape[axis] >= layout.length
 
 
-def _sparse(
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A call that PSA can compute: q, k, v [B, H, L, D], and what each batch entry is computed for."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    prompts: list[tuple]
+
+
+def _read(
     run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: Any = None, *_: Any, **kwargs: Any
-) -> torch.Tensor | str:
-    """PSA on one call, or the reason why the call stays dense."""
+) -> _Call | str:
+    """The call as PSA sees it, or the reason why it stays dense."""
     if mask is not None:
         return "the attention call has a mask; bypass the node that sets it to make the call sparse"
     if not kwargs.get("skip_reshape"):
-        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (_by_heads(x, heads) for x in (q, k, v))
     reason = decline_reason(run, q, k, v)
     if reason is not None:
         return reason
-    prompts = core.call_identity(kwargs.get("transformer_options") or {})
-    output = attend(run, q, k, v, prompts=prompts, host=COMFYUI, scale=kwargs.get("scale"))
-    if isinstance(output, str) or kwargs.get("skip_output_reshape"):
-        return output
-    return output.transpose(1, 2).flatten(2)
+    return _Call(q, k, v, core.prompts_of(kwargs.get("transformer_options") or {}, q.shape[0]))
+
+
+def _by_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, L, H*D] -> [B, H, L, D], a view."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def failure(run: Run, error: Exception) -> str:
@@ -116,7 +153,8 @@ def failure(run: Run, error: Exception) -> str:
     )
 
 
-COMFYUI = Host(core.is_out_of_memory, core.free_cached_memory, failure)
+MEMORY = Memory(core.free_for_run, core.free_on_host, core.pin, core.unpin)
+COMFYUI = Host(core.is_out_of_memory, core.free_cached_memory, failure, MEMORY)
 
 
 def out_of_reach(run: Run, error: ConfigError) -> str:

@@ -3,11 +3,14 @@
 Fields: backend, preset, target_sparsity, mean_sparsity (of the sparse calls), saved (share of the whole run's
 self-attention, including its dense steps and calls), grid (of the largest part of the video that was computed in one
 piece), grids (for every part: grid, sparse_calls, mean sparsity), steps (index, sigma, kind: see `record.KINDS`,
-seconds, sparsity or null if nothing was sparse, sparse_calls, dense_calls, attention_seconds of its sparse calls,
-layers: one sparsity per block), layers (block index -> mean sparsity), shares (pooling factor -> mean share of the
-block pairs), coverage, time (seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks
-(reason, calls), notes (sentences about the run as a whole), level_map (pooling factors of one block's first head, every
-stride-th row and column, and the share of its resolution at which each token was seen).
+seconds, sparsity or null if nothing was sparse, sparse_calls, dense_calls, corrected_calls: how many of the sparse ones
+were corrected, learned_calls: how many of the dense ones measured what PSA would lose, attention_seconds of its sparse
+calls, layers: one sparsity per block), layers (block index -> mean sparsity), shares (pooling factor -> mean share of
+the block pairs), coverage, time (seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks
+(reason, calls), correction (size, where: GPU, CPU or host memory, bytes: the most that were held, corrected_calls,
+learned_calls, reason: why there was none or why it ended; null if it is off), notes (sentences about the run as a
+whole), level_map (pooling factors of one block's first head, every stride-th row and column, and the share of its
+resolution at which each token was seen).
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ def make_report(run: Run) -> dict[str, Any]:
     calls = [
         (step, block, grid, density)
         for step in record.steps
-        for (block, density), grid in zip(step.densities, step.grids, strict=True)
+        for (block, density), grid in zip(step.work, [*step.grids, *step.grids[-1:] * len(step.learned)], strict=False)
     ]
     values = (1 - torch.stack([density for *_, density in calls]).cpu()).tolist() if calls else []
     by_step: dict[int, list[float]] = defaultdict(list)
@@ -69,7 +72,7 @@ def make_report(run: Run) -> dict[str, Any]:
         "mode": config.mode,
         "target_sparsity": config.sparsity,
         "mean_sparsity": _mean(values),
-        "saved": share_saved(record.steps, sum(values)),
+        "saved": share_saved(record.steps, sum(values) - _learning_cost(record.steps)),
         "shares": None if shares is None else {str(factor): share for factor, share in shares.items()},
         "coverage": None if shares is None else coverage_of(shares),
         "time": _time(record.steps),
@@ -87,6 +90,8 @@ def make_report(run: Run) -> dict[str, Any]:
                 "sparsity": _mean(by_step[id(step)]),
                 "sparse_calls": len(step.densities),
                 "dense_calls": step.dense_calls,
+                "corrected_calls": step.corrected,
+                "learned_calls": len(step.learned),
                 "attention_seconds": None if step.attention is None else round(step.attention, 4),
                 "layers": {str(block): _mean(found) for block, found in sorted(by_both[id(step)].items())},
             }
@@ -94,6 +99,7 @@ def make_report(run: Run) -> dict[str, Any]:
         ],
         "layers": {str(block): _mean(by_layer[block]) for block in sorted(by_layer)},
         "fallbacks": [{"reason": reason, "calls": count} for reason, count in record.fallbacks.items()],
+        "correction": _correction(run),
         "notes": list(record.notes),
         "level_map": level_map,
     }
@@ -106,12 +112,20 @@ def summary(report: dict[str, Any]) -> str:
     text = f"{sparse} of {len(report['steps'])} steps sparse"
     if sparse:
         text += f" at {report['mean_sparsity']:.2f} ({report['backend']}), {seconds[SPARSE]:.2f} s each"
+    correction = report["correction"]
+    if correction is not None and correction["corrected_calls"]:
+        text += f", {_share(correction['corrected_calls'], report)} corrected ({correction['size']})"
     others = [f"{count[kind]} {kind}" for kind in KINDS if count[kind] and kind not in (SPARSE, DENSE)]
     if sparse and count[DENSE]:
         others.insert(0, f"the dense ones {seconds[DENSE]:.2f} s")
     if not sparse and not others and not report["fallbacks"] and not report["notes"]:
         return f"{text}: {NONE_ACTIVE}"
     return "; ".join([text, *others])
+
+
+def _share(calls: int, report: dict[str, Any]) -> str:
+    whole = sum(step["sparse_calls"] for step in report["steps"])
+    return "all" if calls == whole else f"{calls / whole:.0%} of the calls"
 
 
 def median_seconds(report: dict[str, Any]) -> dict[str, float]:
@@ -131,6 +145,26 @@ def share_saved(steps: list[Step], saved: float) -> float:
     calls = [len(step.densities) + step.dense_calls for step in steps if step.reached]
     unseen = sum(step.kind == UNSEEN for step in steps)
     return saved / (sum(calls) + unseen * statistics.mean(calls)) if calls else 0.0
+
+
+def _learning_cost(steps: list[Step]) -> float:
+    """What measuring the losses cost in steps without sparse calls, in dense calls; see `Step.work` for the others."""
+    learned = [density for step in steps for _, density in step.learned if not step.densities]
+    return float(torch.stack(learned).sum()) if learned else 0.0
+
+
+def _correction(run: Run) -> dict[str, Any] | None:
+    losses = run.losses
+    if losses.settings is None:
+        return None
+    return {
+        "size": losses.size,
+        "where": losses.where or None,
+        "bytes": losses.most,
+        "corrected_calls": sum(step.corrected for step in run.record.steps),
+        "learned_calls": sum(len(step.learned) for step in run.record.steps),
+        "reason": losses.reason,
+    }
 
 
 def mean_shares(record: Record) -> dict[int, float] | None:

@@ -12,7 +12,7 @@ import torch
 from ..kernels.attention import AttentionResult
 from ..kernels.levels import BlockLists
 from ..kernels.order import TokenOrder, make_order
-from ..kernels.semantic import Centroids
+from ..kernels.semantic import SEMANTIC_ORDERS, Centroids
 
 _FORGOTTEN_AFTER = 2
 """Steps after which an entry that no call has renewed is dropped: windows that move on never come back."""
@@ -47,6 +47,10 @@ class Kept:
         self._entries: dict[Hashable, _Entry] = {}
         self._orders: dict[tuple, TokenOrder] = {}
         self._refusals: dict[Hashable, str] = {} if refusals is None else refusals
+
+    def keeps(self, order: str) -> bool:
+        """Whether calls in this token order keep anything at all."""
+        return self.reuse_steps > 1 or order in SEMANTIC_ORDERS
 
     def next_step(self) -> None:
         """A step begins: drop what is too old to be useful."""

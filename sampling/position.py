@@ -24,7 +24,8 @@ class Position:
         active: whether the current model call is in PSA's part of the schedule.
         layout: where its video tokens are; None before the first call, or if the call could not be read.
         context_tokens: lengths that its cross-attention may have.
-        forward: which of the model calls of its step it is, counted from 0.
+        forward: which of the model calls of its step it is, counted from 0. forwards_before: how many the step before
+            had, 0 if there was none.
         block: transformer block of the current attention call; named: whether the model itself said which.
         planned_steps: number of steps of the sampler, None if it is not known.
     """
@@ -47,7 +48,7 @@ class Position:
         self.layout: TokenLayout | None = None
         self.context_tokens: tuple[int, ...] = ()
         self.active = False
-        self.forward = 0
+        self.forward = self.forwards_before = 0
         self.block = -1
         self.named = True
         self.planned_steps: int | None = None
@@ -87,6 +88,7 @@ class Position:
         if place.step == before.step:
             self.forward += 1
             return []
+        self.forwards_before = 0 if before.step < 0 else self.forward + 1
         self.forward = 0
         both = before.on_level and place.on_level
         return [*self._levels(before.step + 1, place.step if both else before.step), (place.step, sigma)]
@@ -112,6 +114,28 @@ class Position:
     def share(self) -> float:
         """How far along the sparse steps the current model call is, see `schedule.Place`."""
         return self._place.share
+
+    @property
+    def step(self) -> int:
+        """Index of the sampler's step that the current model call belongs to."""
+        return self._place.step
+
+    @property
+    def before_sparse_part(self) -> bool:
+        """Whether this is the last dense step before PSA's part of the schedule."""
+        return not self.active and self._schedule.sparse_steps[:1] == [self._place.step + 1]
+
+    @property
+    def sparse_steps(self) -> int | None:
+        """How many steps of the schedule are sparse; None if it is not known."""
+        return len(self._schedule.sparse_steps) if self._schedule.levels else None
+
+    @property
+    def sparse_steps_left(self) -> int | None:
+        """How many sparse steps come after the current one; None if the schedule is not known."""
+        if not self._schedule.levels:
+            return None
+        return sum(step > self._place.step for step in self._schedule.sparse_steps)
 
     @property
     def in_last_step(self) -> bool:

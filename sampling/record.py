@@ -40,6 +40,8 @@ class Step:
         densities: (block index, scalar tensor) of every sparse call; grids: the grid of each of these calls;
             level_ends: for each of them, the share of the key blocks up to the end of each level, finest first,
             [n_levels].
+        corrected: how many of the sparse calls got back what an earlier step had lost. learned: (block
+            index, scalar tensor) of the calls that were made beside dense ones, to measure what they lose.
         unranked: for sparse calls that chose levels, how many pairs of blocks had a score that is not finite.
         attention: seconds of its sparse attention calls, None if the device has no clock for them.
         kind: one of `KINDS` once it has ended.
@@ -60,7 +62,16 @@ class Step:
     grids: list[Grid] = dataclasses.field(default_factory=list)
     level_ends: list[torch.Tensor] = dataclasses.field(default_factory=list)
     unranked: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    corrected: int = 0
+    learned: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
     kind: str = ""
+
+    @property
+    def work(self) -> list[tuple[int, torch.Tensor]]:
+        """(block index, work as a share of a dense call) of calls in a step with sparse ones: of these, and the dense
+        ones in which losses were renewed."""
+        renewed = [(block, 1 + density) for block, density in self.learned] if self.densities else []
+        return [*self.densities, *renewed]
 
     @property
     def reached(self) -> bool:
@@ -78,6 +89,8 @@ class Step:
         self.grids += other.grids
         self.level_ends += other.level_ends
         self.unranked += other.unranked
+        self.corrected += other.corrected
+        self.learned += other.learned
         self.kind = min(self.kind, other.kind, key=KINDS.index)
 
     def to_host(self) -> None:
@@ -85,6 +98,7 @@ class Step:
         self.densities = [(block, density.cpu()) for block, density in self.densities]
         self.level_ends = [ends.cpu() for ends in self.level_ends]
         self.unranked = [count.cpu() for count in self.unranked]
+        self.learned = [(block, density.cpu()) for block, density in self.learned]
 
 
 @dataclasses.dataclass
@@ -106,6 +120,7 @@ class Record:
         blocks_are_named: whether the model says which block an attention call belongs to.
         replaced: parts of the model whose forward another node has replaced. layouts: of all model calls.
         backend, levels: of the sparse calls. level_map, maps: pictures, if any were requested.
+        losses_without_room: how many calls found no room for what they lost.
         fallbacks: why calls of active steps stayed dense, and how many. notes: sentences about the run as a whole.
     """
 
@@ -135,6 +150,7 @@ class Record:
         self.fallbacks: Counter[str] = Counter()
         self.notes: list[str] = []
         self._pictured_block, self._on_step, self._verbose = pictured_block, on_step, verbose
+        self.losses_without_room = 0
         self._told = set() if told is None else told
         self._clock = Clock()
 
@@ -177,9 +193,13 @@ class Record:
 
     def tell(self, reason: str) -> None:
         """Log why calls stay dense, once."""
-        if reason not in self._told:
+        self.tell_once(reason, "staying dense: ")
+
+    def tell_once(self, reason: str | None, what: str = "") -> None:
+        """Log a reason, once."""
+        if reason is not None and reason not in self._told:
             self._told.add(reason)
-            log.warning("PSA: staying dense: %s", reason)
+            log.warning("PSA: %s%s", what, reason)
 
     def dense_call(self, calls: int = 1) -> None:
         """Count self-attention calls that ran dense."""
@@ -191,17 +211,29 @@ class Record:
         if self.steps:
             self.steps[-1].other_calls = True
 
-    def sparse_call(self, position: Position, config: PyramidConfig, result: AttentionResult) -> None:
-        """Record a sparse call: its density (which stays on the device) and, for one block, the map of levels."""
+    def learned_call(self, position: Position, densities: list[torch.Tensor]) -> None:
+        """A dense call has measured what PSA would lose, by calls of these densities."""
+        if self.steps and densities:
+            self.steps[-1].learned.append((position.block, _mean(densities)))
+
+    def without_room(self) -> None:
+        """What a call lost could not be kept."""
+        self.losses_without_room += 1
+
+    def sparse_call(
+        self, position: Position, config: PyramidConfig, results: Sequence[AttentionResult], corrected: bool = False
+    ) -> None:
+        """Record a sparse call, made in one piece or several: its density (which stays on the device) and, for one
+        block, the map of levels."""
         self._clock.stop()
-        self.backend = result.backend
+        result = results[0]
+        self.backend, self.levels = result.backend, result.lists.levels
         step, block, layout = self.steps[-1], position.block, position.known_layout
-        self.density(block, result.density)
+        self.density(block, _mean([one.density for one in results]))
         step.grids.append(layout.grid)
-        if result.unranked is not None:
-            step.unranked.append(result.unranked)
-        self.levels = result.lists.levels
-        step.level_ends.append(result.lists.ends.float().mean((0, 1, 2)) / result.lists.blocks.shape[-1])
+        step.corrected += corrected
+        step.unranked += [one.unranked for one in results if one.unranked is not None]
+        step.level_ends.append(_mean([one.lists.mean_ends for one in results]))
         if self._pictured_block < 0:
             return
         pictured = self.level_map
@@ -291,7 +323,7 @@ class Record:
         sparsity, coverage, shares = None, None, None
         if step.densities:
             ends = torch.stack(step.level_ends).mean(0)
-            density = torch.stack([density for _, density in step.densities]).mean().reshape(1).to(ends)
+            density = torch.stack([density for _, density in step.work]).mean().reshape(1).to(ends)
             *until, mean = torch.cat([ends, density]).tolist()
             shares = level_shares(self.levels, until)
             sparsity, coverage = 1 - mean, coverage_of(shares)
@@ -306,3 +338,7 @@ class Record:
             "shares": shares,
             "reasons": dict(self.fallbacks),
         }
+
+
+def _mean(values: list[torch.Tensor]) -> torch.Tensor:
+    return values[0] if len(values) == 1 else torch.stack(values).mean(0)

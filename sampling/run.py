@@ -1,5 +1,6 @@
-"""One sampling run in three parts: where it is (`position`), what its next attention call may reuse (`kept`), and what
-was measured (`record`). Only its own methods change a part; this module does what concerns several parts at once.
+"""One sampling run in four parts: where it is (`position`), what its next attention call may reuse (`kept`), what its
+sparse calls get back (`losses`), and what was measured (`record`). Only its own methods change a part; this module does
+what concerns several parts at once.
 
 A run is made when sampling starts and dropped when it ends, even after an error or an interrupt. Only the report
 remains, plain numbers on the host. Densities stay on the device until the end, so that measuring never has to wait.
@@ -12,12 +13,14 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from ..choices.correction import reason_against, renews, with_renewals
 from ..choices.settings import PatchSettings
 from ..kernels.attention import AttentionResult
 from ..kernels.config import PyramidConfig
 from ..kernels.falling import config_at
 from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
+from .correction import LossStore
 from .kept import Kept
 from .position import Position, is_active
 from .record import Record, log
@@ -35,9 +38,11 @@ class Run:
             part of the video.
         pixels: frames and pixels per step of the latent, in time and in space, for messages in the user's sizes.
         kept: what an earlier run on the same model kept. told: reasons that were logged already, see `Record`.
+        prompts: how many prompts a step has, if known.
 
     Attributes:
         config: the settings of the attention at the step of the current model call.
+        learns: whether the current self-attention call is dense and measures what PSA would lose.
     """
 
     def __init__(
@@ -53,11 +58,13 @@ class Run:
         pixels: tuple[int, int] | None = None,
         kept: Kept | None = None,
         told: set[str] | None = None,
+        prompts: int | None = None,
     ) -> None:
-        self.settings, self.config = settings, settings.config
+        self.settings, self.config, self._prompts = settings, settings.config, prompts
         self.position = Position(sigma_start, sigma_end, latent_size, pixels)
         self.kept = kept or Kept(settings.reuse_steps)
         self.record = Record(pictured_block, on_step, blocks=blocks, verbose=settings.verbose, told=told)
+        self._begin_learning()
         self._workers: dict[Hashable, Run] = {}
         self._lock = threading.Lock()
 
@@ -83,11 +90,25 @@ class Run:
 
     def _for_worker(self) -> Run:
         run = Run.__new__(Run)
-        run.settings, run.config = self.settings, self.settings.config
+        run.settings, run.config, run._prompts = self.settings, self.settings.config, self._prompts
         run.position, run.record = self.position.for_worker(), self.record.for_worker()
         run.kept = Kept(self.settings.reuse_steps)
+        run._begin_learning()
         run._workers, run._lock = {}, threading.Lock()
         return run
+
+    def _begin_learning(self) -> None:
+        """Nothing has been learned yet."""
+        correction = self.settings.correction
+        self.losses = LossStore(correction)
+        self._renew = 0
+        if correction is not None:
+            self.losses.reason = reason_against(self.settings.config)
+            # With a density that falls, levels and losses are those of one step only.
+            self._renew = 0 if self.settings.falling else correction.renewal(self.settings.config)
+        self.learns = False
+        self._sparse_steps = 0
+        self._learning_step: int | None = None
 
     def plan(self, sigmas: list[float] | None, device: torch.device, replaced: Sequence[str] = ()) -> None:
         """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known.
@@ -115,16 +136,63 @@ class Run:
             foreign: whether another attention override is in front of PSA's.
         """
         steps = self.position.begin_model_call(sigma, layout, context_tokens, latent_size)
-        self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
         self.record.begin_steps(steps, self.position)
         for _ in steps:
             self.kept.next_step()
+        if steps and self.position.active:
+            self._begin_sparse_step()
+        self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
+        if self.losses.on:
+            self.config = with_renewals(self.config, self._renewed_share)
         self.record.model_call(layout, foreign)
+
+    def _begin_sparse_step(self) -> None:
+        """A run that learned nothing before its sparse part, for there was no step or a cache answered it, makes the
+        first step of that part dense. That needs two sparse steps after it to be worth its time."""
+        left = self.position.sparse_steps_left
+        if self._sparse_steps == 0 and not self.losses and (left is None or left >= 2):
+            self._learning_step = self.position.step
+        self._sparse_steps += 1
+        self.losses.last = self.position.in_last_step
 
     def begin_self_attention(self, block: int | None) -> None:
         """Called at every self-attention call. Models that do not name the block have one call per block, in order."""
         self.position.begin_self_attention(block)
+        self.learns = self.losses.on and self._learns()
         self.record.self_attention(self.position)
+
+    def _learns(self) -> bool:
+        position = self.position
+        if not position.active:
+            return position.before_sparse_part
+        if position.step == self._learning_step:
+            return True
+        return renews(self._sparse_steps, position.block, self._renew)
+
+    @property
+    def _renewed_share(self) -> float:
+        """Share of the calls in all sparse steps that are dense to renew a loss."""
+        steps, blocks = self.position.sparse_steps, self.record.blocks
+        if not self._renew or not steps or not blocks:
+            return 1 / self._renew if self._renew else 0.0
+        sparse = range(1 if self._learning_step is None else 2, steps + 1)
+        turns = [renews(step, block, self._renew) for step in sparse for block in range(blocks)]
+        return sum(turns) / len(turns) if turns else 0.0
+
+    @property
+    def keeps_levels(self) -> bool:
+        """Whether sparse calls use the levels that their loss was measured with."""
+        correction = self.settings.correction
+        if correction is None or self.settings.falling:
+            return False
+        return correction.keeps_levels(self.position.sparse_steps)
+
+    def calls_of_step(self, rows: int) -> int:
+        """About how many calls a step has, over all blocks and prompts, for calls of `rows` prompts each."""
+        blocks = max(1, (self.record.blocks or self.position.block + 1) - len(self.settings.dense_blocks))
+        if self.position.forwards_before:
+            return blocks * rows * self.position.forwards_before
+        return blocks * max(rows, self._prompts or 2)
 
     def order(self, device: torch.device) -> TokenOrder | None:
         """The token order of the current grid on `device`; None for one that follows the data."""
@@ -143,9 +211,9 @@ class Run:
         self.config = config
         self.position.decide(active)
 
-    def sparse_call(self, result: AttentionResult) -> None:
-        """PSA has computed the self-attention call that began last."""
-        self.record.sparse_call(self.position, self.config, result)
+    def sparse_call(self, results: Sequence[AttentionResult], corrected: bool) -> None:
+        """PSA has computed the self-attention call that began last, in one piece or several."""
+        self.record.sparse_call(self.position, self.config, results, corrected)
 
     def end(self, completed: bool = True) -> None:
         """Close the last step; what was measured can now be read (`figures.py`).
@@ -154,11 +222,16 @@ class Run:
             completed: False after an error or an interrupt, which stopped the last step.
         """
         self.record.end(self.position, completed)
-        self.kept.clear()
+        self.release()
         for run in self._workers.values():
             if run is not self:
                 run.end(completed)
                 self.record.take_in(run.record)
+
+    def release(self) -> None:
+        """Give back all memory that is held for the calls to come."""
+        self.kept.clear()
+        self.losses.clear()
 
 
 def _no_run() -> None:

@@ -6,16 +6,20 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 
 from ..kernels.attention import AttentionResult, pyramid_sparse_attention
 from ..kernels.backends import gradient_reason
 from ..kernels.config import ConfigError
+from ..kernels.delta import GROUPS, measure_delta
+from .correction import Loss, Memory
 from .run import Run, log
 
 WITHOUT_MEMORY = "PSA ran out of memory, even with one head at a time"
+WITHOUT_ROOM = "the memory is full; set correction to eighth, or sample a shorter or smaller video"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,11 +30,13 @@ class Host:
         is_out_of_memory: whether an error means that the device's memory was full.
         free_cached_memory: gives unused memory back to the device.
         failure: why calls stay dense after an error, as a sentence for the log.
+        memory: where corrections may be kept.
     """
 
     is_out_of_memory: Callable[[BaseException], bool]
     free_cached_memory: Callable[[], None]
     failure: Callable[[Run, Exception], str]
+    memory: Memory
 
 
 def own_words(error: Exception) -> str:
@@ -83,84 +89,171 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    prompts: Hashable,
+    prompts: Sequence[Hashable],
     host: Host,
     scale: float | None = None,
 ) -> torch.Tensor | str:
     """PSA on q, k, v [B, H, L, D], and a record of it: the output [B, H, L, D], or the reason why there is none.
 
     Args:
-        prompts: tells the model calls of a step apart; the same in every step.
+        prompts: one for each batch entry, by which it is known again in later steps, however entries are batched there.
     """
-    result = None
-    while result is None:
-        result = _try(run, q, k, v, prompts, host, scale)
-    if isinstance(result, str):
-        return result
-    run.sparse_call(result)
-    return result.output
+    found = None
+    while found is None:
+        found = _try(run, q, k, v, prompts, host, scale)
+    if isinstance(found, str):
+        return found
+    output, results, corrected = found
+    run.sparse_call(results, corrected)
+    return output
+
+
+def learn(
+    run: Run,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dense: torch.Tensor,
+    *,
+    prompts: Sequence[Hashable],
+    host: Host,
+    scale: float | None = None,
+) -> None:
+    """Measure what PSA would have lost in a call with the dense output [B, H, L, D], and keep it for later steps.
+
+    Whatever goes wrong, the call has its output; then there is no correction, for a reason that is logged.
+    """
+    losses, layout = run.losses, run.position.known_layout
+    if not losses.on or losses.settings is None:
+        return
+    if losses.last:  # nothing comes after it
+        run.record.learned_call(run.position, [q.new_zeros((), dtype=torch.float32)])
+        return
+    video = slice(layout.before, layout.before + layout.video)
+    densities: list[torch.Tensor] = []
+    try:
+        for piece in _pieces(run, q.shape, prompts):
+            some_q, some_k, some_v, some_dense = (x[piece.part] for x in (q, k, v, dense))
+            result = _call(run, some_q, some_k, some_v, scale)
+            densities.append(result.density)
+            lists = result.lists.packed() if run.keeps_levels else None
+            sparse = result.output[:, :, video]
+            if losses.size is None:
+                losses.choose_size(sparse, lists, run.calls_of_step(q.shape[0]) * run.kept.groups, host.memory)
+            if losses.size is None:
+                break
+            group, gamma = GROUPS[losses.size], losses.settings.gamma
+            delta = measure_delta(some_dense[:, :, video], sparse, result.query_order, group, gamma)
+            if not losses.put(piece.place, Loss(lists, delta)):
+                run.record.without_room()
+    except Exception as error:
+        log.debug("PSA: why there is no correction", exc_info=True)
+        full = host.is_out_of_memory(error)
+        losses.give_up(f"no correction: {WITHOUT_ROOM if full else host.failure(run, error)}")
+    if losses.reason is not None:
+        run.record.tell_once(losses.reason)
+        host.free_cached_memory()
+    run.record.learned_call(run.position, densities)
 
 
 def _try(
-    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompts: Hashable, host: Host, scale: float | None
-) -> AttentionResult | str | None:
-    """PSA in `run.kept.groups` groups of heads, or the reason why it failed.
+    run: Run,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    prompts: Sequence[Hashable],
+    host: Host,
+    scale: float | None,
+) -> tuple[torch.Tensor, list[AttentionResult], bool] | str | None:
+    """PSA in pieces: the output, what each piece did, and whether all were corrected; or the reason why it failed.
 
-    None if the caller should try again: memory was full, and there are more groups now. The retry happens outside of
-    this function because an error keeps its tensors alive while it is being handled.
+    None if the caller should try again: without a correction if there was one, or in more pieces if memory is full. The
+    retry happens outside of this function because an error keeps its tensors alive while it is being handled.
     """
     case, of_setting = run.cases(q)
-    reason: str | None
+    reason: str | None = None
     try:
-        return _in_groups(run, q, k, v, prompts, scale)
+        return _in_pieces(run, q, k, v, prompts, scale)
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
-        if not host.is_out_of_memory(error):
+        if run.losses and not host.is_out_of_memory(error):
+            run.losses.give_up(f"no correction from here on: {host.failure(run, error)}")
+            run.record.tell_once(run.losses.reason)
+            log.debug("PSA: the failure in full", exc_info=True)
+        elif not host.is_out_of_memory(error):
             reason = host.failure(run, error)
             case = of_setting if isinstance(error, ConfigError) else case
             log.debug("PSA: the failure in full", exc_info=True)
+        elif run.losses:
+            run.losses.give_up(f"no correction from here on: {WITHOUT_ROOM}")
+            run.record.tell_once(run.losses.reason)
+        elif run.kept.split(q.shape[1]):
+            log.warning("PSA: out of memory; continuing with %d groups of heads", run.kept.groups)
         else:
-            reason = None if run.kept.split(q.shape[1]) else WITHOUT_MEMORY
+            reason = WITHOUT_MEMORY
     if reason is not None:
         # Not tried again: every block and step has a call, and a compiler may take seconds to fail.
         run.kept.refuse(case, reason)
         return reason
-    log.warning("PSA: out of memory; continuing with %d groups of heads", run.kept.groups)
     host.free_cached_memory()
     return None
 
 
-def _in_groups(
-    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompts: Hashable, scale: float | None
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """What is computed at a time. part: of the batch and the heads; place: where it is known again in later steps."""
+
+    part: tuple[slice, slice]
+    place: Hashable
+
+
+def _pieces(run: Run, shape: Sequence[int], prompts: Sequence[Hashable]) -> list[_Piece]:
+    """The pieces of a call on [B, H, L, D]: batch entry by batch entry if anything is kept, and groups of heads."""
+    heads = shape[1]
+    entries: list[tuple[slice, Hashable]] = [(slice(None), tuple(prompts))]
+    if run.losses.on or run.kept.keeps(run.config.order):
+        entries = [(slice(row, row + 1), prompt) for row, prompt in enumerate(prompts)]
+    size = -(-heads // run.kept.groups)
+    return [
+        _Piece((rows, slice(first, first + size)), (run.position.block, prompt, run.position.layout, first, size))
+        for rows, prompt in entries
+        for first in range(0, heads, size)
+    ]
+
+
+def _call(
+    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, **kept: Any
 ) -> AttentionResult:
-    groups = list(zip(*(x.chunk(run.kept.groups, 1) for x in (q, k, v)), strict=True))
+    return pyramid_sparse_attention(
+        q,
+        k,
+        v,
+        run.config,
+        layout=run.position.layout,
+        order=run.order(q.device),
+        scale=scale,
+        backend=run.settings.backend,
+        **kept,
+    )
+
+
+def _in_pieces(
+    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompts: Sequence[Hashable], scale: float | None
+) -> tuple[torch.Tensor, list[AttentionResult], bool]:
+    pieces = _pieces(run, q.shape, prompts)
+    # One output for all pieces: joining separate outputs at the end would need the memory twice.
+    output = q.new_empty(*(q.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
     results: list[AttentionResult] = []
-    # Groups write into one output: joining separate outputs at the end would need the memory twice.
-    output = None if len(groups) == 1 else q.new_empty(*(q.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
-    for number, (some_q, some_k, some_v) in enumerate(groups):
-        place = run.position.block, prompts, run.position.layout, number, *some_q.shape[:2]
-        kept = run.kept.lists(place)
-        result = pyramid_sparse_attention(
-            some_q,
-            some_k,
-            some_v,
-            run.config,
-            layout=run.position.layout,
-            order=run.order(q.device),
-            scale=scale,
-            backend=run.settings.backend,
-            lists=kept,
-            centroids=run.kept.centroids(place),
-        )
-        run.kept.put(place, result, reused=kept is not None)
-        if output is not None:
-            heads = output.narrow(1, sum(other.output.shape[1] for other in results), result.output.shape[1])
-            heads.copy_(result.output)
-            result = dataclasses.replace(result, output=heads)
+    corrected = True
+    for piece in pieces:
+        some_q, some_k, some_v, out = (x[piece.part] for x in (q, k, v, output))
+        loss = run.losses.get(piece.place)
+        if loss is not None:
+            result = _call(run, some_q, some_k, some_v, scale, lists=loss.lists, delta=loss.delta, out=out)
+        else:
+            corrected = False
+            lists = run.kept.lists(piece.place)
+            centroids = run.kept.centroids(piece.place)
+            result = _call(run, some_q, some_k, some_v, scale, lists=lists, centroids=centroids, out=out)
+            run.kept.put(piece.place, result, reused=lists is not None)
         results.append(result)
-    return results[0] if output is None else _together(results, output)
-
-
-def _together(results: list[AttentionResult], output: torch.Tensor) -> AttentionResult:
-    """The results of all groups as one, with the output that they share; lists and orders are the first group's."""
-    density = torch.stack([result.density for result in results]).mean()
-    return dataclasses.replace(results[0], output=output, density=density)
+    return output, results, corrected

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from ...choices.settings import PatchSettings
+from ...for_diffusers.state import DIFFUSERS
 from ...kernels.attention import pyramid_sparse_attention
 from ...kernels.config import PyramidConfig
 from ...kernels.falling import config_at, place_among
@@ -47,8 +48,9 @@ class SparseAttention:
         self.settings, self.schedule, self.prototype = settings, schedule, dict(prototype or {})
         self.layout = TokenLayout(grid)
         start, end = (schedule.percent_to_sigma(p) for p in (settings.start_percent, settings.end_percent))
-        self.run = Run(settings, start, end, pictured_block=-1)
-        self._override = PSAOverride(None)
+        self.run = Run(settings, start, end, pictured_block=-1, blocks=schedule.blocks)
+        self.run.plan([*map(float, schedule.sigmas), 0.0], torch.device("cpu"))
+        self._override = PSAOverride(None, DIFFUSERS)  # there is no ComfyUI here to ask about memory
         self._active = [
             step
             for step, on in enumerate(schedule.active(settings.start_percent, settings.end_percent))
@@ -65,7 +67,8 @@ class SparseAttention:
         sigmas = [self.schedule.sigmas[sparse] for sparse in self._active]
         place = place_among(sigmas, self.schedule.sigmas[step])
         self._config = config_at(self.settings.config, self.settings.falling, place)
-        self.run.decide(self._config, step in self._active)
+        if self.prototype:
+            self.run.decide(self._config, step in self._active)
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Output [B, H, L, D] of q, k, v [B, H, L, D]."""
@@ -85,7 +88,8 @@ class SparseAttention:
                 order = self.run.order(q.device)
                 lists = ranked_lists(order.apply(q), order.apply(k), self._config, self.prototype["rank"])
                 return self._with_lists(q, k, v, block, order, lists)
-            self.run.decide(self._config_for(block), True)
+            if self.prototype:
+                self.run.decide(self._config_for(block), True)
         options = {RUN_KEY: self.run}
         return self._override(
             _dense, q, k, v, q.shape[1], skip_reshape=True, skip_output_reshape=True, transformer_options=options
@@ -103,7 +107,8 @@ class SparseAttention:
             raise RuntimeError("; ".join(unwanted))
         means = []
         for step in self.run.record.steps:
-            total = sum(float(density) for _, density in step.densities) + step.dense_calls
+            measured = [density for _, density in [*step.densities, *step.learned]]
+            total = sum(map(float, measured)) + step.dense_calls
             means.append(total / (len(step.densities) + step.dense_calls))
         return means
 

@@ -31,6 +31,7 @@ DEFAULTS = {
     "quick": (20, 2, 1, 17),
     "smoke": (8, 1, 1, 17),
     "candidates": (20, 4, 2, 33),
+    "corrections": (20, 4, 2, 33),
     "velocity": (STEPS, 3, 1, 33),
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +61,10 @@ def main(description: str | None = None) -> int:
         return 0
     found = arguments.found
     guidance = found.guidance if arguments.cfg is None else arguments.cfg
-    kind = next((kind for kind in ("smoke", "quick", "velocity", "candidates") if getattr(arguments, kind)), "full")
+    kind = next(
+        (kind for kind in ("smoke", "quick", "velocity", "candidates", "corrections") if getattr(arguments, kind)),
+        "full",
+    )
     asked = (arguments.steps, arguments.scenes, arguments.seeds, arguments.frames)
     steps, scenes, seeds, frames = (given or usual for given, usual in zip(asked, DEFAULTS[kind], strict=True))
     wanted = arguments.only or ["*"]
@@ -142,6 +146,7 @@ def _parse(description: str | None) -> argparse.Namespace:
     size.add_argument("--smoke", action="store_true", help="a few settings, 8 steps, one clip: does it run?")
     size.add_argument("--velocity", action="store_true", help="single model calls: how blocks should be ranked")
     size.add_argument("--candidates", action="store_true", help="possible new defaults, with both warm-ups")
+    size.add_argument("--corrections", action="store_true", help="how the correction should be used by default")
     size.add_argument("--times", action="store_true", help="the time ranking takes at real models' sizes, on a GPU")
     size.add_argument("--report", action="store_true", help="write docs/quality.md from workshop/results/")
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .corrections import corrections
 from .setting import Setting
 
 LEAN, MIDDLE = 0.3625, 0.4375
@@ -61,8 +62,8 @@ class Claim:
 
 
 def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
-    """The list of a `full`, `quick`, `smoke`, `velocity` or `candidates` run of a model of so many blocks, each name
-    once.
+    """The list of a `full`, `quick`, `smoke`, `velocity`, `candidates` or `corrections` run of a model of so many
+    blocks, each name once.
 
     Raises:
         ValueError: no such list.
@@ -73,6 +74,8 @@ def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
         return _velocity()
     if kind == "candidates":
         return _candidates()
+    if kind == "corrections":
+        return corrections()
     if kind == "smoke":
         wanted = ("default", "block-sparse", "radial mask", "levels kept for 2 steps", "fresh sample 0")
         chosen = [s for s in settings_of("full", blocks) if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]

@@ -105,7 +105,11 @@ class Measurement:
         times = {True: [], False: []}
         for i, seconds in enumerate(sampled.seconds):
             times[i in sparse].append(seconds)
-        said = {k: v for k, v in dataclasses.asdict(setting).items() if k in ("node", "config", "prototype") and v}
+        said = {
+            k: v
+            for k, v in dataclasses.asdict(setting).items()
+            if k in ("node", "config", "correction", "prototype") and v
+        }
         said["sparsity"] = settings.config.sparsity
         rows = [
             RunRow(

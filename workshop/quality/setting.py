@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from ...choices.correction import OFF, renews
 from ...choices.settings import PatchInputs, PatchSettings, make_settings, parse_blocks
 from ...patching.family import find_family
 from ...sampling.run import is_active
@@ -27,7 +28,7 @@ class Setting:
     Attributes:
         name: unique in a list; group: the table it belongs to.
         node: inputs of PSA Patch.
-        config: fields of `PyramidConfig` that the node does not offer.
+        config: fields of `PyramidConfig`, correction: fields of `Correction` that the node does not offer.
         prototype: features that no node offers yet, see `attention.py`.
         compute: target share of the dense attention FLOPs, reached by adjusting the sparsity; None leaves it unchanged.
         match: name of an earlier setting whose measured compute to use as the target.
@@ -39,6 +40,7 @@ class Setting:
     group: str
     node: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    correction: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prototype: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     compute: float | None = None
     match: str | None = None
@@ -78,15 +80,62 @@ def resolve(setting: Setting, schedule: Schedule, backend: str, compute: float |
         ValueError: the dense part alone takes more, or an input is wrong (ConfigError, InputError).
     """
     inputs = NODE_DEFAULTS | {"backend": backend} | dict(setting.node)
+    if setting.prototype:
+        inputs["correction"] = OFF
     if inputs["preset"] == "auto":
         inputs["preset"] = _wan_family(schedule.blocks).preset
-    if compute is not None:
-        dense = dense_share(inputs, schedule, setting.prototype)
-        if compute <= dense:
-            raise ValueError(f"compute {compute:.3f}: the dense part alone is {dense:.3f}")
-        inputs["sparsity"] = 1 - (compute - dense) / (1 - dense)
     settings = make_settings(**inputs, blocks=schedule.blocks)
-    return dataclasses.replace(settings, config=dataclasses.replace(settings.config, **setting.config))
+    correction = settings.correction
+    if correction is not None:
+        correction = dataclasses.replace(correction, **setting.correction)
+    if compute is not None:
+        renew = 0
+        for _ in range(2):  # how often losses are renewed depends on the sparsity, which depends on that a little
+            density = density_for(compute, inputs, schedule, setting.prototype, None if correction is None else renew)
+            settings = make_settings(**inputs | {"sparsity": 1 - density}, blocks=schedule.blocks)
+            renew = 0 if correction is None else correction.renewal(settings.config)
+        if correction is not None:
+            correction = dataclasses.replace(correction, renew=renew)
+    config = dataclasses.replace(settings.config, **setting.config)
+    return dataclasses.replace(settings, config=config, correction=correction)
+
+
+def density_for(
+    compute: float,
+    inputs: Mapping[str, Any],
+    schedule: Schedule,
+    prototype: Mapping[str, Any],
+    renew: int | None,
+) -> float:
+    """Density of the sparse steps, 1 minus the slider, at which a run's compute is `compute`.
+
+    A correction costs one more sparse call in the step that measures it, one more dense step if PSA begins with the
+    first step, and its renewals: one block in `renew`, 0 for none; None if there is no correction.
+
+    Raises:
+        ValueError: the dense part alone costs more.
+    """
+    dense = dense_share(inputs, schedule, prototype)
+    steps, blocks = len(schedule.sigmas), schedule.blocks
+    call = 1 / (steps * blocks)
+    sparse = round((1 - dense) / call)  # calls
+    here = blocks - len(parse_blocks(inputs.get("dense_blocks", ""), blocks))
+    measured, whole, turns = sparse, 0, []
+    if renew is not None and sparse:
+        if schedule.active(inputs["start_percent"], inputs["end_percent"])[0] and sparse > 2 * here:
+            whole, measured = here, sparse - here  # the first sparse step becomes a dense one
+        turns = [
+            (step, block)
+            for step in range(1 + whole // here, sparse // here + 1)
+            for block in range(blocks)
+            if renews(step, block, renew)
+        ]
+        whole += len(turns)
+        measured += here - sum(step == sparse // here for step, _ in turns)
+    left = (compute - dense) / call - whole
+    if left <= 0:
+        raise ValueError(f"compute {compute:.3f}: the dense part alone is {dense + whole * call:.3f}")
+    return left / measured + len(turns) / max(1, sparse - whole + len(turns))
 
 
 def dense_share(inputs: Mapping[str, Any], schedule: Schedule, prototype: Mapping[str, Any]) -> float:

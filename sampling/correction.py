@@ -1,0 +1,240 @@
+"""What PSA lost in a run, by the place of a call: measured once, held in as much memory as there is, given back later.
+
+The GPU comes first. If it has no room, deltas wait in pinned memory of the host. While one call computes, the delta of
+the next one is copied to the GPU by another stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Hashable
+
+import torch
+
+from ..choices.correction import AUTO, Correction
+from ..kernels.delta import GROUPS, Delta, delta_bytes
+from ..kernels.levels import BlockLists
+
+log = logging.getLogger("ComfyUI-PSA")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """How a program accounts for memory.
+
+    Attributes:
+        free: bytes that a run may hold on a device, besides what the model needs there. free_on_host: the same for
+            pinned memory of the host.
+        pin: pins a tensor of the host, so that copies need not wait; unpin undoes it.
+    """
+
+    free: Callable[[torch.device], int]
+    free_on_host: Callable[[], int]
+    pin: Callable[[torch.Tensor], None]
+    unpin: Callable[[torch.Tensor], None]
+
+
+@dataclasses.dataclass
+class Loss:
+    """What is known of the call at one place: the levels to keep, if any, and what they lost."""
+
+    lists: BlockLists | None
+    delta: Delta
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The large ones."""
+        levels = () if self.lists is None else (self.lists.blocks,)
+        return self.delta.values, self.delta.scales, *levels
+
+    def with_tensors(self, values: torch.Tensor, scales: torch.Tensor, *levels: torch.Tensor) -> Loss:
+        """The same with these tensors instead."""
+        lists = None if self.lists is None else dataclasses.replace(self.lists, blocks=levels[0])
+        return Loss(lists, Delta(values, scales, self.delta.group))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the large tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+
+@dataclasses.dataclass
+class _Waiting:
+    """A loss on the host, and the event after which it is complete there."""
+
+    loss: Loss
+    written: torch.cuda.Event
+
+
+class LossStore:
+    """The losses of one run on one device.
+
+    Attributes:
+        size: one of `GROUPS`, None until it is chosen. where: "GPU", "CPU" or "host memory". nbytes: held now; most:
+            the most that were held.
+        reason: why there is no correction, or none any more; None if there is. last: whether no step comes after this
+            one, so that every loss is needed once more at most.
+    """
+
+    def __init__(self, settings: Correction | None) -> None:
+        self.settings = settings
+        self.size: str | None = None
+        self.where = ""
+        self.nbytes = self.most = 0
+        self.reason: str | None = None
+        self._budget = 0
+        self._device = torch.device("cpu")
+        self._memory: Memory | None = None
+        self._losses: dict[Hashable, Loss] = {}
+        self._hosted: dict[Hashable, _Waiting] = {}
+        self._ahead: dict[Hashable, tuple[Loss, torch.cuda.Event]] = {}
+        self._next: dict[Hashable, Hashable] = {}
+        self._latest: Hashable = None
+        self._stream: torch.cuda.Stream | None = None
+        self.last = False
+
+    @property
+    def on(self) -> bool:
+        """Whether calls are corrected, or may be later."""
+        return self.settings is not None and self.reason is None
+
+    def __len__(self) -> int:
+        return len(self._losses) + len(self._hosted)
+
+    def choose_size(self, video: torch.Tensor, lists: BlockLists | None, calls: int, memory: Memory) -> None:
+        """Choose how finely deltas are kept, and where, before the first one is made.
+
+        Args:
+            video: a call's output for the video tokens [1, H, L, D]. lists: the levels that are kept with it, packed.
+            calls: how many such calls a step has, over all blocks and prompts.
+        """
+        assert self.settings is not None
+        device = self._device = video.device
+        _, heads, tokens, dim = video.shape
+        levels = 0 if lists is None else lists.blocks.nbytes
+        free = memory.free(device)
+        places = [("GPU" if device.type == "cuda" else device.type.upper(), free)]
+        if device.type == "cuda":
+            places.append(("host memory", memory.free_on_host()))
+        asked = list(GROUPS)
+        if self.settings.size != AUTO:
+            asked = asked[asked.index(self.settings.size) :]
+        self._memory = memory
+        for size in asked:
+            needed = calls * (delta_bytes(heads, tokens, dim, GROUPS[size]) + levels)
+            for where, room in places:
+                if needed <= room:
+                    self.size, self.where, self._budget = size, where, room
+                    words = f"PSA: correction: {size}, about {gigabytes(needed)} in {_named(where)}"
+                    if self.settings.size not in (AUTO, size):
+                        words += f"; {self.settings.size} does not fit"
+                    log.info("%s", words)
+                    return
+        most = gigabytes(max(room for _, room in places))
+        self.give_up(
+            f"no correction: it needs {gigabytes(needed)}, and {most} are free; close other programs that use memory, "
+            f"or sample a shorter or smaller video"
+        )
+
+    def put(self, place: Hashable, loss: Loss) -> bool:
+        """Keep the loss of the call at `place`, instead of an earlier one; returns whether there was room for it."""
+        self._follow(place)
+        self._drop(place)
+        if self.nbytes + loss.nbytes > self._budget:
+            return False
+        if self.where == "host memory":
+            self._hosted[place] = self._to_host(loss)
+        else:
+            self._losses[place] = loss
+        self.nbytes += loss.nbytes
+        self.most = max(self.most, self.nbytes)
+        return True
+
+    def get(self, place: Hashable) -> Loss | None:
+        """The loss of the call at `place` on its device; None if it is not known."""
+        if not self.on or not self.has(place):
+            return None
+        if place in self._losses:
+            return self._losses.pop(place) if self.last else self._losses[place]
+        self._follow(place)
+        loss, copied = self._ahead.pop(place) if place in self._ahead else self._fetch(place)
+        current = torch.cuda.current_stream(loss.delta.values.device)
+        current.wait_event(copied)
+        for tensor in loss.tensors():
+            tensor.record_stream(current)
+        following = self._next.get(place)
+        self._ahead = {following: self._fetch(following)} if following in self._hosted else {}
+        if self.last:
+            self._drop(place)
+        return loss
+
+    def has(self, place: Hashable) -> bool:
+        """Whether the loss of the call at `place` is known."""
+        return place in self._losses or place in self._hosted
+
+    def give_up(self, reason: str) -> None:
+        """Go on without a correction, for a reason that ends with what to do."""
+        self.clear()
+        self.reason = reason
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        for place in list(self._hosted):
+            self._drop(place)
+        self._losses.clear()
+        self._ahead.clear()
+        self._next.clear()
+        self._latest, self._stream, self.last = None, None, False
+        self.nbytes = 0
+
+    def _follow(self, place: Hashable) -> None:
+        """Calls come in the same order in every step, so this tells which one comes next."""
+        if self._latest is not None:
+            self._next[self._latest] = place
+        self._latest = place
+
+    def _drop(self, place: Hashable) -> None:
+        self._ahead.pop(place, None)
+        loss = self._losses.pop(place, None)
+        waiting = self._hosted.pop(place, None)
+        if waiting is not None:
+            assert self._memory is not None
+            loss = waiting.loss
+            waiting.written.synchronize()
+            if self._stream is not None:
+                self._stream.synchronize()
+            for tensor in loss.tensors():
+                self._memory.unpin(tensor)
+        if loss is not None:
+            self.nbytes -= loss.nbytes
+
+    def _to_host(self, loss: Loss) -> _Waiting:
+        assert self._memory is not None
+        copies = []
+        for tensor in loss.tensors():
+            copy = torch.empty_like(tensor, device="cpu")
+            self._memory.pin(copy)
+            copies.append(copy.copy_(tensor, non_blocking=True))
+        written = torch.cuda.Event()
+        written.record(torch.cuda.current_stream(loss.delta.values.device))
+        return _Waiting(loss.with_tensors(*copies), written)
+
+    def _fetch(self, place: Hashable) -> tuple[Loss, torch.cuda.Event]:
+        waiting = self._hosted[place]
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        copied = torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(waiting.written)
+            loss = waiting.loss.with_tensors(*(x.to(self._device, non_blocking=True) for x in waiting.loss.tensors()))
+            copied.record(self._stream)
+        return loss, copied
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes as people read it: 3.1 GB, 40 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
+
+
+def _named(where: str) -> str:
+    return where if where == "host memory" else f"{where} memory"
