@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..choices.correction import OFF
 from ..choices.errors import InputError, require_model
 from ..choices.presets import Preset
 from ..choices.settings import AUTO, AUTO_PRESETS, PatchSettings, check_one_pyramid, make_settings
@@ -173,6 +174,8 @@ def calibrate(
             end_percent=1.0,
             min_tokens=min_tokens,
             psa_pyramid=psa_pyramid,
+            # A single step shows what sparsity loses; a correction only makes up for it in the steps that follow.
+            correction=OFF,
         )
         for sparsity in SPARSITIES
         if _reachable(shape, sparsity)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..sampling.correction import gigabytes
 from .paint import (
     DENSE,
     GRID,
@@ -71,6 +72,7 @@ def draw_report(
     _levels(sheet, report)
     _time(sheet, report)
     _parts(sheet, report)
+    _correction(sheet, report)
     _fallbacks(sheet, report)
     if seen is not None and spot is not None and spot_at is not None:
         _video_maps(sheet, seen, spot, spot_at, frames, where)
@@ -222,6 +224,18 @@ def _parts(sheet: Sheet, report: dict[str, Any]) -> None:
         grid = "x".join(map(str, part["grid"]))
         sparsity = "dense" if part["sparsity"] is None else f"sparsity {part['sparsity']:.3f}"
         sheet.text(f"Part of {grid} tokens: {sparsity}, {part['sparse_calls']} sparse calls", 14, QUIET)
+
+
+def _correction(sheet: Sheet, report: dict[str, Any]) -> None:
+    correction = report.get("correction")
+    if correction is None:
+        return
+    if correction["corrected_calls"]:
+        calls = sum(step["sparse_calls"] for step in report["steps"])
+        text = f"Correction: {correction['size']}, {gigabytes(correction['bytes'])} in {correction['where']}; "
+        sheet.text(f"{text}{correction['corrected_calls']} of {calls} sparse calls", 14, QUIET)
+    if correction["reason"]:
+        sheet.text(f"Correction: {correction['reason']}.", 14)
 
 
 def _fallbacks(sheet: Sheet, report: dict[str, Any]) -> None:

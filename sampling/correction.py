@@ -70,7 +70,7 @@ class LossStore:
     """The losses of one run on one device.
 
     Attributes:
-        size: one of `GROUPS`, None until it is chosen. where: "GPU", "CPU" or "host memory". nbytes: held now; most:
+        size: one of `GROUPS`, None until it is chosen. where: the name of its memory. nbytes: held now; most:
             the most that were held.
         reason: why there is no correction, or none any more; None if there is. last: whether no step comes after this
             one, so that every loss is needed once more at most.
@@ -113,7 +113,7 @@ class LossStore:
         _, heads, tokens, dim = video.shape
         levels = 0 if lists is None else lists.blocks.nbytes
         free = memory.free(device)
-        places = [("GPU" if device.type == "cuda" else device.type.upper(), free)]
+        places = [("GPU memory" if device.type == "cuda" else f"{device.type.upper()} memory", free)]
         if device.type == "cuda":
             places.append(("host memory", memory.free_on_host()))
         asked = list(GROUPS)
@@ -125,7 +125,7 @@ class LossStore:
             for where, room in places:
                 if needed <= room:
                     self.size, self.where, self._budget = size, where, room
-                    words = f"PSA: correction: {size}, about {gigabytes(needed)} in {_named(where)}"
+                    words = f"PSA: correction: {size}, about {gigabytes(needed)} in {where}"
                     if self.settings.size not in (AUTO, size):
                         words += f"; {self.settings.size} does not fit"
                     log.info("%s", words)
@@ -234,7 +234,3 @@ class LossStore:
 def gigabytes(count: int) -> str:
     """A number of bytes as people read it: 3.1 GB, 40 MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{max(1, round(count / 1e6))} MB"
-
-
-def _named(where: str) -> str:
-    return where if where == "host memory" else f"{where} memory"

@@ -46,7 +46,8 @@ def make_report(run: Run) -> dict[str, Any]:
     for (step, block, grid, _), value in zip(calls, values, strict=True):
         by_step[id(step)].append(value)
         by_layer[block].append(value)
-        by_both[id(step)][block].append(value)
+        if value >= 0:  # the others were dense, to renew what they lose
+            by_both[id(step)][block].append(value)
         by_grid[grid].append(value)
     layouts = sorted(record.layouts, key=lambda layout: -layout.video)
     shares = mean_shares(record)
