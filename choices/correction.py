@@ -47,7 +47,8 @@ class Correction:
         """One block in how many renews its loss in a step at this setting, 0 for none."""
         if self.renew is not None:
             return self.renew
-        if config.sparsity is None or 1 - config.sparsity < LEAST_DENSITY_TO_RENEW:
+        # Not 1 - sparsity < least: rounding makes 1 - 0.8 less than 0.2.
+        if config.sparsity is None or config.sparsity > 1 - LEAST_DENSITY_TO_RENEW:
             return 0
         return USUAL_RENEWAL
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..choices.correction import CORRECTIONS
+from ..choices.correction import CORRECTIONS, OFF
 from ..choices.presets import load_presets
 from ..choices.settings import AUTO, MOST_SPARSITY, PatchInputs, PatchSettings, check_reuse
 from ..kernels.backends import BACKENDS
@@ -163,6 +163,9 @@ def apply_psa(
         raise _error("warm_up", warm_up, "0, a bare transformer knows no steps")
     if reuse_steps > 1 and not knows_steps:
         raise _error("reuse_steps", reuse_steps, "1, a bare transformer knows no steps")
+    if correction not in (AUTO, OFF) and not knows_steps:
+        raise _error("correction", correction, "auto or off, a bare transformer knows no steps")
+    corrected = knows_steps and sparsity > 0
     planned = []
     for transformer in transformers:
         family = type(transformer).__name__
@@ -187,7 +190,7 @@ def apply_psa(
             verbose=False,
             reuse_steps=reuse_steps,
             falling=falling,
-            correction=chosen.correction_of_size(correction) if knows_steps else None,
+            correction=chosen.correction_of_size(correction) if corrected else None,
         )
         planned.append((transformer, TransformerState(family, settings, schedule, off=sparsity == 0)))
     remove_psa(pipe)

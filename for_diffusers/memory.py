@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -33,7 +34,10 @@ def free_on_host() -> int:
 
 def pin(tensor: torch.Tensor) -> None:
     """Pin a tensor of the host; if that is impossible, copies of it wait."""
-    torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)
+    if int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)):
+        # CUDA keeps the error, and the next kernel would raise it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
 
 
 def unpin(tensor: torch.Tensor) -> None:

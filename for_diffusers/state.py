@@ -146,13 +146,15 @@ class TransformerState:
                 steps = None if self.schedule is None else self.schedule.find(timestep)
                 if steps is None and self.schedule is not None and (self.schedule.warm_up or self.settings.falling):
                     reason = NO_STEPS
-        run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")))
+        blocks = len(MODELS[self.family].blocks(transformer))
+        run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")), blocks)
         run.begin_model_call(0.0 if steps is None else steps.now, layout, ())
         if run.position.in_last_step:
             run.kept.last_step()
+            run.losses.last = True
         self._calls[threading.get_ident()] = Call(run, reason, torch.is_grad_enabled())
 
-    def _run(self, steps: Steps | None, layout: TokenLayout | None, device: torch.device) -> Run:
+    def _run(self, steps: Steps | None, layout: TokenLayout | None, device: torch.device, blocks: int) -> Run:
         """The run of this thread that a call belongs to.
 
         Nothing tells us that a new run begins. So we begin one when the scheduler has made a new list of timesteps,
@@ -168,17 +170,17 @@ class TransformerState:
                 self._end_runs(lambda ident: ident not in others)
                 if layout is not None:
                     kept.only_orders_of(layout.grid)
-                run = self._latest = self._begin_run(steps, kept, device)
+                run = self._latest = self._begin_run(steps, kept, device, blocks)
             self._runs[thread] = run, steps
             return run
 
-    def _begin_run(self, steps: Steps | None, kept: Kept, device: torch.device) -> Run:
+    def _begin_run(self, steps: Steps | None, kept: Kept, device: torch.device, blocks: int) -> Run:
         start = float("inf")  # the whole run is sparse
         if self.off or (steps is not None and steps.dense >= len(steps.timesteps)):
             start = -1.0  # the whole run is dense
         elif steps is not None:
             start = steps.timesteps[steps.dense]
-        run = Run(self.settings, start, -1.0, pictured_block=-1, kept=kept, told=self._told)
+        run = Run(self.settings, start, -1.0, pictured_block=-1, blocks=blocks, kept=kept, told=self._told)
         run.plan(None if steps is None else [*steps.timesteps, 0.0], device)
         return run
 
@@ -203,6 +205,8 @@ class TransformerState:
         if output is not None and not call.attentions and not self.off:
             self._stays_dense(call, UNREACHED, len(MODELS[self.family].blocks(transformer)))
         call.run.record.model_call_ended()
+        if output is None:
+            call.run.release()
 
     def current_call(self) -> Call | None:
         """The call of the transformer that this thread is in."""
@@ -233,15 +237,15 @@ class TransformerState:
         """
         run = call.run
         run.begin_self_attention(block)
-        if not run.position.active or run.learns:
+        if not run.position.active:
             self._stays_dense(call, None)
             return None
         masked = attn_mask is not None or is_causal or bool(dropout_p)
         found: torch.Tensor | str | None
         found = _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)
-        if found is None:
+        if found is None and not run.learns:
             found = attend(run, query, key, value, prompts=_prompts(run, query), host=DIFFUSERS, scale=scale)
-        if isinstance(found, str):
+        if found is None or isinstance(found, str):
             self._stays_dense(call, found)
             return None
         return found
@@ -290,9 +294,10 @@ def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) 
     return NO_GRADIENTS if call.with_graph and not torch.is_grad_enabled() else None
 
 
-def _prompts(run: Run, query: torch.Tensor) -> list[tuple[int, int]]:
-    """What each batch entry is computed for: the forwards of a step come in the same order in every step."""
-    return [(run.position.forward, entry) for entry in range(query.shape[0])]
+def _prompts(run: Run, query: torch.Tensor) -> list[tuple[int, int, int]]:
+    """What each batch entry is computed for: the forwards of a step come in the same order in every step. A cache that
+    leaves out one of the prompts changes the size of the batch."""
+    return [(run.position.forward, query.shape[0], entry) for entry in range(query.shape[0])]
 
 
 def _unseen_reason(attention: torch.nn.Module) -> str:

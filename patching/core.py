@@ -187,21 +187,24 @@ def schedule(options: Mapping[str, Any]) -> list[float] | None:
 
 def prompts_of(options: Mapping[str, Any], batch: int) -> list[tuple]:
     """What each of the `batch` entries of a forward is computed for, the same in every step: its prompt, its place
-    among the videos that are sampled together, and the frames of a context window.
+    among the videos that are sampled together, the frames of a context window, and which parts of the model are
+    replaced: guidance by a weakened model asks for the same prompt again, without some blocks.
 
     ComfyUI puts several prompts in one forward if there is memory for it, and may split them again in a later step.
     """
     window = tuple(getattr(options.get("context_window"), "index_list", ()))
+    replaced = frozenset((kind, part) for kind, parts in options.get("patches_replace", {}).items() for part in parts)
     prompts = tuple(options.get("uuids", ())) or tuple(options.get("cond_or_uncond", ()))
     if not prompts or batch % len(prompts):
-        return [(prompts, entry, window) for entry in range(batch)]
-    return [(prompt, entry, window) for prompt in prompts for entry in range(batch // len(prompts))]
+        return [(prompts, batch, entry, window, replaced) for entry in range(batch)]
+    return [(prompt, entry, window, replaced) for prompt in prompts for entry in range(batch // len(prompts))]
 
 
 def prompt_count(guider: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """How many prompts a step of a sampling run has, times its videos, from the arguments of the wrapper around it."""
     noise: Any = args[0] if args else kwargs.get("noise")
-    prompts = sum(len(conds) for conds in getattr(guider, "conds", {}).values())
+    unused = "negative" if getattr(guider, "cfg", None) == 1.0 else None  # as the core does without guidance
+    prompts = sum(len(conds) for name, conds in getattr(guider, "conds", {}).items() if name != unused)
     return max(1, prompts) * (noise.shape[0] if hasattr(noise, "shape") else 1)
 
 

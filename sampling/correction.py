@@ -72,8 +72,8 @@ class LossStore:
     Attributes:
         size: one of `GROUPS`, None until it is chosen. where: the name of its memory. nbytes: held now; most:
             the most that were held.
-        reason: why there is no correction, or none any more; None if there is. last: whether no step comes after this
-            one, so that every loss is needed once more at most.
+        reason: why there is no correction, or none any more; None if there is. last: whether every loss is needed once
+            more at most. without_room: how many losses could not be kept.
     """
 
     def __init__(self, settings: Correction | None) -> None:
@@ -92,6 +92,7 @@ class LossStore:
         self._latest: Hashable = None
         self._stream: torch.cuda.Stream | None = None
         self.last = False
+        self.without_room = 0
 
     @property
     def on(self) -> bool:
@@ -139,8 +140,9 @@ class LossStore:
     def put(self, place: Hashable, loss: Loss) -> bool:
         """Keep the loss of the call at `place`, instead of an earlier one; returns whether there was room for it."""
         self._follow(place)
-        self._drop(place)
+        self.drop(place)
         if self.nbytes + loss.nbytes > self._budget:
+            self.without_room += 1
             return False
         if self.where == "host memory":
             self._hosted[place] = self._to_host(loss)
@@ -155,7 +157,10 @@ class LossStore:
         if not self.on or not self.has(place):
             return None
         if place in self._losses:
-            return self._losses.pop(place) if self.last else self._losses[place]
+            loss = self._losses[place]
+            if self.last:
+                self.drop(place)
+            return loss
         self._follow(place)
         loss, copied = self._ahead.pop(place) if place in self._ahead else self._fetch(place)
         current = torch.cuda.current_stream(loss.delta.values.device)
@@ -165,7 +170,7 @@ class LossStore:
         following = self._next.get(place)
         self._ahead = {following: self._fetch(following)} if following in self._hosted else {}
         if self.last:
-            self._drop(place)
+            self.drop(place)
         return loss
 
     def has(self, place: Hashable) -> bool:
@@ -180,12 +185,19 @@ class LossStore:
     def clear(self) -> None:
         """Give all memory back."""
         for place in list(self._hosted):
-            self._drop(place)
+            self.drop(place)
         self._losses.clear()
         self._ahead.clear()
         self._next.clear()
         self._latest, self._stream, self.last = None, None, False
         self.nbytes = 0
+
+    def take_in(self, other: LossStore) -> None:
+        """Add the figures of another worker of the same run, which has its own store on its own device."""
+        self.size, self.where = self.size or other.size, self.where or other.where
+        self.most += other.most
+        self.without_room += other.without_room
+        self.reason = self.reason or other.reason
 
     def _follow(self, place: Hashable) -> None:
         """Calls come in the same order in every step, so this tells which one comes next."""
@@ -193,7 +205,8 @@ class LossStore:
             self._next[self._latest] = place
         self._latest = place
 
-    def _drop(self, place: Hashable) -> None:
+    def drop(self, place: Hashable) -> None:
+        """Give back what is held for the call at `place`, if anything."""
         self._ahead.pop(place, None)
         loss = self._losses.pop(place, None)
         waiting = self._hosted.pop(place, None)

@@ -8,7 +8,8 @@ were corrected, learned_calls: how many of the dense ones measured what PSA woul
 calls, layers: one sparsity per block), layers (block index -> mean sparsity), shares (pooling factor -> mean share of
 the block pairs), coverage, time (seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks
 (reason, calls), correction (size, where: GPU, CPU or host memory, bytes: the most that were held, corrected_calls,
-learned_calls, reason: why there was none or why it ended; null if it is off), notes (sentences about the run as a
+learned_calls, without_room: how many losses could not be kept, reason: why there was none or why it ended; null if it
+is off), notes (sentences about the run as a
 whole), level_map (pooling factors of one block's first head, every stride-th row and column, and the share of its
 resolution at which each token was seen).
 """
@@ -38,6 +39,7 @@ def make_report(run: Run) -> dict[str, Any]:
         for step in record.steps
         for (block, density), grid in zip(step.work, [*step.grids, *step.grids[-1:] * len(step.learned)], strict=False)
     ]
+    sparse_grids = Counter(grid for step in record.steps for grid in step.grids)
     values = (1 - torch.stack([density for *_, density in calls]).cpu()).tolist() if calls else []
     by_step: dict[int, list[float]] = defaultdict(list)
     by_layer: dict[int, list[float]] = defaultdict(list)
@@ -79,7 +81,7 @@ def make_report(run: Run) -> dict[str, Any]:
         "time": _time(record.steps),
         "grid": list(layouts[0].grid) if layouts else None,
         "grids": [
-            {"grid": list(grid), "sparse_calls": len(by_grid[grid]), "sparsity": _mean(by_grid[grid])}
+            {"grid": list(grid), "sparse_calls": sparse_grids[grid], "sparsity": _mean(by_grid[grid])}
             for grid in dict.fromkeys(layout.grid for layout in layouts)
         ],
         "steps": [
@@ -164,6 +166,7 @@ def _correction(run: Run) -> dict[str, Any] | None:
         "bytes": losses.most,
         "corrected_calls": sum(step.corrected for step in run.record.steps),
         "learned_calls": sum(len(step.learned) for step in run.record.steps),
+        "without_room": losses.without_room,
         "reason": losses.reason,
     }
 

@@ -24,8 +24,8 @@ class Position:
         active: whether the current model call is in PSA's part of the schedule.
         layout: where its video tokens are; None before the first call, or if the call could not be read.
         context_tokens: lengths that its cross-attention may have.
-        forward: which of the model calls of its step it is, counted from 0. forwards_before: how many the step before
-            had, 0 if there was none.
+        forward: which of the model calls in a row at its noise level it is, counted from 0. forwards_before: how many
+            there were at the level before, 0 if there was none.
         block: transformer block of the current attention call; named: whether the model itself said which.
         planned_steps: number of steps of the sampler, None if it is not known.
     """
@@ -85,11 +85,13 @@ class Position:
         before, place = self._place, self._schedule.move(sigma)
         self._place = place
         self._calls = 0
-        if place.step == before.step:
+        if place is before:
             self.forward += 1
             return []
         self.forwards_before = 0 if before.step < 0 else self.forward + 1
         self.forward = 0
+        if place.step == before.step:
+            return []
         both = before.on_level and place.on_level
         return [*self._levels(before.step + 1, place.step if both else before.step), (place.step, sigma)]
 
@@ -122,8 +124,9 @@ class Position:
 
     @property
     def before_sparse_part(self) -> bool:
-        """Whether this is the last dense step before PSA's part of the schedule."""
-        return not self.active and self._schedule.sparse_steps[:1] == [self._place.step + 1]
+        """Whether this is a dense step and the next one is in PSA's part of the schedule; a schedule that returns to
+        dense levels (restarts) has several."""
+        return not self.active and self._place.step + 1 in self._schedule.sparse_steps
 
     @property
     def sparse_steps(self) -> int | None:

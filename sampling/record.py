@@ -120,7 +120,6 @@ class Record:
         blocks_are_named: whether the model says which block an attention call belongs to.
         replaced: parts of the model whose forward another node has replaced. layouts: of all model calls.
         backend, levels: of the sparse calls. level_map, maps: pictures, if any were requested.
-        losses_without_room: how many calls found no room for what they lost.
         fallbacks: why calls of active steps stayed dense, and how many. notes: sentences about the run as a whole.
     """
 
@@ -150,13 +149,12 @@ class Record:
         self.fallbacks: Counter[str] = Counter()
         self.notes: list[str] = []
         self._pictured_block, self._on_step, self._verbose = pictured_block, on_step, verbose
-        self.losses_without_room = 0
         self._told = set() if told is None else told
         self._clock = Clock()
 
     def for_worker(self) -> Record:
         """A record for another worker of the same run: no pictures, no display; fallbacks are counted together."""
-        other = Record(verbose=self._verbose, told=self._told)
+        other = Record(blocks=self.blocks, verbose=self._verbose, told=self._told)
         other.fallbacks = self.fallbacks
         return other
 
@@ -215,10 +213,6 @@ class Record:
         """A dense call has measured what PSA would lose, by calls of these densities."""
         if self.steps and densities:
             self.steps[-1].learned.append((position.block, _mean(densities)))
-
-    def without_room(self) -> None:
-        """What a call lost could not be kept."""
-        self.losses_without_room += 1
 
     def sparse_call(
         self, position: Position, config: PyramidConfig, results: Sequence[AttentionResult], corrected: bool = False
@@ -288,6 +282,7 @@ class Record:
         """Add what another worker measured on another device, step by step; all figures then move to the host."""
         self.backend, self.levels = self.backend or other.backend, self.levels or other.levels
         self.layouts += [layout for layout in other.layouts if layout not in self.layouts]
+        self.notes += [note for note in other.notes if note not in self.notes]
         steps = {step.index: step for step in self.steps}
         for step in other.steps:
             if step.index in steps:

@@ -116,6 +116,7 @@ class Run:
         Args:
             replaced: parts of the model whose forward another node has replaced.
         """
+        self.record.tell_once(self.losses.reason)
         self.position.plan(sigmas)
         self.record.plan(self.position.planned_steps, device, replaced)
 
@@ -141,6 +142,8 @@ class Run:
             self.kept.next_step()
         if steps and self.position.active:
             self._begin_sparse_step()
+        if not self.position.active and self.position.sparse_steps_left == 0:  # PSA's part is over
+            self.losses.clear()
         self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
         if self.losses.on:
             self.config = with_renewals(self.config, self._renewed_share)
@@ -148,12 +151,13 @@ class Run:
 
     def _begin_sparse_step(self) -> None:
         """A run that learned nothing before its sparse part, for there was no step or a cache answered it, makes the
-        first step of that part dense. That needs two sparse steps after it to be worth its time."""
+        first step of that part dense, or the first that no cache answers. That needs two sparse steps after it to be
+        worth its time."""
         left = self.position.sparse_steps_left
-        if self._sparse_steps == 0 and not self.losses and (left is None or left >= 2):
+        computed = any(step.densities or step.learned for step in self.record.steps)
+        if not computed and (left is None or left >= 2):
             self._learning_step = self.position.step
         self._sparse_steps += 1
-        self.losses.last = self.position.in_last_step
 
     def begin_self_attention(self, block: int | None) -> None:
         """Called at every self-attention call. Models that do not name the block have one call per block, in order."""
@@ -221,12 +225,16 @@ class Run:
         Args:
             completed: False after an error or an interrupt, which stopped the last step.
         """
-        self.record.end(self.position, completed)
-        self.release()
-        for run in self._workers.values():
-            if run is not self:
+        workers = [run for run in self._workers.values() if run is not self]
+        try:
+            self.record.end(self.position, completed)
+            for run in workers:
                 run.end(completed)
                 self.record.take_in(run.record)
+                self.losses.take_in(run.losses)
+        finally:  # reading from a device may raise what went wrong there earlier
+            for run in (self, *workers):
+                run.release()
 
     def release(self) -> None:
         """Give back all memory that is held for the calls to come."""

@@ -20,6 +20,7 @@ from .run import Run, log
 
 WITHOUT_MEMORY = "PSA ran out of memory, even with one head at a time"
 WITHOUT_ROOM = "the memory is full; set correction to eighth, or sample a shorter or smaller video"
+_PART_WITHOUT_ROOM = f"a part of the calls is not corrected: {WITHOUT_ROOM}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +127,9 @@ def learn(
     losses, layout = run.losses, run.position.known_layout
     if not losses.on or losses.settings is None:
         return
-    if losses.last:  # nothing comes after it
+    if run.position.in_last_step:  # its calls are dense, and nothing comes after it
+        for piece in _pieces(run, q.shape, prompts):
+            losses.drop(piece.place)
         run.record.learned_call(run.position, [q.new_zeros((), dtype=torch.float32)])
         return
     video = slice(layout.before, layout.before + layout.video)
@@ -134,7 +137,13 @@ def learn(
     try:
         for piece in _pieces(run, q.shape, prompts):
             some_q, some_k, some_v, some_dense = (x[piece.part] for x in (q, k, v, dense))
-            result = _call(run, some_q, some_k, some_v, scale)
+            try:
+                result = _call(run, some_q, some_k, some_v, scale)
+            except Exception as error:
+                if host.is_out_of_memory(error):
+                    raise
+                _refuse(run, q, error, host)
+                break
             densities.append(result.density)
             lists = result.lists.packed() if run.keeps_levels else None
             sparse = result.output[:, :, video]
@@ -144,8 +153,8 @@ def learn(
                 break
             group, gamma = GROUPS[losses.size], losses.settings.gamma
             delta = measure_delta(some_dense[:, :, video], sparse, result.query_order, group, gamma)
-            if not losses.put(piece.place, Loss(lists, delta)):
-                run.record.without_room()
+            if not losses.put(piece.place, Loss(lists, delta)) and losses.without_room == 1:
+                run.record.note([_PART_WITHOUT_ROOM])
     except Exception as error:
         log.debug("PSA: why there is no correction", exc_info=True)
         full = host.is_out_of_memory(error)
@@ -170,32 +179,31 @@ def _try(
     None if the caller should try again: without a correction if there was one, or in more pieces if memory is full. The
     retry happens outside of this function because an error keeps its tensors alive while it is being handled.
     """
-    case, of_setting = run.cases(q)
-    reason: str | None = None
+    corrects = any(run.losses.has(piece.place) for piece in _pieces(run, q.shape, prompts))
     try:
         return _in_pieces(run, q, k, v, prompts, scale)
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
-        if run.losses and not host.is_out_of_memory(error):
-            run.losses.give_up(f"no correction from here on: {host.failure(run, error)}")
+        full = host.is_out_of_memory(error)
+        if corrects or (full and run.losses):
+            run.losses.give_up(f"no correction from here on: {WITHOUT_ROOM if full else host.failure(run, error)}")
             run.record.tell_once(run.losses.reason)
             log.debug("PSA: the failure in full", exc_info=True)
-        elif not host.is_out_of_memory(error):
-            reason = host.failure(run, error)
-            case = of_setting if isinstance(error, ConfigError) else case
-            log.debug("PSA: the failure in full", exc_info=True)
-        elif run.losses:
-            run.losses.give_up(f"no correction from here on: {WITHOUT_ROOM}")
-            run.record.tell_once(run.losses.reason)
-        elif run.kept.split(q.shape[1]):
+        elif full and run.kept.split(q.shape[1]):
             log.warning("PSA: out of memory; continuing with %d groups of heads", run.kept.groups)
         else:
-            reason = WITHOUT_MEMORY
-    if reason is not None:
-        # Not tried again: every block and step has a call, and a compiler may take seconds to fail.
-        run.kept.refuse(case, reason)
-        return reason
+            return _refuse(run, q, error, host)
     host.free_cached_memory()
     return None
+
+
+def _refuse(run: Run, q: torch.Tensor, error: Exception, host: Host) -> str:
+    """Leave calls like this one dense from now on, for the reason that is returned. Every block and step has such a
+    call, and a compiler may take seconds to fail."""
+    case, of_setting = run.cases(q)
+    reason = WITHOUT_MEMORY if host.is_out_of_memory(error) else host.failure(run, error)
+    run.kept.refuse(of_setting if isinstance(error, ConfigError) else case, reason)
+    log.debug("PSA: the failure in full", exc_info=True)
+    return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,13 +255,13 @@ def _in_pieces(
     for piece in pieces:
         some_q, some_k, some_v, out = (x[piece.part] for x in (q, k, v, output))
         loss = run.losses.get(piece.place)
-        if loss is not None:
-            result = _call(run, some_q, some_k, some_v, scale, lists=loss.lists, delta=loss.delta, out=out)
+        corrected &= loss is not None
+        delta, lists = (None, None) if loss is None else (loss.delta, loss.lists)
+        if lists is not None:
+            result = _call(run, some_q, some_k, some_v, scale, lists=lists, delta=delta, out=out)
         else:
-            corrected = False
-            lists = run.kept.lists(piece.place)
-            centroids = run.kept.centroids(piece.place)
-            result = _call(run, some_q, some_k, some_v, scale, lists=lists, centroids=centroids, out=out)
+            lists, centroids = run.kept.lists(piece.place), run.kept.centroids(piece.place)
+            result = _call(run, some_q, some_k, some_v, scale, lists=lists, delta=delta, centroids=centroids, out=out)
             run.kept.put(piece.place, result, reused=lists is not None)
         results.append(result)
     return output, results, corrected

@@ -152,3 +152,12 @@ def pipes():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def loops(comfyui):
+    """The module `correction_loop.py` next to this file: whole runs with a correction, written as a loop."""
+    spec = importlib.util.spec_from_file_location("correction_loop", Path(__file__).with_name("correction_loop.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

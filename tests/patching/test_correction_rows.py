@@ -1,0 +1,220 @@
+"""Every row gets back what it lost itself, however prompts, videos, areas and windows are batched in a step."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+from comfyui_psa.patching import core
+from comfyui_psa.patching.patch import KEY, patch_model
+
+PATCH = {
+    "sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
+    "correction": "full",
+}  # fmt: skip
+STEPS = 9
+
+
+@pytest.fixture(scope="module")
+def model(tiny_wan):
+    return tiny_wan.load("t2v")
+
+
+@pytest.fixture
+def sample(tiny_wan):
+    return tiny_wan.sample
+
+
+def report(model):
+    return model.get_attachment(KEY).report
+
+
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+def mixed_up(places):
+    """Rows that are known by less than all there is, so that one gets another's loss."""
+    return lambda *row: tuple(row[place] for place in places)
+
+
+UUID, VIDEO, WINDOW, TOKENS, WITHOUT = range(5)
+OTHERS = {UUID: (1, 2, 3, 4), VIDEO: (0, 2, 3, 4), WINDOW: (0, 1, 3, 4), WITHOUT: (0, 1, 2, 3)}
+
+
+def check(model, sample, loops, arguments, apart, around=lambda model: model, grids=None, patched=None, **settings):
+    """A run equals the loop's, and the loop's with rows mixed up that differ in `apart` is another one."""
+    arguments = {"steps": STEPS} | arguments
+    stock = around(model)
+    settings = {"renew": 8, "grids": grids} | settings
+    expected, _ = loops.looped(stock, sample, PATCH, arguments, **settings)
+    wrong, _ = loops.looped(stock, sample, PATCH, arguments, known=mixed_up(OTHERS[apart]), **settings)
+    psa = around(patch_model(model, **PATCH)) if patched is None else patched
+    out = sample(psa, **arguments)
+    close, far = distance(out, expected), distance(wrong, expected)
+    assert close < 2e-5
+    assert far > max(5 * close, 4e-5), "another row's loss would show"
+    assert report(psa)["fallbacks"] == []
+    return psa
+
+
+def in_turns(model, monkeypatch):
+    """Memory for all prompts in one step and for one of them in the next, as the core sees it."""
+    calls = itertools.count()
+    genuine = model.model.memory_required
+
+    def required(input_shape, *args, **kwargs):
+        many = input_shape[0] > 1
+        return 1e30 if many and next(calls) % 2 else genuine(input_shape, *args, **kwargs)
+
+    monkeypatch.setattr(model.model, "memory_required", required, raising=False)
+
+
+def test_guidance_batched_in_one_step_and_split_in_the_next(model, sample, loops, monkeypatch):
+    batches = []
+
+    def watch(network, x, context, options, conds):
+        batches.append(len(x))
+
+    def around(model):
+        clone = model.clone()
+        core.add_wrappers(clone, "psa_watch", before_call=watch)
+        return clone
+
+    in_turns(model, monkeypatch)
+    check(model, sample, loops, {"cfg": 5.0}, UUID, around)
+    assert {1, 2} == set(batches)
+
+
+def test_prompts_of_other_lengths_are_split_in_every_step(model, sample, loops, tiny_wan):
+    check(model, sample, loops, {"cfg": 5.0, "negative": tiny_wan.conditioning(text=21, seed=4)}, UUID)
+
+
+def test_several_videos(model, sample, loops):
+    check(model, sample, loops, {"size": (2, 16, 3, 32, 32), "cfg": 3.0, "steps": 8}, VIDEO)
+
+
+def area(tiny_wan, seed, *sizes):
+    """A prompt for an area: (height, width, y, x) in latent pixels."""
+    return [[tiny_wan.normal(1, 13, 4096, seed=seed), {"area": (3, *sizes[:2], 0, *sizes[2:])}]]
+
+
+def test_prompts_by_area(model, sample, loops, tiny_wan):
+    left, right = area(tiny_wan, 8, 32, 16, 0, 0), area(tiny_wan, 9, 32, 16, 0, 16)
+    psa = check(
+        model, sample, loops, {"positive": left + right + tiny_wan.conditioning()}, UUID,
+        grids={768: (3, 16, 16), 384: (3, 16, 8)},
+    )  # fmt: skip
+    assert len(report(psa)["grids"]) == 2
+    by_grid = sum(grid["sparse_calls"] for grid in report(psa)["grids"])
+    assert by_grid == sum(step["sparse_calls"] for step in report(psa)["steps"])
+
+
+def test_a_prompt_that_appears_midway_has_no_loss(model, sample, loops, tiny_wan):
+    late = tiny_wan.conditioning(seed=8, start_percent=0.6)
+    early = tiny_wan.conditioning(end_percent=0.6)
+    psa = check(model, sample, loops, {"positive": early + late, "steps": 12}, UUID)
+    steps = report(psa)["steps"]
+    calls = [(step["sparse_calls"], step["corrected_calls"]) for step in steps if step["sparse_calls"]]
+    assert calls[0] == (2, 2)
+    assert (2, 0) in calls, "plain while nothing is known of it"
+    assert report(psa)["correction"]["corrected_calls"] < sum(sparse for sparse, _ in calls)
+
+
+def windowed(model, schedule):
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+
+    names = ("context_length", "context_overlap", "context_schedule", "context_stride", "closed_loop", "fuse_method")
+    inputs = dict(zip(names, (9, 4, schedule, 1, False, "pyramid"), strict=True))  # 3 latent frames that share 1
+    return WanContextWindowsManualNode.execute(model, **inputs, freenoise=False).result[0]
+
+
+@pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform", "looped_uniform"])
+def test_context_windows(model, sample, loops, schedule):
+    """Windows that move on have no loss where they have not been before."""
+    psa = check(
+        model,
+        sample,
+        loops,
+        {"size": (1, 16, 6, 16, 32)},
+        WINDOW,
+        lambda model: windowed(model, schedule),
+        grids={128 * frames: (frames, 8, 16) for frames in range(1, 7)},
+    )
+    steps = report(psa)["steps"]
+    sparse, corrected = (sum(step[kind] for step in steps) for kind in ("sparse_calls", "corrected_calls"))
+    assert corrected == sparse if schedule == "standard_static" else 0 < corrected <= sparse
+
+
+def lora(scale=0.5):
+    generator = torch.Generator().manual_seed(9)
+    weights = {}
+    for block, name in itertools.product((0, 1), "qkvo"):
+        prefix = f"diffusion_model.blocks.{block}.self_attn.{name}."
+        weights[prefix + "lora_A.weight"] = torch.randn(4, 256, generator=generator) * scale
+        weights[prefix + "lora_B.weight"] = torch.randn(256, 4, generator=generator) * scale
+    return weights
+
+
+def test_a_lora_of_one_prompt(model, sample, loops, tiny_wan):
+    import comfy.hooks
+
+    hooks = comfy.hooks.create_hook_lora(lora(), 1.0, 0.0)
+    mask = torch.zeros(1, 32, 32)
+    mask[:, :, :16] = 1.0
+    left = comfy.hooks.set_conds_props([tiny_wan.conditioning()], 1.0, "default", mask=mask, hooks=hooks)[0]
+    right = comfy.hooks.set_conds_props([tiny_wan.conditioning(seed=8)], 1.0, "default", mask=1 - mask)[0]
+    check(model, sample, loops, {"positive": left + right, "cfg": 3.0}, UUID)
+
+
+def test_guidance_by_a_model_without_some_blocks(model, sample, loops):
+    """It asks for the same prompt a second time in the same step, and loses something else there."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    def around(model):
+        return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "0", "").result[0]
+
+    check(model, sample, loops, {"cfg": 3.0}, WITHOUT, around)
+
+
+def test_another_grid_with_as_many_tokens_in_a_later_run(model, sample):
+    psa = patch_model(model, **PATCH)
+    sample(psa, steps=STEPS)
+    wide = (1, 16, 3, 16, 64)
+    assert torch.equal(sample(psa, steps=STEPS, size=wide), sample(patch_model(model, **PATCH), steps=STEPS, size=wide))
+
+
+def on_two_devices(model, tiny_wan):
+    """As in MultiGPU CFG Split, with a copy of the weights; the CPU under another name plays the second GPU."""
+    both = model.clone()
+    both.cached_patcher_init = (tiny_wan.load, ("t2v",))
+    second = both.deepclone_multigpu(new_load_device=torch.device("cpu", 0))
+    second.is_multigpu_base_clone = True
+    both.set_additional_models("multigpu", [second])
+    both.match_multigpu_clones()
+    return both
+
+
+def test_two_gpus_hold_what_their_own_rows_lost(model, sample, loops, tiny_wan, monkeypatch):
+    from comfyui_psa.sampling import self_attention
+
+    threads = set()
+    genuine = self_attention.learn
+
+    def learn(run, q, *args, **kwargs):
+        threads.add(threading.get_ident())
+        return genuine(run, q, *args, **kwargs)
+
+    arguments = {"cfg": 5.0, "negative": tiny_wan.conditioning(seed=4)}
+    from comfyui_psa.patching import override
+
+    monkeypatch.setattr(override, "learn", learn)
+    two = patch_model(on_two_devices(model, tiny_wan), **PATCH)
+    check(model, sample, loops, arguments, UUID, patched=two)
+    assert len(threads) == 2
+    one = patch_model(model, **PATCH)
+    sample(one, steps=STEPS, **arguments)
+    assert report(two)["correction"]["bytes"] == report(one)["correction"]["bytes"] > 0
+    assert report(two)["correction"]["size"] == "full"
+    assert report(two)["mean_sparsity"] == pytest.approx(report(one)["mean_sparsity"], abs=1e-4)
