@@ -138,7 +138,7 @@ def learn(
         for piece in _pieces(run, q.shape, prompts):
             some_q, some_k, some_v, some_dense = (x[piece.part] for x in (q, k, v, dense))
             try:
-                result = _call(run, some_q, some_k, some_v, scale)
+                result = _call(run, some_q, some_k, some_v, scale, lists=None)
             except Exception as error:
                 if host.is_out_of_memory(error):
                     raise

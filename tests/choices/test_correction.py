@@ -1,0 +1,94 @@
+"""What may be chosen about the correction, and what it does to the sparsity of the other calls."""
+
+import dataclasses
+
+import pytest
+
+from comfyui_psa.choices.correction import CORRECTIONS, Correction, reason_against, renews, with_renewals
+from comfyui_psa.choices.errors import InputError
+from comfyui_psa.choices.presets import load_presets
+from comfyui_psa.choices.settings import make_settings
+from comfyui_psa.kernels.config import ORDERS
+from comfyui_psa.kernels.semantic import SEMANTIC_ORDERS
+
+INPUTS = {"sparsity": 0.75, "preset": "auto"}
+PRESETS = load_presets()
+PUBLISHED = [name for name in PRESETS if name.endswith("(published)")]
+
+
+@pytest.mark.parametrize("value", CORRECTIONS)
+def test_every_value(value):
+    correction = make_settings(**INPUTS, correction=value).correction
+    assert correction == (None if value == "off" else Correction(size=value))
+
+
+def test_another_value_is_refused_with_what_is_allowed():
+    with pytest.raises(InputError, match="correction") as error:
+        make_settings(**INPUTS, correction="most")
+    assert all(value in str(error.value) for value in CORRECTIONS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets_have_none_unless_asked(name):
+    inputs = INPUTS | {"preset": name}
+    assert make_settings(**inputs).correction is None
+    assert make_settings(**inputs, correction="off").correction is None
+    for size in ("full", "half", "quarter", "eighth"):
+        assert make_settings(**inputs, correction=size).correction.size == size
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in PUBLISHED])
+def test_our_presets_have_one(name):
+    assert make_settings(**INPUTS | {"preset": name}).correction.size == "auto"
+
+
+def config(sparsity, **changes):
+    return PRESETS["module-default"].config(sparsity, **changes)
+
+
+@pytest.mark.parametrize("percent", range(5, 97))
+def test_renewal_begins_where_a_fifth_of_the_work_is_left(percent):
+    assert bool(Correction().renewal(config(percent / 100))) == (percent <= 80)
+    assert Correction(renew=5).renewal(config(percent / 100)) == 5
+
+
+def test_levels_as_written_are_not_renewed():
+    written = [PRESETS[name].config(0.5) for name in PUBLISHED if not PRESETS[name].is_scaled]
+    assert written
+    assert {Correction().renewal(config) for config in written} == {0}
+
+
+def test_blocks_take_turns():
+    for block in range(30):
+        assert [renews(step, block, 8) for step in range(1, 25)].count(True) == 3
+    for step in range(1, 25):
+        assert [renews(step, block, 8) for block in range(32)].count(True) == 4
+    assert not any(renews(step, block, 0) for step in range(9) for block in range(9))
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.7, 0.8])
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1])
+def test_all_calls_together_cost_what_was_asked_for(sparsity, share):
+    """A renewed call is dense, and measures PSA beside it."""
+    others = 1 - with_renewals(config(sparsity), share).sparsity
+    work = (1 - share) * others + share * (1 + others)
+    assert 1 - work == pytest.approx(sparsity)
+
+
+def test_the_others_keep_half_of_their_work():
+    assert 1 - with_renewals(config(0.8), 0.5).sparsity == pytest.approx(0.1)
+
+
+def test_few_steps_choose_their_levels():
+    assert [Correction().keeps_levels(steps) for steps in (1, 5, 6, 50, None)] == [False, False, True, True, True]
+    assert Correction(keep_levels=True).keeps_levels(1)
+    assert not Correction(keep_levels=False).keeps_levels(50)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders_that_follow_the_data_have_none(order):
+    reason = reason_against(dataclasses.replace(config(0.5), order=order))
+    assert bool(reason) == (order in SEMANTIC_ORDERS)
+    if reason:
+        assert order in reason
+        assert "set order to" in reason

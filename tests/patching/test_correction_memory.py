@@ -1,0 +1,286 @@
+"""A correction without room, kernels that fail, runs that are stopped: what is given back, said and reported."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from comfyui_psa.patching import override
+from comfyui_psa.patching.override import RUN_KEY
+from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.sampling import self_attention
+from comfyui_psa.sampling.correction import LossStore, Memory
+from comfyui_psa.sampling.record import Record
+
+PATCH = {
+    "sparsity": 0.85, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
+    "correction": "full",
+}  # fmt: skip
+SMALL = {"steps": 5, "size": (1, 16, 3, 16, 32)}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_wan):
+    return tiny_wan.load("t2v")
+
+
+@pytest.fixture
+def sample(tiny_wan):
+    return tiny_wan.sample
+
+
+def report(model):
+    return model.get_attachment(KEY).report
+
+
+def by_step(model, kind):
+    return [step[kind] for step in report(model)["steps"]]
+
+
+def failing(monkeypatch, error, when):
+    """Make the kernels raise `error` where `when(what they are given)` is true; returns what every call was given."""
+    calls = []
+    genuine = self_attention.pyramid_sparse_attention
+
+    def attention(q, *args, **kwargs):
+        given = kwargs | {"heads": q.shape[1], "learns": "out" not in kwargs, "number": len(calls)}
+        calls.append(given)
+        if when(given):
+            raise error
+        return genuine(q, *args, **kwargs)
+
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
+    return calls
+
+
+def lines(caplog):
+    return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+
+FULL = torch.OutOfMemoryError("full")
+
+
+def test_out_of_memory_while_learning_gives_the_correction_up(model, sample, monkeypatch, caplog):
+    plain = sample(patch_model(model, **PATCH | {"correction": "off"}), **SMALL)
+    psa = patch_model(model, **PATCH)
+    calls = failing(monkeypatch, FULL, lambda given: given["learns"] and given["number"])
+    out = sample(psa, **SMALL)
+    assert (out - plain).norm() / plain.norm() < 1e-5
+    assert {given["heads"] for given in calls} == {2}, "calls are not computed in parts for it"
+    (line,) = lines(caplog)
+    assert "no correction: the memory is full; set correction to eighth" in line
+    assert report(psa)["correction"]["reason"] in line
+    assert report(psa)["correction"]["corrected_calls"] == 0
+    assert report(psa)["fallbacks"] == []
+
+
+def test_out_of_memory_in_a_sparse_call_gives_the_correction_up_first(model, sample, monkeypatch, caplog):
+    psa, held = patch_model(model, **PATCH), []
+
+    def when(given):
+        if given.get("delta") is not None and given["number"] == 5:
+            held.append(1)
+            return True
+        return False
+
+    calls = failing(monkeypatch, FULL, when)
+    assert torch.isfinite(sample(psa, **SMALL)).all()
+    assert held
+    assert {given["heads"] for given in calls} == {2}
+    assert all(given.get("delta") is None for given in calls[6:])
+    (line,) = lines(caplog)
+    assert "no correction from here on: the memory is full" in line
+    found = report(psa)
+    assert found["fallbacks"] == []
+    assert 0 < found["correction"]["corrected_calls"] < sum(by_step(psa, "sparse_calls"))
+    assert by_step(psa, "sparse_calls")[-1] == 2
+
+
+def test_memory_that_is_still_too_small_goes_on_with_fewer_heads(model, sample, monkeypatch, caplog):
+    calls = failing(monkeypatch, FULL, lambda given: not given["learns"] and given["heads"] > 1)
+    psa = patch_model(model, **PATCH)
+    sample(psa, **SMALL)
+    assert [given["heads"] for given in calls if not given["learns"]][:3] == [2, 2, 1]
+    assert caplog.text.count("out of memory; continuing with 2 groups") == 1
+    assert caplog.text.count("no correction from here on") == 1
+    assert report(psa)["fallbacks"] == []
+
+
+def test_kernels_that_fail_with_a_correction_are_tried_without(model, sample, monkeypatch, caplog):
+    failing(monkeypatch, RuntimeError("bad tile"), lambda given: given.get("delta") is not None)
+    psa = patch_model(model, **PATCH)
+    sample(psa, **SMALL)
+    assert report(psa)["fallbacks"] == []
+    assert sum(by_step(psa, "sparse_calls")) > 0
+    (line,) = lines(caplog)
+    assert "no correction from here on" in line
+    assert "bad tile" in line
+
+
+def test_kernels_that_fail_without_one_too_are_dense(model, sample, monkeypatch, caplog):
+    failing(monkeypatch, RuntimeError("bad tile"), lambda given: not given["learns"])
+    psa = patch_model(model, **PATCH)
+    assert torch.equal(sample(psa, **SMALL), sample(model, **SMALL))
+    assert [line.partition(":")[2].split(":")[0].strip() for line in lines(caplog)] == [
+        "no correction from here on", "staying dense",
+    ]  # fmt: skip
+
+
+def test_kernels_that_fail_while_learning_are_tried_once(model, sample, monkeypatch, caplog):
+    calls = failing(monkeypatch, RuntimeError("does not compile"), lambda given: True)
+    psa = patch_model(model, **PATCH)
+    assert torch.equal(sample(psa, **SMALL), sample(model, **SMALL))
+    assert len(calls) == 1
+    assert caplog.text.count("does not compile") == 1
+
+
+def test_a_type_that_cannot_be_held_is_plain_psa(model, sample, monkeypatch, caplog):
+    """Some devices have no float8."""
+
+    def without(*args, **kwargs):
+        raise TypeError("no float8 here")
+
+    plain = sample(patch_model(model, **PATCH | {"correction": "off"}), **SMALL)
+    monkeypatch.setattr(self_attention, "measure_delta", without)
+    psa = patch_model(model, **PATCH)
+    assert torch.equal(sample(psa, **SMALL), plain)
+    (line,) = lines(caplog)
+    assert "no correction" in line
+    assert "no float8 here" in line
+
+
+def test_a_part_that_cannot_be_sparse_leaves_the_others_corrected(model, sample, tiny_wan, caplog):
+    part = [[tiny_wan.normal(1, 13, 4096, seed=8), {"area": (3, 32, 16, 0, 0, 0)}]]
+    psa = patch_model(model, **PATCH | {"block_kv": "128"})
+    sample(psa, steps=5, positive=part + tiny_wan.conditioning())
+    whole, small = report(psa)["grids"]
+    assert (small["sparse_calls"], whole["sparse_calls"]) == (0, report(psa)["correction"]["corrected_calls"])
+    assert whole["sparse_calls"] > 0
+    assert report(psa)["correction"]["reason"] is None
+
+
+def with_memory(monkeypatch, free):
+    """ComfyUI, with so much memory."""
+    host = override.COMFYUI
+    memory = Memory(free, lambda: 0, host.memory.pin, host.memory.unpin)
+    limited = self_attention.Host(host.is_out_of_memory, host.free_cached_memory, host.failure, memory)
+    monkeypatch.setattr(override, "COMFYUI", limited)
+
+
+def test_no_memory_is_plain_psa_with_one_line(model, sample, monkeypatch, caplog):
+    plain = sample(patch_model(model, **PATCH | {"correction": "off"}), **SMALL)
+    with_memory(monkeypatch, lambda device: 1000)
+    psa = patch_model(model, **PATCH)
+    assert torch.equal(sample(psa, **SMALL), plain)
+    (line,) = lines(caplog)
+    assert "no correction: it needs" in line
+    assert "close other programs" in line
+    assert report(psa)["correction"]["reason"] in line
+
+
+def test_losses_without_room_are_in_the_report_and_a_note(model, sample, monkeypatch, caplog, tiny_wan):
+    """The size was chosen for one prompt; another one appears that needs room too."""
+    genuine = LossStore.choose_size
+
+    def choose(self, *args):
+        genuine(self, *args)
+        self._budget = 1
+
+    monkeypatch.setattr(LossStore, "choose_size", choose)
+    psa = patch_model(model, **PATCH)
+    sample(psa, **SMALL)
+    found = report(psa)
+    assert found["correction"]["without_room"] == 2
+    (note,) = found["notes"]
+    assert "not corrected" in note
+    assert "set correction to eighth" in note
+    assert caplog.text.count(note) == 1
+    assert [step["kind"] for step in found["steps"]].count("sparse") >= 2, "the run does not stay dense to learn"
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """References to the tensors of every loss that is ever held."""
+    found = []
+    genuine = LossStore.put
+
+    def put(self, place, loss):
+        found.extend(weakref.ref(tensor) for tensor in loss.tensors())
+        return genuine(self, place, loss)
+
+    monkeypatch.setattr(LossStore, "put", put)
+    return found
+
+
+def alive(losses):
+    gc.collect()
+    return sum(ref() is not None for ref in losses)
+
+
+def test_nothing_is_left_after_50_runs(model, sample, losses):
+    psa = patch_model(model, **PATCH | {"sparsity": 0.6})
+    counts = []
+    for _ in range(50):
+        sample(psa, steps=4, size=(1, 16, 2, 16, 32))
+        counts.append(len(losses))
+        assert not any(ref() is not None for ref in losses), "given back at once, not by the collector"
+        losses.clear()
+    assert min(counts) == max(counts) > 0, "every run holds as much"
+
+
+class Stopped(BaseException):
+    """As ComfyUI's interrupt: no Exception."""
+
+
+@pytest.mark.parametrize("error", [Stopped, RuntimeError])
+@pytest.mark.parametrize("stage", ["learning", "sparse", "callback"])
+def test_a_run_that_is_stopped_gives_everything_back(model, sample, monkeypatch, losses, stage, error):
+    psa = patch_model(model, **PATCH)
+    expected = sample(psa, **SMALL)
+
+    def stop(step=3, *_):
+        if step == 3:
+            raise error("stop")
+
+    losses.clear()
+    with monkeypatch.context() as patch:
+        if stage == "callback":
+            given = {"callback": stop}
+        else:
+            given = {}
+            genuine = psa.get_model_object("diffusion_model").blocks[1].ffn.forward
+            calls = []
+
+            def forward(*args):
+                calls.append(1)
+                if len(calls) == (2 if stage == "learning" else 4):
+                    stop()
+                return genuine(*args)
+
+            patch.setattr(psa.get_model_object("diffusion_model").blocks[1].ffn, "forward", forward)
+        with pytest.raises(error):
+            sample(psa, **SMALL, **given)
+    assert losses
+    assert alive(losses) == 0
+    assert RUN_KEY not in psa.model_options["transformer_options"]
+    assert torch.equal(sample(psa, **SMALL), expected)
+
+
+def test_figures_that_cannot_be_read_keep_no_memory(model, sample, monkeypatch):
+    """A device that failed raises when it is read, which is after the run."""
+    stores, genuine = [], LossStore.__init__
+
+    def made(self, *args):
+        genuine(self, *args)
+        stores.append(self)
+
+    def fail(*_):
+        raise RuntimeError("device-side assert")
+
+    psa = patch_model(model, **PATCH | {"end_percent": 1.0})
+    with monkeypatch.context() as patch:
+        patch.setattr(LossStore, "__init__", made)
+        patch.setattr(Record, "end", fail)
+        sample(psa, **SMALL)
+    assert [(store.most > 0, store.nbytes, len(store)) for store in stores] == [(True, 0, 0)]

@@ -1,0 +1,154 @@
+"""Where losses are held: the finest size that fits, what does not fit, and all of it given back."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from comfyui_psa.choices.correction import Correction
+from comfyui_psa.kernels.config import PyramidConfig
+from comfyui_psa.kernels.delta import GROUPS, measure_delta
+from comfyui_psa.kernels.levels import choose_levels, group_by_level
+from comfyui_psa.kernels.order import TokenOrder
+from comfyui_psa.sampling.correction import Loss, LossStore, Memory
+
+HEADS, TOKENS, DIM, CALLS = 2, 1000, 64, 12
+BYTES = {size: HEADS * -(-TOKENS // group) * (DIM + 4) for size, group in GROUPS.items()}
+"""Of one call: a byte for every number and a scale of 4 bytes for every row."""
+
+
+def memory(free):
+    """A program with so many bytes free on the device; nothing here is pinned."""
+
+    def refuse(*_):
+        raise AssertionError("memory of the CPU is not pinned for the CPU")
+
+    return Memory(lambda device: free, refuse, refuse, refuse)
+
+
+def store(size="auto"):
+    return LossStore(Correction(size=size))
+
+
+def chosen(size, free, lists=None):
+    made = store(size)
+    made.choose_size(torch.zeros(1, HEADS, TOKENS, DIM), lists, CALLS, memory(free))
+    return made
+
+
+def loss(group=1, seed=0, lists=None):
+    generator = torch.Generator().manual_seed(seed)
+    dense, sparse = (torch.randn(1, HEADS, TOKENS, DIM, generator=generator) for _ in range(2))
+    return Loss(lists, measure_delta(dense, sparse, TokenOrder(None, None), group))
+
+
+@pytest.mark.parametrize("size", GROUPS)
+def test_the_finest_that_fits(size, caplog):
+    with caplog.at_level("INFO"):
+        made = chosen("auto", CALLS * BYTES[size])
+    assert (made.size, made.where, made.reason, made.on) == (size, "CPU memory", None, True)
+    assert f"correction: {size}, about" in caplog.text
+    assert "does not fit" not in caplog.text
+    assert chosen("auto", CALLS * BYTES[size] - 1).size != size
+
+
+def test_levels_count(caplog):
+    config = PyramidConfig(shares={1: 0.5}, mode="topk", order="raster")
+    lists = group_by_level(choose_levels(torch.rand(1, HEADS, 8, 16), config), config.stored_factors).packed()
+    free = CALLS * (BYTES["half"] + lists.blocks.nbytes)
+    assert chosen("auto", free, lists).size == "half"
+    assert chosen("auto", free - 1, lists).size == "quarter"
+
+
+@pytest.mark.parametrize("asked", ["half", "quarter", "eighth"])
+def test_a_size_that_is_asked_for_is_not_made_finer(asked):
+    assert chosen(asked, 10**12).size == asked
+
+
+def test_a_size_that_does_not_fit_takes_the_next_and_says_so(caplog):
+    with caplog.at_level("INFO"):
+        made = chosen("full", CALLS * BYTES["quarter"])
+    assert made.size == "quarter"
+    assert "quarter, about" in caplog.text
+    assert "full does not fit" in caplog.text
+
+
+@pytest.mark.parametrize("asked", ["auto", "full", "eighth"])
+def test_nothing_fits(asked):
+    made = chosen(asked, CALLS * BYTES["eighth"] - 1)
+    assert (made.size, made.on) == (None, False)
+    assert made.reason.startswith("no correction: it needs")
+    assert "close other programs" in made.reason
+
+
+@pytest.mark.parametrize("size", GROUPS)
+def test_what_is_held_is_what_was_counted(size):
+    made = chosen(size, 10**12)
+    assert made.put("a", loss(GROUPS[size]))
+    assert made.nbytes == made.most == BYTES[size]
+
+
+def test_a_loss_put_again_replaces_the_earlier_one():
+    made, first, second = chosen("full", 2 * CALLS * BYTES["full"]), loss(), loss(seed=1)
+    gone = weakref.ref(first.delta.values)
+    for one in (first, second):
+        assert made.put("a", one)
+        assert (made.nbytes, len(made)) == (BYTES["full"], 1)
+    del first, one
+    gc.collect()
+    assert gone() is None
+    assert made.get("a") is second
+    assert made.get("b") is None
+
+
+def test_beyond_the_budget_a_loss_is_refused_and_the_old_one_is_gone():
+    made = chosen("full", CALLS * BYTES["full"])
+    assert all(made.put(place, loss()) for place in range(CALLS))
+    assert not made.put("one more", loss())
+    assert (made.without_room, made.has("one more"), len(made)) == (1, False, CALLS)
+    assert made.nbytes == CALLS * BYTES["full"]
+    assert made.put(0, loss(seed=3)), "its own room is free again"
+    made._budget = made.nbytes - 1
+    assert not made.put(0, loss(seed=4))
+    assert made.get(0) is None, "an outdated loss is not used in its place"
+    assert made.most == CALLS * BYTES["full"]
+
+
+def test_in_the_last_step_a_loss_is_given_back_as_soon_as_it_is_used():
+    made = chosen("full", 10**12)
+    made.put("a", loss())
+    made.put("b", loss())
+    made.last = True
+    assert made.get("a") is not None
+    assert (made.has("a"), made.nbytes) == (False, BYTES["full"])
+    made.drop("b")
+    assert (len(made), made.nbytes) == (0, 0)
+
+
+def test_clear_and_giving_up_leave_nothing_alive():
+    for end in (LossStore.clear, lambda made: made.give_up("no correction: whatever; do this")):
+        made = chosen("full", 10**12)
+        alive = []
+        for place in range(3):
+            one = loss(seed=place)
+            alive += [weakref.ref(tensor) for tensor in one.tensors()]
+            made.put(place, one)
+        del one
+        end(made)
+        gc.collect()
+        assert [ref() for ref in alive] == [None] * 6
+        assert (len(made), made.nbytes, made.most) == (0, 0, 3 * BYTES["full"])
+    assert (made.on, made.get(0)) == (False, None)
+
+
+def test_workers_are_added_up():
+    one, other, without = chosen("full", 10**12), chosen("full", 10**12), store()
+    one.put("a", loss())
+    other.put("a", loss())
+    other.without_room = 2
+    other.give_up("no correction: full; do this")
+    without.take_in(one)
+    without.take_in(other)
+    assert (without.size, without.most, without.without_room) == ("full", 2 * BYTES["full"], 2)
+    assert without.reason == "no correction: full; do this"
