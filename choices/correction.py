@@ -14,7 +14,8 @@ CORRECTIONS = (AUTO, *GROUPS, OFF)
 
 
 LEAST_DENSITY_TO_RENEW, USUAL_RENEWAL = 0.2, 8
-"""Renewing one block in 8 costs an eighth of a dense step: of little work it takes too much."""
+"""Renewing one block in 8 costs an eighth of a dense step: of little work it takes too much, and it costs more than a
+sparsity below an eighth saves."""
 LEAST_STEPS_TO_KEEP = 6
 """With few steps the levels change too much from one to the next (`docs/quality.md`)."""
 
@@ -50,7 +51,7 @@ class Correction:
         # Not 1 - sparsity < least: rounding makes 1 - 0.8 less than 0.2.
         if config.sparsity is None or config.sparsity > 1 - LEAST_DENSITY_TO_RENEW:
             return 0
-        return USUAL_RENEWAL
+        return USUAL_RENEWAL if config.sparsity >= 1 / USUAL_RENEWAL else 0
 
 
 def renews(step: int, block: int, renew: int) -> bool:

@@ -73,18 +73,27 @@ def test_the_log_says_what_was_set_and_what_came_of_it(model, caplog):
         patched(model, 0.0)
     lines = [record.message for record in caplog.records if record.name == "ComfyUI-PSA"]
     assert lines[0].startswith("PSA: Wan t2v, hidden size 256: sparsity 0.7 from 25% to 100% of the schedule; preset ")
-    assert lines[0].endswith("(topk 1: 0.1, 2: 0.05, 8: 0.2, curve order, pooled importance, blocks of 128 and 64)")
-    assert re.fullmatch(
-        r"PSA: 3 of 4 steps sparse at 0\.\d\d \(torch\), \d+\.\d\d s each; the dense ones \d+\.\d\d s", lines[1]
+    assert lines[0].endswith(
+        "(topk 1: 0.1, 2: 0.05, 8: 0.2, curve order, pooled importance, blocks of 128 and 64, correction auto)"
     )
-    assert lines[3].startswith("PSA: 0 of 2 steps sparse: no step is between start_percent and end_percent; lower ")
-    assert lines[4:] == ["PSA: sparsity is 0: the model is the stock one"]
+    assert lines[1] == "PSA: correction: full, about 1 MB in CPU memory"
+    assert re.fullmatch(
+        r"PSA: 3 of 4 steps sparse at 0\.\d\d \(torch\), \d+\.\d\d s each, all corrected \(full\); "
+        r"the dense ones \d+\.\d\d s",
+        lines[2],
+    )
+    assert lines[4].startswith("PSA: 0 of 2 steps sparse: no step is between start_percent and end_percent; lower ")
+    assert lines[5:] == ["PSA: sparsity is 0: the model is the stock one"]
 
 
-def test_all_blocks_in_full_equal_dense(model, stock):
-    psa = patched(model, 0.01, mode="topk", pyramid="1: 1.0", start_percent=0.0)
-    out = sample(psa)
-    assert report(psa)["steps"][0]["sparse_calls"] == 2
+@pytest.mark.parametrize("correction", ["off", "auto"])
+def test_all_blocks_in_full_equal_dense(model, correction):
+    """With a correction too: what such calls lose is nothing, and there is nothing to renew."""
+    psa = patched(model, 0.01, mode="topk", pyramid="1: 1.0", start_percent=0.0, correction=correction)
+    out, stock = sample(psa, steps=10), sample(model, steps=10)
+    first = 0 if correction == "auto" else 2  # it measures what is lost
+    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [first, *[2] * 9]
+    assert sum(step["corrected_calls"] for step in report(psa)["steps"]) == (18 if correction == "auto" else 0)
     # One of 20 key blocks may be reduced to its mean at sparsity 0.01; none is after rounding to whole blocks.
     assert (out - stock).norm() / stock.norm() < 1e-4
 
