@@ -93,7 +93,7 @@ def resolve(setting: Setting, schedule: Schedule, backend: str, compute: float |
         for _ in range(2):  # how often losses are renewed depends on the sparsity, which depends on that a little
             density = density_for(compute, inputs, schedule, setting.prototype, None if correction is None else renew)
             settings = make_settings(**inputs | {"sparsity": 1 - density}, blocks=schedule.blocks)
-            renew = 0 if correction is None else correction.renewal(settings.config)
+            renew = 0 if correction is None or settings.falling else correction.renewal(settings.config)
         if correction is not None:
             correction = dataclasses.replace(correction, renew=renew)
     config = dataclasses.replace(settings.config, **setting.config)
