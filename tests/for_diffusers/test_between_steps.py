@@ -10,7 +10,7 @@ import torch
 from comfyui_psa.for_diffusers import apply_psa
 from comfyui_psa.sampling import self_attention
 
-PSA = {"sparsity": 0.6, "min_tokens": 0, "mode": "topk"}
+PSA = {"sparsity": 0.6, "min_tokens": 0, "mode": "topk", "correction": "off"}
 SEMANTIC = {"order": "semantic", "clusters": (8, 16)}
 
 
@@ -138,9 +138,10 @@ def test_out_of_memory_without_end_is_dense_and_said_once(pipes, monkeypatch, ca
     assert caplog.text.count("staying dense: PSA ran out of memory") == 1
 
 
-def test_figures_of_the_last_run_are_those_of_the_node(pipes):
+@pytest.mark.parametrize(("correction", "learned"), [("off", 0), ("auto", 1)])
+def test_figures_of_the_last_run_are_those_of_the_node(pipes, correction, learned):
     pipe = pipes.pipeline(pipes.wan())
-    applied = apply_psa(pipe, **PSA, warm_up=1, dense_blocks=(1,))
+    applied = apply_psa(pipe, **PSA | {"correction": correction}, warm_up=1, dense_blocks=(1,))
     assert applied.reports() == [None]
     for steps in (3, 4):
         pipes.run(pipe, steps)
@@ -151,7 +152,10 @@ def test_figures_of_the_last_run_are_those_of_the_node(pipes):
     assert report["grid"] == [3, 16, 16]
     assert report["fallbacks"] == [{"reason": "block 1 is listed in dense_blocks", "calls": 3}]
     assert report["mean_sparsity"] == pytest.approx(applied.mean_sparsity(), abs=1e-4)
-    assert report["saved"] == pytest.approx(report["mean_sparsity"] * 3 / 8)
+    assert report["mean_sparsity"] == pytest.approx(0.6, abs=0.05)
+    assert [step["learned_calls"] for step in report["steps"]] == [learned, 0, 0, 0]
+    # All calls are equally sparse, also the one that only measures what is lost.
+    assert report["saved"] == pytest.approx((report["mean_sparsity"] * 3 - (1 - report["mean_sparsity"]) * learned) / 8)
     assert all(step["seconds"] > 0 for step in report["steps"])
     json.dumps(report)
     assert (applied.sparse_calls, applied.dense_calls) == (2 + 3, 4 + 5), "of both runs"

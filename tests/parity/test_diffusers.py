@@ -107,6 +107,7 @@ def in_full(model):
         start_percent=0.0,
         end_percent=1.0,
         min_tokens=0,
+        correction="off",
     )
 
 

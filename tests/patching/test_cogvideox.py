@@ -85,10 +85,12 @@ def test_the_published_figures_of_the_4_step_preset():
     assert (config.mode, config.order, config.block_q, config.block_kv) == ("topk", "raster", 128, 128)
 
 
-def test_no_step_is_dense_where_the_warm_up_is_zero(models, sample):
-    psa = patch_model(models["5b"], sparsity=0.7, **PATCH | {"start_percent": 0.0})
+@pytest.mark.parametrize(("correction", "dense"), [("off", [0, 0, 0, 0]), ("auto", [2, 0, 0, 0])])
+def test_where_the_warm_up_is_zero_only_the_step_that_learns_is_dense(models, sample, correction, dense):
+    psa = patch_model(models["5b"], sparsity=0.7, **PATCH | {"start_percent": 0.0, "correction": correction})
     sample(psa)
-    assert [step["dense_calls"] for step in report(psa)["steps"]] == [0, 0, 0, 0]
+    assert [step["dense_calls"] for step in report(psa)["steps"]] == dense
+    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [2 - calls for calls in dense]
 
 
 @pytest.mark.parametrize(("guidance", "tokens"), [(1.0, None), (6.0, None), (6.0, 452), (6.0, 113)])

@@ -137,7 +137,7 @@ def test_what_tells_the_calls_of_a_step_apart(watched, tiny_wan):
     left = comfy.hooks.set_conds_props([tiny_wan.conditioning()], 1.0, "default", mask=mask)[0]
     right = comfy.hooks.set_conds_props([tiny_wan.conditioning(text=21, seed=8)], 1.0, "default", mask=1 - mask)[0]
     calls = watched(steps=2, positive=left + right)["calls"]
-    told = [core.call_identity(options) for *_, options in calls]
+    told = [core.prompts_of(options, len(x)) for _, x, _, options in calls]
     assert len(told) == 4, "prompts of two lengths are two calls"
     assert told[:2] == told[2:]
     assert told[0] != told[1]

@@ -12,6 +12,7 @@ from comfyui_psa.patching.patch import KEY, patch_model
 from comfyui_psa.sampling import self_attention
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+PLAIN = PATCH | {"correction": "off"}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def failing(monkeypatch, error, when=lambda call, q: True):
 
 
 def test_out_of_memory_is_tried_again_with_fewer_heads(model, sample, monkeypatch, caplog):
-    psa = patch_model(model, **PATCH)
+    psa = patch_model(model, **PLAIN)
     expected = sample(psa, steps=4)
     calls = failing(monkeypatch, torch.OutOfMemoryError("full"), lambda _, q: q.shape[1] > 1)
     out = sample(psa, steps=4)
@@ -55,7 +56,7 @@ def test_out_of_memory_is_tried_again_with_fewer_heads(model, sample, monkeypatc
 
 
 def test_out_of_memory_without_end_is_dense_and_said_once(model, sample, monkeypatch, caplog):
-    psa, stock = patch_model(model, **PATCH), sample(model, steps=4)
+    psa, stock = patch_model(model, **PLAIN), sample(model, steps=4)
     with monkeypatch.context() as patch:
         calls = failing(patch, torch.OutOfMemoryError("full"))
         assert torch.equal(sample(psa, steps=4), stock)
@@ -89,7 +90,7 @@ def test_whatever_the_kernels_raise_is_dense_with_one_line(model, sample, monkey
 
 
 def test_a_failure_in_the_middle_of_a_step_leaves_the_rest_dense(model, sample, monkeypatch):
-    psa = patch_model(model, **PATCH)
+    psa = patch_model(model, **PLAIN)
     failing(monkeypatch, RuntimeError("gone"), lambda call, _: call == 3)
     out = sample(psa, steps=4)
     assert torch.isfinite(out).all()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.kernels.attention import pyramid_sparse_attention
+from comfyui_psa.kernels.delta import Delta
 from comfyui_psa.kernels.gpu.tiles import AttendTile
 from comfyui_psa.kernels.levels import BlockLists
 from comfyui_psa.kernels.order import TokenOrder
@@ -84,9 +85,15 @@ def calls(monkeypatch):
         result = pyramid_sparse_attention(q, k, v, config, **arguments)
         q, k, v = (x.float().cpu() for x in (q, k, v))
         layout, lists, order = arguments["layout"], result.lists, arguments["order"]
-        lists = BlockLists(lists.blocks.cpu(), lists.ends.cpu(), lists.levels, lists.density.cpu())
+        lists = BlockLists(
+            lists.blocks.cpu(), lists.ends.cpu(), lists.levels, lists.density.cpu(), key_blocks=lists.key_blocks
+        )
+        delta = arguments.get("delta")
+        delta = None if delta is None else Delta(delta.values.cpu(), delta.scales.cpu(), delta.group)
         order = TokenOrder(*(None if x is None else x.cpu() for x in (order.index, order.inverse)))
-        expected = pyramid_sparse_attention(q, k, v, config, layout=layout, order=order, lists=lists, backend="torch")
+        expected = pyramid_sparse_attention(
+            q, k, v, config, layout=layout, order=order, lists=lists, delta=delta, backend="torch"
+        )
         dense = F.scaled_dot_product_attention(q, k, v)
         place = layout.before, layout.grid, layout.after
         distances = error(result.output, expected.output), error(result.output, dense)

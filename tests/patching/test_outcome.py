@@ -2,6 +2,7 @@
 
 import pytest
 
+from comfyui_psa.patching import core
 from comfyui_psa.patching.live import asked_of
 from comfyui_psa.patching.patch import patch_model
 from comfyui_psa.sampling import self_attention
@@ -19,7 +20,7 @@ def model(tiny_wan):
 def told(model, tiny_wan):
     """Samples with changed inputs and returns what the page is told at the end of the run."""
 
-    def run(steps=STEPS, **changes):
+    def run(steps=STEPS, model=model, **changes):
         ended = []
         tiny_wan.sample(patch_model(model, **PATCH | changes, on_end=ended.append), steps=steps)
         (found,) = ended
@@ -28,9 +29,10 @@ def told(model, tiny_wan):
     return run
 
 
+@pytest.mark.parametrize("correction", ["off", "auto"])
 @pytest.mark.parametrize("changes", [{}, {"dense_blocks": "1"}, {"start_percent": 0.6}, {"start_percent": 0.0}])
-def test_what_is_saved_is_a_share_of_all_attention_of_the_run(told, monkeypatch, changes):
-    densities = []
+def test_what_is_saved_is_a_share_of_all_attention_of_the_run(told, model, monkeypatch, changes, correction):
+    densities, dense = [], []
     genuine = self_attention.pyramid_sparse_attention
 
     def watched(*args, **kwargs):
@@ -38,11 +40,19 @@ def test_what_is_saved_is_a_share_of_all_attention_of_the_run(told, monkeypatch,
         densities.append(float(result.density))
         return result
 
+    def earlier(func, q, k, *args, **kwargs):
+        dense.append(q.shape == k.shape)
+        return func(q, k, *args, **kwargs)
+
     monkeypatch.setattr(self_attention, "pyramid_sparse_attention", watched)
-    found = told(**changes)
-    assert densities
-    # Work that was done: the density of every call that was sparse, 1 for every other one of the run.
-    done = sum(densities) + BLOCKS * STEPS - len(densities)
+    counted = model.clone()
+    core.set_override(counted, earlier)
+    found = told(model=counted, correction=correction, **changes)
+    learned = len(densities) + sum(dense) - BLOCKS * STEPS
+    assert (len(densities) > learned, learned > 0) == (True, correction == "auto")
+    # Work that was done: the density of every call of PSA, also of those that only measure what is lost, and 1 for
+    # every self-attention that the override from before was left with.
+    done = sum(densities) + sum(dense)
     assert found["saved"] == pytest.approx(1 - done / (BLOCKS * STEPS), abs=1e-6)
     assert found["dense"] is None
     assert set(found["seconds"]) == set(found["kinds"])

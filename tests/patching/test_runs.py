@@ -18,6 +18,7 @@ from comfyui_psa.sampling import self_attention
 from comfyui_psa.sampling.run import Run
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+PLAIN = PATCH | {"correction": "off"}
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def longest_use(given):
 
 def test_a_restart_schedule_is_walked_along(model, tiny_wan, monkeypatch):
     recorder = Recorder(monkeypatch)
-    psa = patch_model(model, **PATCH | {"reuse_steps": 2, "falling": 0.5, "start_percent": 0.0})
+    psa = patch_model(model, **PLAIN | {"reuse_steps": 2, "falling": 0.5, "start_percent": 0.0})
     sample_custom(tiny_wan, psa, RESTART)
     assert [step["index"] for step in report(psa)["steps"]] == list(range(11))
     assert kinds(psa) == ["sparse"] * 11
@@ -219,7 +220,7 @@ def test_a_restart_that_the_schedule_does_not_show(model, tiny_wan, monkeypatch)
     import comfy.samplers
 
     recorder = Recorder(monkeypatch)
-    psa = patch_model(model, **PATCH | {"reuse_steps": 2, "falling": 0.5, "start_percent": 0.0})
+    psa = patch_model(model, **PLAIN | {"reuse_steps": 2, "falling": 0.5, "start_percent": 0.0})
     sampler = comfy.samplers.KSAMPLER(restarting)
     sample_custom(tiny_wan, psa, [1.0, 0.9, 0.75, 0.6, 0.4, 0.2, 0.0], sampler)
     assert longest_use(recorder.given) == 2
@@ -232,7 +233,7 @@ def test_a_restart_that_the_schedule_does_not_show(model, tiny_wan, monkeypatch)
 @pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral", "seeds_3", "res_multistep", "dpm_fast"])
 def test_samplers_that_evaluate_several_times_keep_levels_for_two_calls(model, sample, monkeypatch, sampler):
     recorder = Recorder(monkeypatch)
-    psa = patch_model(model, **PATCH | {"reuse_steps": 2, "falling": 0.5})
+    psa = patch_model(model, **PLAIN | {"reuse_steps": 2, "falling": 0.5})
     sample(psa, steps=6, sampler=sampler)
     assert longest_use(recorder.given) == 2
     densities = [1 - config.sparsity for config in recorder.configs]
@@ -316,7 +317,7 @@ def test_windows_of_5_of_13_frames_with_kept_levels(model, sample, monkeypatch):
         return result
 
     monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
-    psa = patch_model(model, **PATCH | {"reuse_steps": 2})
+    psa = patch_model(model, **PLAIN | {"reuse_steps": 2})
     names = ("context_length", "context_overlap", "context_schedule", "context_stride", "closed_loop", "fuse_method")
     inputs = dict(zip(names, (17, 8, "standard_static", 1, False, "pyramid"), strict=True))  # pixels: 5 and 2 of latent
     windowed = WanContextWindowsManualNode.execute(psa, **inputs, freenoise=False).result[0]
@@ -473,7 +474,7 @@ def test_pairs_without_importance_count_once_where_levels_are_kept(tiny_wan, sam
     recorder, model = Recorder(monkeypatch), tiny_wan.load("t2v")
     with torch.no_grad():
         model.get_model_object("diffusion_model").blocks[0].self_attn.q.weight[0, 0] = torch.inf
-    patched = patch_model(model, **PATCH | {"reuse_steps": 3})
+    patched = patch_model(model, **PLAIN | {"reuse_steps": 3})
     sample(patched, steps=4)
     assert sparse_calls(patched) == [0, 2, 2, 2]
     assert [lists is None for lists in recorder.given] == [True] * 2 + [False] * 4

@@ -58,6 +58,7 @@ STACKING = {
 }
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+PLAIN = PATCH | {"correction": "off"}
 FULL = PATCH | {"sparsity": 0.01, "pyramid": "1: 1.0", "start_percent": 0.0}
 
 
@@ -628,11 +629,10 @@ def test_two_gpus(model, sample, tiny_wan, before, monkeypatch):
 
 
 def test_a_failure_on_one_of_two_gpus_is_its_own(model, sample, tiny_wan, monkeypatch):
-    from comfyui_psa.patching import override
     from comfyui_psa.sampling import self_attention
 
     heads, here = {"cpu": [], "cpu:0": []}, threading.local()
-    real, real_sparse = self_attention.pyramid_sparse_attention, override._sparse
+    real, real_sparse = self_attention.pyramid_sparse_attention, PSAOverride._sparse
 
     def attempt(*args, **kwargs):
         here.device = str(kwargs["transformer_options"]["multigpu_thread_device"])
@@ -644,9 +644,9 @@ def test_a_failure_on_one_of_two_gpus_is_its_own(model, sample, tiny_wan, monkey
             raise torch.OutOfMemoryError("full")
         return real(q, *args, **kwargs)
 
-    monkeypatch.setattr(override, "_sparse", attempt)
+    monkeypatch.setattr(PSAOverride, "_sparse", attempt)
     monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
-    psa = patch_model(on_two_devices(model, tiny_wan), **PATCH | {"start_percent": 0.0})
+    psa = patch_model(on_two_devices(model, tiny_wan), **PLAIN | {"start_percent": 0.0})
     assert torch.isfinite(sample(psa, cfg=5.0, negative=tiny_wan.conditioning(seed=4), steps=3)).all()
     assert heads["cpu:0"] == [2, *[1] * 12], "the one whose memory is full goes on in two groups"
     assert heads["cpu"] == [2] * 6, "the other knows nothing of it"
