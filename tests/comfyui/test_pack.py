@@ -77,7 +77,8 @@ def test_the_everyday_inputs_come_first_and_the_rest_is_folded_away(definitions)
     everyday = [spec.name for spec in specs if not spec.options.get("advanced") and spec.required]
     assert everyday == ["model", "sparsity", "preset", "start_percent", "end_percent"]
     assert [spec.name for spec in specs[: len(everyday)]] == everyday
-    assert [spec.name for spec in specs if not spec.required] == ["precision", "reuse_steps", "psa_pyramid", "falling"]
+    optional = ["precision", "reuse_steps", "psa_pyramid", "falling", "correction"]
+    assert [spec.name for spec in specs if not spec.required] == optional
 
 
 def test_the_server_has_no_complaint_about_the_pack(server, definitions):
