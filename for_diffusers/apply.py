@@ -193,6 +193,9 @@ def apply_psa(
             correction=chosen.correction_of_size(correction) if corrected else None,
         )
         planned.append((transformer, TransformerState(family, settings, schedule, off=sparsity == 0)))
+    states = [state for _, state in planned]
+    for state in states:
+        state.others = [other for other in states if other is not state]
     remove_psa(pipe)
     patches = [_Patch(transformer, state) for transformer, state in planned]
     return AppliedPSA([patch.state for patch in patches], patches)

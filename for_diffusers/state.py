@@ -97,8 +97,9 @@ class TransformerState:
 
     def __init__(self, family: str, settings: PatchSettings, schedule: Schedule | None, off: bool) -> None:
         """family: a name in `layout.MODELS`. schedule: None if steps are not told apart. off: every call stays dense,
-        and no reason is given."""
+        and no reason is given. `others` are the other transformers of the pipeline, which take turns with this one."""
         self.family, self.settings, self.schedule, self.off = family, settings, schedule, off
+        self.others: list[TransformerState] = []
         self._told: set[str] = set()
         self._refusals: dict[Hashable, str] = {}
         self._ended = Totals()
@@ -170,6 +171,8 @@ class TransformerState:
                 self._end_runs(lambda ident: ident not in others)
                 if layout is not None:
                     kept.only_orders_of(layout.grid)
+                for other in self.others:
+                    other.rest(thread)
                 run = self._latest = self._begin_run(steps, kept, device, blocks)
             self._runs[thread] = run, steps
             return run
@@ -189,6 +192,12 @@ class TransformerState:
         for thread in [thread for thread in self._runs if over(thread)]:
             run, _ = self._runs.pop(thread)
             self._ended = self._ended.plus(run.record)
+            run.release()
+
+    def rest(self, thread: int) -> None:
+        """Another transformer takes over in this thread: give back what is held for calls to come."""
+        run, _ = self._runs.get(thread, (None, None))
+        if run is not None:
             run.release()
 
     def forget(self) -> None:
