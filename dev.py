@@ -11,6 +11,7 @@
     python dev.py soak     run many prompts on a real server and compare its memory before and after
     python dev.py setup    only set up the environment in .dev/
     python dev.py workflows    regenerate workflows/*.json and locales/en after changing a node's schema
+    python dev.py docs     write the lists of messages in docs/troubleshooting.md again after changing a message
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; only needs huggingface-hub
 
 Needs only Python 3.10 or newer; the first run installs the rest into .dev/ (a few minutes, about 8 GB).
@@ -42,7 +43,8 @@ def main() -> int:
     if rest and arguments.command not in ("test", "bench", "quality"):
         _parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        comfyui = None if arguments.command == "weights" else ensure_environment(arguments.comfyui or chosen_comfyui())
+        alone = arguments.command in ("weights", "docs")
+        comfyui = None if alone else ensure_environment(arguments.comfyui or chosen_comfyui())
         return COMMANDS[arguments.command](arguments, comfyui, rest)
     except Failure as failure:
         print(f"\nError: {failure}", file=sys.stderr)
@@ -108,6 +110,16 @@ def _workflows(_: argparse.Namespace, comfyui: Path, __: list[str]) -> int:
     from workshop.tools.serve import rebuild_workflows
 
     rebuild_workflows(comfyui)
+    return 0
+
+
+def _docs(*_: object) -> int:
+    from workshop.tools.troubleshooting import write_page
+
+    try:
+        print(f"Written: {write_page(ROOT)}")
+    except LookupError as error:
+        raise Failure(str(error)) from error
     return 0
 
 
@@ -192,6 +204,7 @@ COMMANDS = {
     "soak": _soak,
     "setup": _setup,
     "workflows": _workflows,
+    "docs": _docs,
     "weights": _weights,
 }
 
