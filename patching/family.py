@@ -21,8 +21,8 @@ from .layout import (
     read_wan_call,
 )
 
-# On the demo model topk 10/5/0/20 is 2 dB closer to dense than the budget mode of the per-size presets (README,
-# Figures). `auto` takes it for every size until this is measured on real weights.
+# On the demo model topk 10/5/0/20 is 2 dB closer to dense than the budget mode of the per-size presets
+# (docs/performance.md). `auto` takes it for every size until this is measured on real weights.
 _WAN_PRESET = "module-default"
 WAN_READERS: dict[str, CallReader] = {
     "t2v": read_wan_call,

@@ -3,7 +3,8 @@
 It is derived from the input of the diffusion model and its patch size; nothing is read from attention calls. A reader
 gets the model and the arguments of one of its calls. It returns the layout and the lengths of other sequences:
 cross-attention calls may have those, and must not be taken for self-attention. What the Wan readers assume about
-ComfyUI's models is the table "Wan variants" in README; tests/patching/test_wan_variants.py checks it row by row.
+ComfyUI's models is the table "Wan variants" in docs/compatibility.md; tests/patching/test_wan_variants.py checks it row
+by row.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ SIZE = {"width": 160, "height": 160, "length": 9}
 GRID = [3, 10, 10]
 IMAGE, VIDEO, STILLS = ["image", 0], ["video", 0], ["stills", 0]
 
-# kind of `tiny_wan`, node and its inputs, sparse calls of a step. Rows of README's table "Wan variants".
+# kind of `tiny_wan`, node and its inputs, sparse calls of a step. Rows of the table "Wan variants" in
+# docs/compatibility.md.
 CASES = {
     "T2V": ("t2v", None, {}, 2),
     "5B": ("5b", None, {}, 2),

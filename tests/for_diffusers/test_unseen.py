@@ -1,4 +1,5 @@
-"""Self-attention that PSA cannot see is noticed in the first step and logged once; README names what PSA does see."""
+"""Self-attention that PSA cannot see is noticed in the first step and logged once; docs/diffusers.md names what PSA
+sees."""
 
 import re
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 
 from comfyui_psa.for_diffusers import apply_psa
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "diffusers.md"
 
 
 @pytest.fixture(autouse=True)
@@ -111,9 +112,9 @@ def test_nothing_is_said_of_a_pipeline_that_psa_is_off_in(pipes, caplog):
     assert not warnings(caplog)
 
 
-def readme_backends():
-    """The backends that the README promises."""
-    sentence = re.search(r"PSA sees these attention backends: ([^.]+)\.", README.read_text(encoding="utf-8"))
+def promised_backends():
+    """The backends that the page promises."""
+    sentence = re.search(r"PSA sees these attention backends: ([^.]+)\.", PAGE.read_text(encoding="utf-8"))
     return re.findall(r"`(\w+)`", sentence[1])
 
 
@@ -126,8 +127,8 @@ def self_attention_by(backend, model):
         block.attn1.processor._attention_backend = AttentionBackendName(backend)
 
 
-@pytest.mark.parametrize("backend", readme_backends())
-def test_the_backends_of_the_readme_work(pipes, caplog, backend):
+@pytest.mark.parametrize("backend", promised_backends())
+def test_the_backends_of_the_page_work(pipes, caplog, backend):
     model, expected = pipes.wan(), pipes.wan()
     apply_psa(expected, 0.6, **pipes.SETTINGS)
     self_attention_by(backend, model)
@@ -137,7 +138,7 @@ def test_the_backends_of_the_readme_work(pipes, caplog, backend):
     assert not warnings(caplog)
 
 
-def test_the_readme_leaves_no_working_backend_out(pipes):
+def test_the_page_leaves_no_working_backend_out(pipes):
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     works = []
@@ -151,4 +152,4 @@ def test_the_readme_leaves_no_working_backend_out(pipes):
             continue  # needs a package or a device that is not here
         if applied.sparse_calls:
             works.append(backend.value)
-    assert sorted(works) == sorted(readme_backends())
+    assert sorted(works) == sorted(promised_backends())

@@ -1,4 +1,5 @@
-"""PSA together with other nodes. STACKING is README's table: every row names the tests that prove it."""
+"""PSA together with other nodes. STACKING is the table in docs/compatibility.md: every row names the tests that
+prove it."""
 
 import functools
 import re
@@ -105,8 +106,8 @@ class Counting:
         return func(*args, **kwargs) if self.previous is None else self.previous(func, *args, **kwargs)
 
 
-def test_readme_has_this_table():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_this_table():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     section = re.search(r"^## Together with other nodes\n(.*?)^## ", text, re.M | re.S)[1]
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in section.splitlines() if "|" in line]
     assert rows[2:] == list(STACKING)

@@ -1,7 +1,8 @@
 """Every Wan variant: where its tokens lie, and that PSA with nothing left out computes what dense computes.
 
 The positions have an oracle of their own: before the first attention a token depends on nothing but its own patch, so
-changing one input changes exactly the tokens that it makes. The rows are README's table "Wan variants".
+changing one input changes exactly the tokens that it makes. The rows are the table "Wan variants" in
+docs/compatibility.md.
 """
 
 import dataclasses
@@ -259,8 +260,8 @@ def test_the_autoregressive_variant_stays_dense_with_a_reason(models):
     assert "autoregressive" in find_family(model)
 
 
-def test_readme_lists_exactly_these_variants():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_lists_exactly_these_variants():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
     section = re.search(r"^### Wan variants\n(.*?)^##", text, re.M | re.S)[1]
     rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in section.splitlines() if "|" in line]
     expected = list(dict.fromkeys((case.row, *case.columns, "sparse") for case in CASES))

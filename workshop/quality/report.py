@@ -133,7 +133,7 @@ def _answers(gpu: Runs) -> str:
     text.append(
         "![Quality against compute](quality/compute.png)\n\n![Quality against time](quality/time.png)\n\n"
         "Time is CPU time of the torch backend. On a GPU, the demo's 9216 tokens are too few for meaningful times;\n"
-        "for calls at real sizes see Figures in the README.\n\n"
+        "for calls at real sizes see [Performance](performance.md).\n\n"
         "Below are rows from the GPU run's contact sheets. The radial mask is our own, in blocks of 128 by 64 in\n"
         "raster order; it follows the idea of Radial Attention (arXiv 2506.19852), but not its code."
     )

@@ -1,0 +1,145 @@
+"""The pages: the README is short, its figures come from workshop/results, and every link leads somewhere."""
+
+import re
+import statistics
+
+import pytest
+
+from comfyui_psa.workshop.table import read_rows
+from comfyui_psa.workshop.tools.paths import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+MOST_LINES = 130
+NUMBER = r"\d+(?:\.\d+)?"
+MODELS = {"Wan 2.1 1.3B": "wan2.1-1.3b", "CogVideoX-5B": "cogvideox-5b"}
+TYPES = {"bf16": "bfloat16", "fp16": "float16"}
+SETTINGS = {"0.85": "default @0.36", "0.75": "default @0.44"}
+"""Slider of the demo model's runs with a quarter of the steps dense -> the setting's name, which has its compute."""
+
+
+def section(title):
+    return re.search(rf"^## {title}\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
+
+
+def table(title):
+    lines = [line for line in section(title).splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def shown(text, value):
+    """Whether a number of the page is `value`, rounded to the digits that the page shows."""
+    digits = len(text.partition(".")[2])
+    return abs(float(text) - value) <= 0.5 * 10**-digits + 1e-9
+
+
+def step_times(model, kind):
+    rows = read_rows(ROOT / "workshop" / "results" / "model-gpu.csv")
+    return [row for row in rows if row["model"] == model and row["dtype"] == kind]
+
+
+def quality(setting):
+    rows = read_rows(ROOT / "workshop" / "results" / "quality-gpu.csv")
+    return [row for row in rows if row["setting"] == setting and row["psnr"]]
+
+
+def check_times(name, gpu, dense, sparse):
+    model = next(MODELS[part] for part in MODELS if name.startswith(part))
+    rows = step_times(model, TYPES[name.rpartition(" ")[2]])
+    latest = max((row["date"] for row in rows), default="")
+    # Dense bfloat16 and float16 were measured in one go, so the newest rows of a type belong together.
+    by_method = {row["method"]: row for row in rows if row["date"] == latest and row["sparsity"] in ("0", "0.850")}
+    assert all(gpu in row["gpu"] for row in by_method.values())
+    seconds, factor = re.fullmatch(rf"({NUMBER}) \(({NUMBER})x\)", sparse).groups()
+    assert shown(dense, float(by_method["dense"]["seconds_per_step"]))
+    assert shown(seconds, float(by_method["psa"]["seconds_per_step"]))
+    assert shown(factor, float(by_method["psa"]["speedup"]))
+
+
+def check_quality(name, gpu, psnr):
+    rows = quality(SETTINGS[re.search(rf"at ({NUMBER})$", name)[1]])
+    assert rows
+    assert all(gpu in row["machine"] for row in rows)
+    assert shown(re.fullmatch(rf"({NUMBER}) dB", psnr)[1], statistics.mean(float(row["psnr"]) for row in rows))
+
+
+@pytest.mark.parametrize("row", table("What you get"), ids=lambda row: row[0])
+def test_every_figure_of_the_readme_was_measured(row):
+    name, gpu, dense, sparse, psnr = row
+    measured = 0
+    if re.search(r"\d", dense + sparse):
+        check_times(name, gpu, dense, sparse)
+        measured += 1
+    if re.search(r"\d", psnr):
+        check_quality(name, gpu, psnr)
+        measured += 1
+    assert measured
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "same"), [("0.71", 0.710, True), ("0.71", 0.716, False), ("3.7", 3.66, True)]
+)
+def test_rounding(text, value, same):
+    assert shown(text, value) is same
+
+
+def test_factors_in_sentences_are_those_of_the_table():
+    sentences = re.findall(rf"({NUMBER}) times as fast", README)
+    assert sentences
+    assert set(sentences) <= set(re.findall(rf"\(({NUMBER})x\)", section("What you get")))
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= MOST_LINES
+
+
+def test_every_node_is_listed():
+    known = {path.stem for path in (ROOT / "web" / "docs").glob("PSA*.md")}
+    titles = {(ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8").split("\n")[0][2:] for name in known}
+    assert {row[0].strip("*") for row in table("Nodes")} == {*titles, "PSA Demo Prompt"}
+
+
+def test_every_template_is_named():
+    known = {path.stem for path in (ROOT / "workflows").glob("*.json")}
+    quick_start = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", quick_start, re.MULTILINE)) == known
+    assert known <= set(re.findall(r"`(\w+)`", README))
+
+
+def anchors(text):
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
+        target, _, anchor = (link[0] or link[1]).partition("#")
+        if target.startswith("https://"):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text(encoding="utf-8")), f"{target}#{anchor}"
+
+
+def test_the_index_lists_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", index))
+    assert linked == {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_issue_forms_and_citation_can_be_read():
+    import yaml
+
+    for form in ("bug", "feature"):
+        read = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text(encoding="utf-8"))
+        assert read["name"]
+        assert read["description"]
+        assert all(part["type"] in ("markdown", "textarea", "input") for part in read["body"])
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["preferred-citation"]["url"].endswith("2512.04025")
