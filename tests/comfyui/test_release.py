@@ -11,7 +11,10 @@ from comfyui_psa.workshop.tools.server import PACK, ComfyServer
 from comfyui_psa.workshop.tools.workflow import inputs_of
 
 WEIGHTS = "demo/weights/"
-NOT_PRODUCT = {"workshop", "tests", ".ci", "dev.py", "CONTRIBUTING.md", ".gitignore", ".comfyignore"}
+NOT_PRODUCT = {
+    "workshop", "tests", ".ci", ".github", "dev.py", "CONTRIBUTING.md", "SECURITY.md", "CITATION.cff", ".gitignore",
+    ".comfyignore",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
