@@ -147,6 +147,10 @@ no correction from here on
   The correction failed in the middle of a run, for the reason given. The run goes on without it. -> If memory is
   named, set correction to eighth. Otherwise report the line.
 
+a part of the calls is not corrected
+  Memory filled up while the correction was measured. Calls without one are sparse as usual. -> Set correction to a
+  smaller size, or sample a shorter or smaller video.
+
 no correction with the order
   Orders that follow the data make other blocks in every step, so nothing can be carried over. -> Set order to
   curve, or accept the run without a correction.
