@@ -47,8 +47,8 @@ def config(sparsity, **changes):
 
 
 @pytest.mark.parametrize("percent", range(5, 97))
-def test_renewal_begins_where_a_fifth_of_the_work_is_left(percent):
-    assert bool(Correction().renewal(config(percent / 100))) == (percent <= 80)
+def test_renewal_wants_a_fifth_of_the_work_left_and_more_saved_than_it_costs(percent):
+    assert bool(Correction().renewal(config(percent / 100))) == (12.5 <= percent <= 80)
     assert Correction(renew=5).renewal(config(percent / 100)) == 5
 
 
