@@ -34,14 +34,14 @@ def distance(one, other):
 
 ARGUMENTS = {
     "renewal and kept levels": ({}, {"steps": 14}, {"renew": 8}),
-    "as many of both prompts": ({}, {"steps": 14, "cfg": 4.0}, {"renew": 8}),
+    "as many of both prompts": ({}, {"steps": 10, "cfg": 4.0}, {"renew": 8}),
     "little work, so nothing is renewed": ({"sparsity": 0.85}, {"steps": 10}, {}),
     "few steps choose their levels": ({}, {"steps": 5}, {"keep": False}),
     "an eighth": ({"correction": "eighth"}, {"steps": 10, "cfg": 3.0}, {"group": 8, "renew": 8}),
     "half": ({"correction": "half"}, {"steps": 8}, {"group": 2}),
     "no dense step": ({"start_percent": 0.0}, {"steps": 12}, {"renew": 8}),
     "an end before the end": ({"end_percent": 0.8}, {"steps": 14}, {"renew": 8}),
-    "two videos": ({}, {"steps": 5, "size": (2, 16, 3, 32, 32), "cfg": 3.0}, {"keep": False}),
+    "two videos": ({}, {"steps": 5, "size": (2, 16, 3, 32, 32)}, {"keep": False}),
     "budget": ({"mode": "budget"}, {"steps": 9}, {"renew": 8}),
 }
 
@@ -128,8 +128,10 @@ SAMPLERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("start", [0.25, 0.0])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("sampler", "start"),
+    [(name, start) for name in SAMPLERS for start in (0.25, 0.0) if (name, start) != ("dpm_adaptive", 0.0)],
+)
 def test_samplers_that_evaluate_between_steps(model, sample, sampler, start):
     psa = patch_model(model, **LOW | {"start_percent": start})
     assert torch.isfinite(sample(psa, steps=5, sampler=sampler, size=SMALL)).all()
@@ -173,7 +175,7 @@ def easy_cache(model, start, end, threshold=1000.0):
 @pytest.mark.parametrize("windows", [(0.1, 0.35), (0.1, 0.7), (0.5, 0.8)])
 def test_a_cache_that_skips_the_learning_step_or_sparse_ones(model, sample, windows):
     psa = easy_cache(patch_model(model, **LOW), *windows)
-    sample(psa, steps=20)
+    sample(psa, steps=20, size=SMALL)
     kinds = [step["kind"] for step in report(psa)["steps"]]
     skipped = [step for step, kind in enumerate(kinds) if kind == "skipped"]
     assert skipped

@@ -47,7 +47,7 @@ class Kernels:
         monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
 
 
-@pytest.mark.parametrize("sparsity", [0.4, 0.6, 0.75, 0.85])
+@pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.85])
 def test_the_slider_is_the_mean_over_sparse_steps_with_renewals(model, sample, monkeypatch, sparsity):
     kernels = Kernels(monkeypatch)
     psa = patch_model(model, **PATCH | {"sparsity": sparsity, "correction": "full"})
@@ -100,7 +100,7 @@ def test_published_presets_are_corrected_only_if_asked(model, sample, name):
     outputs = []
     for correction in ("auto", "off", "full"):
         psa = patch_model(model, **patch | {"correction": correction})
-        outputs.append(sample(psa, steps=8))
+        outputs.append(sample(psa, steps=5, size=(1, 16, 3, 16, 32)))
         assert bool((report(psa)["correction"] or {}).get("corrected_calls")) == (correction == "full")
     assert torch.equal(outputs[0], outputs[1])
 
