@@ -18,6 +18,10 @@ from ..kernels.levels import BlockLists
 
 log = logging.getLogger("ComfyUI-PSA")
 
+_MOST_OVER = 4
+"""A run may hold so many times what was estimated: it may have more context windows than the estimate knows of, but
+windows that move on and never come back must not fill the memory."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
@@ -125,7 +129,7 @@ class LossStore:
             needed = calls * (delta_bytes(heads, tokens, dim, GROUPS[size]) + levels)
             for where, room in places:
                 if needed <= room:
-                    self.size, self.where, self._budget = size, where, room
+                    self.size, self.where, self._budget = size, where, min(room, _MOST_OVER * needed)
                     words = f"PSA: correction: {size}, about {gigabytes(needed)} in {where}"
                     if self.settings.size not in (AUTO, size):
                         words += f"; {self.settings.size} does not fit"

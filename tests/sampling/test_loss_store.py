@@ -115,6 +115,13 @@ def test_beyond_the_budget_a_loss_is_refused_and_the_old_one_is_gone():
     assert made.most == CALLS * BYTES["full"]
 
 
+def test_windows_that_never_come_back_do_not_fill_the_memory():
+    made, one = chosen("full", 10**12), loss()
+    kept = [made.put(("window", number), one) for number in range(CALLS * 10)]
+    assert sum(kept) == 4 * CALLS
+    assert made.nbytes == 4 * CALLS * BYTES["full"]
+
+
 def test_in_the_last_step_a_loss_is_given_back_as_soon_as_it_is_used():
     made = chosen("full", 10**12)
     made.put("a", loss())
