@@ -99,7 +99,10 @@ def load_presets(path: Path | None = None) -> dict[str, Preset]:
         mode = "budget" if settings["mode"] == "threshold" else settings["mode"]
         ours = {"mode": mode, "shares": settings["shares"], "order": settings["order"], "tail": False}
         ours |= RANKING | entry.get("ours", {})
-        steps, correction = ours.pop("dense_steps", None), Correction(**ours.pop("correction", {}))
+        steps = ours.pop("dense_steps", None)
+        # null: a preset without a dense step would need one more, a quarter of a run of four steps.
+        given = ours.pop("correction", {})
+        correction = None if given is None else Correction(**given)
         about = f"{entry['about']}: its pyramid, met to the slider's sparsity"
         evidence = entry.get("evidence", "")
         presets[name] = Preset(name, about, ours, dense_steps=steps, evidence=evidence, correction=correction)

@@ -90,9 +90,8 @@ def test_the_4_step_workflow_makes_a_video(client, server, prompt_of):
     result = client.run(prompt)
     report = report_of(prompt, result)
     assert report["fallbacks"] == []
-    assert [step["dense_calls"] for step in report["steps"]] == [2, 0, 0, 0], "only the step that learns is dense"
-    assert [step["learned_calls"] for step in report["steps"]] == [2, 0, 0, 0]
-    assert [step["corrected_calls"] for step in report["steps"]] == [0, 2, 2, 2]
+    assert [step["sparse_calls"] for step in report["steps"]] == [2, 2, 2, 2], "no step is dense"
+    assert report["correction"] is None
     assert report["grid"] == [5, 12, 16]
     (video,) = result.outputs[find_node(prompt, "SaveVideo")]["images"]
     assert len(client.download("/view?" + urllib.parse.urlencode(video))) > 1000
