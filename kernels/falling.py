@@ -1,7 +1,9 @@
-"""A density that falls over the sparse steps of a run: more work in the first ones, less in the last, same total.
+"""Densities that differ from step to step while the work of a whole run stays what the slider says.
 
-The first sparse steps still decide where things are, and later steps cannot bring back what they lose. On the demo
-model the same work is worth more there (`docs/quality.md`). This file knows no sampler: a step is a number from 0 to 1.
+A density may fall over the sparse steps: more work in the first ones, less in the last, same total. The first sparse
+steps still decide where things are, and later steps cannot bring back what they lose. On the demo model the same work
+is worth more there (`docs/quality.md`). Calls that are dense to renew what others get back (`delta.py`) leave less for
+the others. This file knows no sampler: a step is a number from 0 to 1, or counted.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Sequence
 from .config import ConfigError, PyramidConfig
 
 MOST_FALLING = 0.8
+LEAST_DENSITY_TO_RENEW, USUAL_RENEWAL = 0.2, 8
+"""Renewing one block in 8 costs an eighth of a dense step: of little work it takes too much."""
 
 
 def config_at(config: PyramidConfig, falling: float, place: float) -> PyramidConfig:
@@ -43,6 +47,35 @@ def check_falling(falling: float, config: PyramidConfig) -> None:
         except ConfigError as error:
             allowed = f"less: one step would need a sparsity of {error.given:.3f}, which may be {error.allowed}"
             raise ConfigError("falling", falling, allowed, "lower falling") from error
+
+
+def renewal(config: PyramidConfig, asked: int | None = None) -> int:
+    """One block in how many is dense in a sparse step, to measure again what it loses (`delta.py`); 0 for none.
+
+    asked: this number, None for ours.
+    """
+    if asked is not None:
+        return asked
+    # Not 1 - sparsity < least: rounding makes 1 - 0.8 less than 0.2.
+    if config.sparsity is None or config.sparsity > 1 - LEAST_DENSITY_TO_RENEW:
+        return 0
+    return USUAL_RENEWAL if config.sparsity >= 1 / USUAL_RENEWAL else 0
+
+
+def renews(step: int, block: int, renew: int) -> bool:
+    """Whether a block is dense in a sparse step, counted from 1: blocks take turns, one in `renew`."""
+    return renew > 0 and (step + block) % renew == 0
+
+
+def with_renewals(config: PyramidConfig, share: float) -> PyramidConfig:
+    """The setting of the sparse calls at which all steps together cost what `config` alone would cost.
+
+    share: of the calls that are dense to renew a loss. They cost 1, and the sparse calls beside them as much as others.
+    """
+    if not share or config.sparsity is None:
+        return config
+    # The other calls keep at least half of their work.
+    return dataclasses.replace(config, sparsity=config.sparsity + min(share, (1 - config.sparsity) / 2))
 
 
 def place_among(sigmas: Sequence[float], sigma: float) -> float:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from ..choices.correction import reason_against, renews, with_renewals
+from ..choices.correction import reason_against
 from ..choices.settings import PatchSettings
 from ..kernels.attention import AttentionResult
 from ..kernels.config import PyramidConfig
-from ..kernels.falling import config_at
+from ..kernels.falling import config_at, renewal, renews, with_renewals
 from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
 from .correction import LossStore
@@ -103,9 +103,9 @@ class Run:
         self.losses = LossStore(correction)
         self._renew = 0
         if correction is not None:
-            self.losses.reason = reason_against(self.settings.config)
+            self.losses.reason = reason_against(self.settings.config.order)
             # With a density that falls, levels and losses are those of one step only.
-            self._renew = 0 if self.settings.falling else correction.renewal(self.settings.config)
+            self._renew = 0 if self.settings.falling else renewal(self.settings.config, correction.renew)
         self.learns = False
         self._sparse_steps = 0
         self._learning_step: int | None = None

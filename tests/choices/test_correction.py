@@ -1,14 +1,13 @@
 """What may be chosen about the correction, and what it does to the sparsity of the other calls."""
 
-import dataclasses
-
 import pytest
 
-from comfyui_psa.choices.correction import CORRECTIONS, Correction, reason_against, renews, with_renewals
+from comfyui_psa.choices.correction import CORRECTIONS, Correction, reason_against
 from comfyui_psa.choices.errors import InputError
 from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.choices.settings import make_settings
 from comfyui_psa.kernels.config import ORDERS
+from comfyui_psa.kernels.falling import renewal, renews, with_renewals
 from comfyui_psa.kernels.semantic import SEMANTIC_ORDERS
 
 INPUTS = {"sparsity": 0.75, "preset": "auto"}
@@ -49,14 +48,14 @@ def config(sparsity, **changes):
 
 @pytest.mark.parametrize("percent", range(5, 97))
 def test_renewal_wants_a_fifth_of_the_work_left_and_more_saved_than_it_costs(percent):
-    assert bool(Correction().renewal(config(percent / 100))) == (12.5 <= percent <= 80)
-    assert Correction(renew=5).renewal(config(percent / 100)) == 5
+    assert bool(renewal(config(percent / 100))) == (12.5 <= percent <= 80)
+    assert renewal(config(percent / 100), 5) == 5
 
 
 def test_levels_as_written_are_not_renewed():
     written = [PRESETS[name].config(0.5) for name in WITHOUT if not PRESETS[name].is_scaled]
     assert written
-    assert {Correction().renewal(config) for config in written} == {0}
+    assert {renewal(config) for config in written} == {0}
 
 
 def test_blocks_take_turns():
@@ -88,7 +87,7 @@ def test_few_steps_choose_their_levels():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_orders_that_follow_the_data_have_none(order):
-    reason = reason_against(dataclasses.replace(config(0.5), order=order))
+    reason = reason_against(order)
     assert bool(reason) == (order in SEMANTIC_ORDERS)
     if reason:
         assert order in reason

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from ...choices.correction import OFF, renews
+from ...choices.correction import OFF
 from ...choices.settings import PatchInputs, PatchSettings, make_settings, parse_blocks
+from ...kernels.falling import renewal, renews
 from ...patching.family import find_family
 from ...sampling.run import is_active
 
@@ -93,7 +94,7 @@ def resolve(setting: Setting, schedule: Schedule, backend: str, compute: float |
         for _ in range(2):  # how often losses are renewed depends on the sparsity, which depends on that a little
             density = density_for(compute, inputs, schedule, setting.prototype, None if correction is None else renew)
             settings = make_settings(**inputs | {"sparsity": 1 - density}, blocks=schedule.blocks)
-            renew = 0 if correction is None or settings.falling else correction.renewal(settings.config)
+            renew = 0 if correction is None or settings.falling else renewal(settings.config, correction.renew)
         if correction is not None:
             correction = dataclasses.replace(correction, renew=renew)
     config = dataclasses.replace(settings.config, **setting.config)

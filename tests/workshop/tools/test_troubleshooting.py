@@ -118,7 +118,6 @@ def said():
     from comfyui_psa.choices.correction import reason_against
     from comfyui_psa.choices.settings import make_settings
     from comfyui_psa.kernels.backends import triton_reason
-    from comfyui_psa.kernels.config import PyramidConfig
     from comfyui_psa.sampling.figures import summary
     from comfyui_psa.sampling.findings import find, unranked_note
     from comfyui_psa.sampling.record import Record
@@ -132,7 +131,7 @@ def said():
     }
     yield from find(Record(-1))
     yield from unranked_note(7)
-    yield reason_against(PyramidConfig(shares={1: 0.1}, order="semantic"))
+    yield reason_against("semantic")
     yield triton_reason(torch.zeros(1, 1, 8, 512))
     yield triton_reason(torch.zeros(1, 1, 8, 64, dtype=torch.float64))
     yield str(make_settings(sparsity=0.85))
