@@ -179,9 +179,10 @@ def _try(
     None if the caller should try again: without a correction if there was one, or in more pieces if memory is full. The
     retry happens outside of this function because an error keeps its tensors alive while it is being handled.
     """
-    corrects = any(run.losses.has(piece.place) for piece in _pieces(run, q.shape, prompts))
+    pieces = _pieces(run, q.shape, prompts)
+    corrects = any(run.losses.has(piece.place) for piece in pieces)
     try:
-        return _in_pieces(run, q, k, v, prompts, scale)
+        return _in_pieces(run, q, k, v, pieces, scale)
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
         full = host.is_out_of_memory(error)
         if corrects or (full and run.losses):
@@ -245,9 +246,8 @@ def _call(
 
 
 def _in_pieces(
-    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prompts: Sequence[Hashable], scale: float | None
+    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: list[_Piece], scale: float | None
 ) -> tuple[torch.Tensor, list[AttentionResult], bool]:
-    pieces = _pieces(run, q.shape, prompts)
     # One output for all pieces: joining separate outputs at the end would need the memory twice.
     output = q.new_empty(*(q.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
     results: list[AttentionResult] = []
