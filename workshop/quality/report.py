@@ -104,7 +104,8 @@ The demo model (33 frames of 512x512, 9216 tokens, Euler with the `simple` sched
 and sparse from the same noise. PSNR and SSIM compare the decoded frames with the dense ones, clip by clip. *Compute* is
 the attention FLOPs of the whole run as a share of the dense run's, including the dense steps. It does not count ranking
 the blocks, but the times do. This is one small model: real weights may rank the settings differently. On the CPU, a
-clip has 17 frames, 5120 tokens; `{CPU}` is what `python dev.py quality --quick` measures.
+clip has 17 frames, 5120 tokens; `{CPU}` is what `python dev.py quality --quick` measures. Only that file is with the
+correction, which came after the others were measured.
 
 | file | machine | precision | steps | clips | settings | date |
 |---|---|---|---|---|---|---|
