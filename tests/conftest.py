@@ -4,6 +4,7 @@ import importlib.util
 import os
 import runpy
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -161,3 +162,19 @@ def loops(comfyui):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def losses(monkeypatch):
+    """References to the tensors of every loss that is ever held."""
+    from comfyui_psa.sampling.correction import LossStore
+
+    found = []
+    genuine = LossStore.put
+
+    def put(self, place, loss):
+        found.extend(weakref.ref(tensor) for tensor in loss.tensors())
+        return genuine(self, place, loss)
+
+    monkeypatch.setattr(LossStore, "put", put)
+    return found

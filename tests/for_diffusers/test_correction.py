@@ -2,7 +2,6 @@
 
 import dataclasses
 import gc
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +13,6 @@ from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.for_diffusers import apply_psa
 from comfyui_psa.kernels.attention import pyramid_sparse_attention
 from comfyui_psa.kernels.order import TokenLayout
-from comfyui_psa.sampling.correction import LossStore
 
 PSA = {"sparsity": 0.6, "min_tokens": 0, "correction": "full", "warm_up": 2}
 
@@ -72,20 +70,6 @@ def corrections(applied):
 
 def by_step(applied, kind):
     return [step[kind] for step in applied.reports()[0]["steps"]]
-
-
-@pytest.fixture
-def losses(monkeypatch):
-    """References to the tensors of every loss that is ever held."""
-    found = []
-    genuine = LossStore.put
-
-    def put(self, place, loss):
-        found.extend(weakref.ref(tensor) for tensor in loss.tensors())
-        return genuine(self, place, loss)
-
-    monkeypatch.setattr(LossStore, "put", put)
-    return found
 
 
 def alive(losses):

@@ -1,7 +1,6 @@
 """A correction without room, kernels that fail, runs that are stopped: what is given back, said and reported."""
 
 import gc
-import weakref
 
 import pytest
 import torch
@@ -197,20 +196,6 @@ def test_losses_without_room_are_in_the_report_and_a_note(model, sample, monkeyp
     assert "set correction to eighth" in note
     assert caplog.text.count(note) == 1
     assert [step["kind"] for step in found["steps"]].count("sparse") >= 2, "the run does not stay dense to learn"
-
-
-@pytest.fixture
-def losses(monkeypatch):
-    """References to the tensors of every loss that is ever held."""
-    found = []
-    genuine = LossStore.put
-
-    def put(self, place, loss):
-        found.extend(weakref.ref(tensor) for tensor in loss.tensors())
-        return genuine(self, place, loss)
-
-    monkeypatch.setattr(LossStore, "put", put)
-    return found
 
 
 def alive(losses):
