@@ -45,6 +45,8 @@ class Method:
     dtype: torch.dtype | None = None
     """The type of q, k, v; None is the usual one: bfloat16 on a GPU, float32 on a CPU. The first method of each type is
     dense, and the others' times are compared with it."""
+    knows_result: bool = False
+    """Whether it has seen the exact result of these very inputs, so that its error says nothing."""
 
 
 def dense(backend: SDPBackend) -> Callable[..., tuple]:
@@ -60,24 +62,45 @@ def dense(backend: SDPBackend) -> Callable[..., tuple]:
     return make
 
 
-def psa(*, kept: bool = False, **settings: object) -> Callable[..., tuple]:
+def psa(*, kept: bool = False, correction: str | None = None, learns: bool = False, **settings: object) -> Callable:
     """PSA with the given fields of `PyramidConfig`; the token order is built once, as in a sampling run.
 
-    kept: use the levels of an earlier call, as most steps do under `reuse_steps`.
+    kept: use the levels of an earlier call, as most steps of a corrected run do. correction: also add what that call
+    lost, stored in this size. learns: the call that measures it, without the dense one that it needs.
     """
     from comfyui_psa.kernels import PyramidConfig, TokenLayout, make_order, pyramid_sparse_attention
+    from comfyui_psa.kernels.delta import GROUPS, measure_delta
 
     config = PyramidConfig(**settings)
 
     def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple) -> tuple:
         order = make_order(config.order, grid, config.tile, q.device)
 
-        def result(lists=None):
-            return pyramid_sparse_attention(q, k, v, config, layout=TokenLayout(grid), order=order, lists=lists)
+        def result(lists=None, delta=None):
+            return pyramid_sparse_attention(
+                q, k, v, config, layout=TokenLayout(grid), order=order, lists=lists, delta=delta
+            )
 
         first = result()
-        lists = first.lists if kept else None
-        return lambda: result(lists).output, lambda: first.density.item()
+        lists = first.lists.packed() if kept else None
+        if correction is None:
+            return lambda: result(lists).output, lambda: first.density.item()
+        exact = F.scaled_dot_product_attention(q, k, v)
+
+        def measure(call):
+            call.lists.packed()
+            return measure_delta(exact, call.output, call.query_order, GROUPS[correction])
+
+        if learns:
+
+            def learn():
+                call = result()
+                measure(call)
+                return call.output
+
+            return learn, lambda: first.density.item()
+        delta = measure(first)
+        return lambda: result(lists, delta).output, lambda: first.density.item()
 
     return make
 
@@ -172,6 +195,8 @@ def length_methods(dim: int, cuda: bool) -> Iterator[Method]:
 
 AUTO = "topk 10/5/0/20 at 0.85, curve, pooled, no tail"
 """The setting behind `auto`, in 16 bits; the `psa` rows at other sparsities are named the same way."""
+AUTO_KEPT = "topk 10/5/0/20 at 0.85, curve, levels kept, no tail"
+"""The same as most steps of a corrected run compute it."""
 
 
 def _psa_methods(precision: str, cuda: bool, full: bool) -> Iterator[Method]:
@@ -190,9 +215,14 @@ def _psa_methods(precision: str, cuda: bool, full: bool) -> Iterator[Method]:
             psa(**topk, sparsity=sparsity, order=order, tail=tail, precision=number),
         )
     yield Method(
-        "psa", precision, "topk 10/5/0/20 at 0.85, curve, levels kept, no tail",
+        "psa", precision, AUTO_KEPT,
         psa(**topk, sparsity=0.85, order="curve", tail=False, kept=True),
     )  # fmt: skip
+    for size in ("full", "eighth"):
+        corrected = psa(**topk, sparsity=0.85, order="curve", tail=False, kept=True, correction=size)
+        yield Method("psa-corrected", precision, f"{AUTO_KEPT}, correction {size}", corrected, knows_result=True)
+    learning = psa(**topk, sparsity=0.85, order="curve", tail=False, correction="full", learns=True)
+    yield Method("psa-learning", precision, f"{AUTO}, measures its correction; without the dense call", learning)
     yield Method(
         "psa", precision, "published: topk 10/5/0/20, curve, sampled, no tail",
         psa(**topk | {"importance": "sampled", "reduction": "max"}, sparsity=None, order="curve", tail=False),

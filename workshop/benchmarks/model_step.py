@@ -1,5 +1,5 @@
-"""Time per step of a full-size model, dense and with PSA, in one process: CogVideoX-5B at 720x480x49, 4 steps, and
-Wan2.1-1.3B at 1280x720x69, in bfloat16 and in float16.
+"""Time per step of a full-size model, dense and with PSA, in one process: CogVideoX-5B at 720x480x49, and Wan2.1-1.3B
+and 14B at 1280x720x69, in bfloat16 and in float16.
 
 Runs ComfyUI's own model code and sampling with random weights, the same in both types. Needs COMFYUI_PATH set to a
 ComfyUI folder, ComfyUI's packages, and a GPU with 40 GB or more (without one: `--layers 1 --heads 2 --latent 4 24 32
@@ -7,12 +7,17 @@ ComfyUI folder, ComfyUI's packages, and a GPU with 40 GB or more (without one: `
 If diffusers is installed, CogVideoX gets PSA's corrections and its sampler; otherwise ComfyUI's euler, which makes the
 same model calls. Since the weights are random, the results say nothing about quality.
 
+The first step is told apart from the others: in a corrected run it is dense and learns what PSA loses. With
+`--correction host`
+nothing of that is held on the GPU.
+
     COMFYUI_PATH=... python workshop/benchmarks/model_step.py cogvideox-5b --sparsity 0.85 0.9
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import importlib.util
 import itertools
@@ -30,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TEXT_WIDTH = 4096
 MODELS = {
     "cogvideox-5b": {"layers": 42, "heads": 48, "latent": [13, 60, 90], "text": 226, "preset": "cogvideox-5b-4step"},
-    "wan1.3b": {"layers": 30, "heads": 12, "latent": [18, 90, 160], "text": 512, "preset": "auto"},
+    "wan1.3b": {"layers": 30, "heads": 12, "latent": [18, 90, 160], "text": 512, "preset": "auto", "hidden": 8960},
+    "wan14b": {"layers": 40, "heads": 40, "latent": [18, 90, 160], "text": 512, "preset": "auto", "hidden": 13824},
 }
 
 
@@ -45,7 +51,7 @@ def main() -> int:
     print(
         f"{where}, torch {torch.__version__}: {arguments.layers} layers, {arguments.heads} heads, {tokens} video tokens"
     )
-    print(f"{'method':32} {'type':>9} {'s/step':>8} {'best':>8} {'x dense':>8} {'sparsity':>9} {'GB':>6}")
+    print(f"{'method':32} {'type':>9} {'s/step':>8} {'best':>8} {'first':>8} {'x dense':>8} {'sparsity':>9} {'GB':>6}")
     for dtype in arguments.dtype:
         _measure(arguments, dtype)
     return 0
@@ -61,12 +67,15 @@ def _measure(arguments: argparse.Namespace, dtype: str) -> None:
         types = _query_types(patched, arguments)  # also compiles and warms up
         if types != {getattr(torch, dtype)}:
             raise RuntimeError(f"{name}: attention received queries in {types} instead of {dtype}")
-        seconds = [second for _ in range(arguments.runs) for second in _sample(patched, arguments, arguments.steps)]
+        if arguments.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        runs = [_sample(patched, arguments, arguments.steps) for _ in range(arguments.runs)]
+        first, seconds = statistics.median(run[0] for run in runs), [second for run in runs for second in run[1:]]
         median = statistics.median(seconds)
         dense = dense or median
         memory = torch.cuda.max_memory_allocated() / 1e9 if arguments.device == "cuda" else 0.0
         sparsity, fallbacks = _report(patched)
-        figures = f"{median:8.3f} {min(seconds):8.3f} {dense / median:8.2f} {sparsity:>9} {memory:6.1f}"
+        figures = f"{median:8.3f} {min(seconds):8.3f} {first:8.3f} {dense / median:8.2f} {sparsity:>9} {memory:6.1f}"
         print(
             f"{name:32} {dtype:>9} {figures}", *fallbacks, sep="\n    stayed dense: " if fallbacks else "", flush=True
         )
@@ -85,6 +94,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.85, 0.9])
     types = ["bfloat16", "float16"]
     parser.add_argument("--dtype", choices=types, nargs="+", default=types, help="the model's type; default: both")
+    corrections = ["auto", "full", "half", "quarter", "eighth", "off", "host"]
+    parser.add_argument("--correction", choices=corrections, nargs="+", default=["auto"])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments = parser.parse_args()
     for name, value in MODELS[arguments.model].items():
@@ -132,7 +143,11 @@ def _random_model(arguments: argparse.Namespace, dtype: torch.dtype) -> Any:
         import comfy.ldm.wan.model
 
         blank = comfy.ldm.wan.model.WanModel(
-            dim=128 * arguments.heads, ffn_dim=8960, num_heads=arguments.heads, num_layers=arguments.layers, **common
+            dim=128 * arguments.heads,
+            ffn_dim=arguments.hidden,
+            num_heads=arguments.heads,
+            num_layers=arguments.layers,
+            **common,
         )
     generator = torch.Generator(arguments.device).manual_seed(0)
     state = {}
@@ -164,12 +179,18 @@ def _corrected(model: Any) -> Any:
 
 
 def _methods(model: Any, arguments: argparse.Namespace):
+    from comfyui_psa.patching import override
     from comfyui_psa.patching.patch import patch_model
 
     yield "dense", model
-    for sparsity in arguments.sparsity:
-        settings = {"preset": arguments.preset, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
-        yield f"{arguments.preset} {sparsity}", patch_model(model, sparsity=sparsity, **settings)
+    usual = override.COMFYUI
+    without_room = dataclasses.replace(usual, memory=dataclasses.replace(usual.memory, free=lambda device: 0))
+    settings = {"preset": arguments.preset, "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
+    for sparsity, correction in itertools.product(arguments.sparsity, arguments.correction):
+        override.COMFYUI = without_room if correction == "host" else usual
+        size = "full" if correction == "host" else correction
+        patched = patch_model(model, sparsity=sparsity, correction=size, **settings)
+        yield f"{arguments.preset} {sparsity}, {correction}", patched
 
 
 def _query_types(model: Any, arguments: argparse.Namespace) -> set[torch.dtype]:
