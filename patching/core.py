@@ -1,7 +1,7 @@
 """Everything that PSA assumes about ComfyUI's insides, one function per assumption; checked on 0.30.0.
 
 Each has its own test in tests/patching/test_core.py: if a newer core changes something, the name of the failing test
-says what. There is one other assumption, what a model's forward receives; it is in `layout.py`.
+says what. There is one other assumption, what a model's forward receives; it is in `families/`.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from ..choices.errors import require_model
 from ..choices.settings import ANY_SPARSITY, PatchSettings, make_settings
 from ..sampling.run import log
 from . import core
-from .family import Family, find_family
+from .family import Support, find_family
 from .handle import CallListener, Listener, PatchHandle, SamplingWrapper
 from .override import PSAOverride
 
@@ -36,7 +36,7 @@ def patch_model(
     """
     require_model(model)
     family = find_family(model)
-    served: dict[str, Any] = {"auto": family.preset, "blocks": family.blocks} if isinstance(family, Family) else {}
+    served: dict[str, Any] = {"auto": family.preset, "blocks": family.blocks} if isinstance(family, Support) else {}
     settings = make_settings(sparsity=sparsity or ANY_SPARSITY, **served, **inputs)
     if isinstance(family, str):
         log.warning("PSA: the model stays dense: %s", family)
@@ -58,7 +58,7 @@ def patch_model(
 def apply_patch(
     model: Any,
     settings: PatchSettings,
-    family: Family,
+    family: Support,
     on_step: Listener | None = None,
     on_end: Listener | None = None,
 ) -> Any:

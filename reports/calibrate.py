@@ -23,7 +23,7 @@ from ..choices.settings import AUTO, AUTO_PRESETS, PatchSettings, check_one_pyra
 from ..choices.user_presets import find_preset, write_preset
 from ..kernels.config import ConfigError
 from ..patching import core
-from ..patching.family import Family, find_family
+from ..patching.family import Support, find_family
 from ..patching.override import RUN_KEY, PSAOverride
 from ..patching.patch import remove_patch
 from ..sampling.run import Run, is_active, log
@@ -65,7 +65,7 @@ class Calibration:
 class Measuring:
     """A DIFFUSION_MODEL wrapper that calls the model again with PSA; it passes on the dense output."""
 
-    def __init__(self, settings: list[PatchSettings], family: Family, pixels: tuple[int, int] | None = None) -> None:
+    def __init__(self, settings: list[PatchSettings], family: Support, pixels: tuple[int, int] | None = None) -> None:
         self.settings, self.family, self.pixels = settings, family, pixels
         self.schedule: Schedule | None = None
         self.wanted: set[int] = set()
@@ -268,7 +268,7 @@ def _between(points: tuple[Point, ...], values: list[float], left: int, target: 
 
 
 def _measure(
-    model: Any, settings: list[PatchSettings], family: Family, start_percent: float, sample: Callable[[Any], object]
+    model: Any, settings: list[PatchSettings], family: Support, start_percent: float, sample: Callable[[Any], object]
 ) -> Measuring:
     clone = remove_patch(model)
     core.set_override(clone, PSAOverride(core.get_override(clone)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from comfyui_psa.kernels.order import TokenLayout
-from comfyui_psa.patching.layout import cogvideox_layout
+from comfyui_psa.patching.family import find_family
 from comfyui_psa.patching.patch import KEY, patch_model
 
 PATCH = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
@@ -47,9 +47,17 @@ def report(model):
     return model.get_attachment(KEY).report
 
 
-def test_the_text_lies_in_front_of_the_grid():
-    assert cogvideox_layout((2, 16, 13, 60, 90), (1, 2, 2), 226) == TokenLayout((13, 30, 45), before=226)
-    assert cogvideox_layout((1, 16, 11, 61, 90), (2, 2, 2), 452) == TokenLayout((6, 31, 45), before=452)
+@pytest.mark.parametrize(
+    ("kind", "size", "text", "layout"),
+    [
+        ("5b", (2, 16, 13, 60, 90), 226, TokenLayout((13, 30, 45), before=226)),
+        ("1.5", (1, 16, 11, 61, 90), 452, TokenLayout((6, 31, 45), before=452)),
+    ],
+)
+def test_the_text_lies_in_front_of_the_grid(models, kind, size, text, layout):
+    read_call = find_family(models[kind]).read_call
+    network = models[kind].get_model_object("diffusion_model")
+    assert read_call(network, torch.empty(size), torch.empty(1, text, 32), {}).layout == layout
 
 
 @pytest.mark.parametrize(("kind", "preset"), [("5b", "cogvideox-5b"), ("1.5", "cogvideox1.5-5b")])

@@ -41,8 +41,8 @@ has no input
   The workflow sets an input that the node does not have: an old or newer version, or a typo. -> Rename or remove
   the input in the workflow. The run goes on without it.
 
-PSA supports Wan2.1, Wan2.2 and CogVideoX so far
-  The model belongs to another family. -> Connect a Wan or CogVideoX model.
+so far; this model is
+  The model belongs to another family. -> Connect a model of a family that the line names.
 
 this Wan model is autoregressive
   Causal Wan models attend to a cache, frame by frame, and PSA needs the whole video. -> Use an ordinary Wan model.

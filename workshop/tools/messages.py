@@ -40,8 +40,13 @@ PASSED_ON = {
 }
 """A log line without words of its own -> where its sentences are written, as `file` or `file:function`. Lines that show
 a path and somebody else's error have none."""
-ALSO_READ = ["patching/family.py", "cogvideox/variant.py:_checked", "cogvideox/variant.py:_schedule"]
-"""More places of sentences that are shown after words of another place."""
+ALSO_READ = [
+    "patching/family.py",
+    "patching/families/",
+    "cogvideox/variant.py:_checked",
+    "cogvideox/variant.py:_schedule",
+]
+"""More places of sentences that are shown after words of another place; a folder stands for all of its files."""
 
 ERRORS = {
     "InputError": ("field", "given", "allowed", "node", "do"),
@@ -138,7 +143,7 @@ class Product:
         return _tidy(text.removeprefix("PSA: "))
 
     def _reasons(self) -> Iterator[Message]:
-        for place in [*dict.fromkeys(place for places in PASSED_ON.values() for place in places), *ALSO_READ]:
+        for place in self._places():
             file, _, function = place.partition(":")
             module = self.modules[file]
             trees: list[ast.AST] = [module.tree]
@@ -155,6 +160,13 @@ class Product:
                     text = _tidy(self.text(node, module))
                     if text.count(" ") and len(re.findall(r"[A-Za-z']{2,}", text)) >= _LEAST_WORDS:
                         yield Message("reason", file, text)
+
+    def _places(self) -> Iterator[str]:
+        for place in [*dict.fromkeys(place for places in PASSED_ON.values() for place in places), *ALSO_READ]:
+            if place.endswith("/"):
+                yield from (file for file in self.modules if file.startswith(place))
+            else:
+                yield place
 
     def _errors(self) -> Iterator[Message]:
         for module in self.modules.values():
