@@ -67,6 +67,24 @@ def pytest_report_header():
 
 
 @pytest.fixture(scope="session")
+def start_ranks(tmp_path_factory):
+    """start_ranks(count): so many processes that compute together, see `ranks.py` next to this file."""
+    spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    started = {}
+
+    def start(count):
+        if count not in started:
+            started[count] = module.Ranks(count, tmp_path_factory.mktemp("ranks"))
+        return started[count]
+
+    yield start
+    for ranks in started.values():
+        ranks.stop()
+
+
+@pytest.fixture(scope="session")
 def tiny():
     """The module `tiny_cogvideox.py` next to this file: tiny random models, made and sampled by diffusers."""
     spec = importlib.util.spec_from_file_location("tiny_cogvideox", Path(__file__).with_name("tiny_cogvideox.py"))

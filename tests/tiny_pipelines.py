@@ -11,14 +11,14 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def wan(layers=2, seed=0):
+def wan(layers=2, seed=0, heads=2):
     """A tiny WanTransformer3DModel with random weights."""
     from diffusers import WanTransformer3DModel
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = WanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=128, num_layers=layers, ffn_dim=256, text_dim=4096,
+            num_attention_heads=heads, attention_head_dim=128, num_layers=layers, ffn_dim=256, text_dim=4096,
         ).eval()  # fmt: skip
         for parameter in model.parameters():
             parameter.data = 0.1 * torch.randn_like(parameter) * min(1.0, (256 / max(1, parameter[0].numel())) ** 0.5)

@@ -1,0 +1,95 @@
+"""Processes that compute together by torch.distributed (gloo, on this CPU), and what they are asked to do.
+
+A test asks for a function of a file by name, with arguments that are plain Python. Every process loads the file, calls the
+function, and saves what it returns. Run as a script, this file is one of these processes.
+"""
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+_SECONDS = 60
+"""After so long, a process that waits for one that will not come gives up."""
+
+
+class Ranks:
+    """Processes that stay, since importing diffusers takes seconds; new ones after a failure."""
+
+    def __init__(self, count, folder):
+        self.count, self.folder, self.processes, self.calls = count, folder, [], 0
+
+    def run(self, path, function, **arguments):
+        """What the function in the file at `path` returned in each process, in the order of ranks.
+
+        Raises:
+            RuntimeError: with what each of them said, if it failed in any.
+        """
+        self.calls += 1
+        if not self.processes:
+            self._start()
+        outputs = [self.folder / f"{self.calls}-{rank}.pt" for rank in range(self.count)]
+        for process, output in zip(self.processes, outputs, strict=True):
+            call = {"path": str(path), "function": function, "arguments": arguments, "output": str(output)}
+            process.stdin.write(f"{call!r}\n")
+            process.stdin.flush()
+        said = [ast.literal_eval(process.stdout.readline() or "'the process ended'") for process in self.processes]
+        if any(said):
+            self.stop()
+            raise RuntimeError("\n".join(f"rank {rank}: {words}" for rank, words in enumerate(said)))
+        return [torch.load(output, weights_only=False) for output in outputs]
+
+    def _start(self):
+        meeting = self.folder / f"meeting-{self.calls}"
+        for rank in range(self.count):
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+            command = [sys.executable, __file__, str(rank), str(self.count), str(meeting)]
+            self.processes.append(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+            )
+
+    def stop(self):
+        """End the processes."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+        self.processes = []
+
+
+def load(path):
+    """The module in a file, whatever its folder."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _serve(rank, count, meeting):
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else is printed
+    torch.distributed.init_process_group(
+        "gloo", init_method=Path(meeting).as_uri(), rank=rank, world_size=count, timeout=timedelta(seconds=_SECONDS)
+    )
+    load(ROOT / "workshop" / "pack.py").load_pack()
+    for line in sys.stdin:
+        call, said = ast.literal_eval(line), None
+        try:
+            result = getattr(load(call["path"]), call["function"])(**call["arguments"])
+            torch.save(result, call["output"])
+        except Exception:
+            said = traceback.format_exc()
+        answers.write(f"{said!r}\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
