@@ -32,6 +32,7 @@ DEFAULTS = {
     "smoke": (8, 1, 1, 17),
     "candidates": (20, 4, 2, 33),
     "corrections": (20, 4, 2, 33),
+    "tries": (20, 4, 2, 33),
     "velocity": (STEPS, 3, 1, 33),
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +63,7 @@ def main(description: str | None = None) -> int:
     found = arguments.found
     guidance = found.guidance if arguments.cfg is None else arguments.cfg
     kind = next(
-        (kind for kind in ("smoke", "quick", "velocity", "candidates", "corrections") if getattr(arguments, kind)),
+        (kind for kind in DEFAULTS if kind != "full" and getattr(arguments, kind)),
         "full",
     )
     asked = (arguments.steps, arguments.scenes, arguments.seeds, arguments.frames)
@@ -147,6 +148,7 @@ def _parse(description: str | None) -> argparse.Namespace:
     size.add_argument("--velocity", action="store_true", help="single model calls: how blocks should be ranked")
     size.add_argument("--candidates", action="store_true", help="possible new defaults, with both warm-ups")
     size.add_argument("--corrections", action="store_true", help="how the correction should be used by default")
+    size.add_argument("--tries", action="store_true", help="ways to correct that the product does not have")
     size.add_argument("--times", action="store_true", help="the time ranking takes at real models' sizes, on a GPU")
     size.add_argument("--report", action="store_true", help="write docs/quality.md from workshop/results/")
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")

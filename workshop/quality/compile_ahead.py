@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from ..training.wan_dit import HEAD_WIDTH
-from .attention import SparseAttention
 from .setting import Schedule, Setting, resolve
+from .tries import attention_of
 
 
 def start(arguments: Sequence[str], workers: int | None = None) -> list[subprocess.Popen]:
@@ -70,7 +70,7 @@ def compile_part(
         with contextlib.suppress(Exception):
             compute = MATCHED if setting.match else setting.compute
             settings = resolve(setting, schedule, backend, compute)
-            attention = SparseAttention(settings, schedule, grid, setting.prototype)
+            attention = attention_of(settings, schedule, grid, setting.prototype)
             for step in range(len(schedule.sigmas) - 3, len(schedule.sigmas)):
                 attention.begin_step(step)
                 attention(q, k, v)

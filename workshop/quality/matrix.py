@@ -11,6 +11,7 @@ from typing import Any
 
 from .corrections import corrections
 from .setting import Setting
+from .tries import tries
 
 LEAN, MIDDLE = 0.3625, 0.4375
 """A quarter of the steps dense, and the others at sparsity 0.85 or 0.75."""
@@ -62,8 +63,8 @@ class Claim:
 
 
 def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
-    """The list of a `full`, `quick`, `smoke`, `velocity`, `candidates` or `corrections` run of a model of so many
-    blocks, each name once.
+    """The list of a `full`, `quick`, `smoke`, `velocity`, `candidates`, `corrections` or `tries` run of a model of so
+    many blocks, each name once.
 
     Raises:
         ValueError: no such list.
@@ -76,6 +77,8 @@ def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
         return _candidates()
     if kind == "corrections":
         return corrections()
+    if kind == "tries":
+        return tries()
     if kind == "smoke":
         wanted = ("default", "block-sparse", "radial mask", "levels kept for 2 steps", "fresh sample 0")
         chosen = [s for s in settings_of("full", blocks) if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]

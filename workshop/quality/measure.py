@@ -12,11 +12,11 @@ from statistics import median
 import torch
 
 from . import metrics
-from .attention import SparseAttention
 from .demo_model import Clip, DemoModel, DenseAttention, Video
 from .results import RunRow, StepRow, Writer
 from .setting import Schedule, Setting, resolve
 from .sheet import Sheet
+from .tries import attention_of
 
 DENSE = "dense"
 
@@ -95,7 +95,7 @@ class Measurement:
     ) -> tuple[list[RunRow], list[StepRow], torch.Tensor, torch.Tensor]:
         compute = computes[setting.match] if setting.match else setting.compute
         settings = resolve(setting, self.schedule, self.backend, compute)
-        attention = SparseAttention(settings, self.schedule, self.video.grid, setting.prototype)
+        attention = attention_of(settings, self.schedule, self.video.grid, setting.prototype)
         sampled = self.model.sample(self.clips, self.video, self.schedule, attention)
         densities = attention.step_densities()
         computes[setting.name] = sum(densities) / len(densities)
