@@ -1,4 +1,4 @@
-"""Processes that compute together by torch.distributed (gloo, on this CPU), and what they are asked to do.
+"""Processes that compute together by torch.distributed, on this CPU or a GPU each, and what they are asked to do.
 
 A test asks for a function of a file by name, with arguments that are plain Python. Every process loads the file, calls the
 function, and saves what it returns. Run as a script, this file is one of these processes.
@@ -76,8 +76,15 @@ def load(path):
 def _serve(rank, count, meeting):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
+    gpus = torch.cuda.device_count() >= count
+    if gpus:
+        torch.cuda.set_device(rank)
     torch.distributed.init_process_group(
-        "gloo", init_method=Path(meeting).as_uri(), rank=rank, world_size=count, timeout=timedelta(seconds=_SECONDS)
+        "cpu:gloo,cuda:nccl" if gpus else "gloo",
+        init_method=Path(meeting).as_uri(),
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=_SECONDS),
     )
     load(ROOT / "workshop" / "pack.py").load_pack()
     for line in sys.stdin:

@@ -34,18 +34,21 @@ class SelfAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def wan(*, psa=None, parallel=None, psa_first=True, steps=3, size=(1, 16, 3, 32, 32), heads=4, guidance=1.0, seed=0):
+def wan(
+    *, psa=None, parallel=None, psa_first=True, steps=3, size=(1, 16, 3, 32, 32), heads=4, guidance=1.0, device="cpu"
+):
     """A Wan pipeline's latents, and what PSA did.
 
     Args:
         psa: the arguments of apply_psa; None for dense. parallel: those of ContextParallelConfig; None for one process.
+        device: cpu in float32, or cuda in bfloat16, the current one.
     """
     from diffusers import ContextParallelConfig
 
     from comfyui_psa.for_diffusers import apply_psa
 
     pipes = helper("tiny_pipelines")
-    model = pipes.wan(heads=heads, seed=seed)
+    model = pipes.wan(heads=heads).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
     pipe = pipes.pipeline(model)
     applied = apply_psa(pipe, **psa) if psa is not None and psa_first else None
     if parallel is not None:
@@ -53,15 +56,16 @@ def wan(*, psa=None, parallel=None, psa_first=True, steps=3, size=(1, 16, 3, 32,
             model.enable_parallelism(config=ContextParallelConfig(**parallel))
     if psa is not None and not psa_first:
         applied = apply_psa(pipe, **psa)
-    guided = {"guidance_scale": guidance, "negative_prompt_embeds": pipes.normal(1, 13, 4096, seed=5)}
+    guided = {"guidance_scale": guidance, "negative_prompt_embeds": pipes.normal(1, 13, 4096, seed=5).to(device)}
     with SelfAttention() as attention:
         latents = pipes.run(pipe, steps, size, **(guided if guidance > 1 else {}))
-    return {"latents": latents, "self_attention": attention.shapes} | figures(applied)
+    return {"latents": latents.cpu().float(), "self_attention": attention.shapes} | figures(applied)
 
 
 def on_a_cpu():
-    """diffusers divides by the number of GPUs, of which there are none here."""
-    return mock.patch("torch.accelerator.device_count", lambda: 1)
+    """diffusers divides by the number of GPUs, of which there are none on a CPU."""
+    count = max(1, torch.accelerator.device_count())
+    return mock.patch("torch.accelerator.device_count", lambda: count)
 
 
 def figures(applied):

@@ -99,3 +99,15 @@ def test_a_pipeline_that_moves_to_the_other_device(pipes, model):
     assert (applied.sparse_calls, applied.fallbacks) == (4, {})
     assert torch.equal(first.cpu(), second.cpu())
     assert applied.mean_sparsity() == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.slow(seconds=60)
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("psa", [None, {}, {"order": "semantic"}, {"correction": "full"}, {"mode": "budget"}])
+def test_two_gpus_make_what_one_makes(pipes, start_ranks, work, psa):
+    given = {"psa": None if psa is None else PSA | {"warm_up": 1, "correction": "off"} | psa, "device": "cuda"}
+    alone = work.wan(**given)
+    for rank in start_ranks(2).run(work.__file__, "wan", parallel={"ulysses_degree": 2}, **given):
+        assert pipes.close(rank["latents"], alone["latents"], 1e-3)
+        assert rank.get("sparse") == alone.get("sparse")
+        assert not rank.get("fallbacks")

@@ -1,12 +1,8 @@
 """diffusers' context parallel (Ulysses) on two processes of a CPU: the video that one process makes, to the last bit."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
-PATH = Path(__file__).with_name("shared_work.py")
 PSA = {"sparsity": 0.6, "min_tokens": 0, "warm_up": 1, "correction": "off"}
 ODD = (1, 16, 3, 20, 36)
 """540 tokens: a last block of 28, and 270 tokens on each rank."""
@@ -27,22 +23,15 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def work():
-    """The module `shared_work.py`, for what one process computes alone."""
-    spec = importlib.util.spec_from_file_location("shared_work", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_make_what_one_makes(start_ranks, work, name):
     case = CASES[name]
     alone = work.wan(**case)
     for psa_first in (True, False)[: 1 if case["psa"] is None else 2]:
-        for rank in start_ranks(2).run(PATH, "wan", parallel={"ulysses_degree": 2}, psa_first=psa_first, **case):
+        for rank in start_ranks(2).run(
+            work.__file__, "wan", parallel={"ulysses_degree": 2}, psa_first=psa_first, **case
+        ):
             assert torch.equal(rank["latents"], alone["latents"])
             halves = [(batch, heads // 2, *rest) for batch, heads, *rest in alone["self_attention"]]
             assert rank["self_attention"] == halves, "half of the heads, all of the tokens"
