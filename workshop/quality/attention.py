@@ -7,7 +7,7 @@ Features that no node offers yet are tried here, as the `prototype` of a setting
     dense_steps: steps that stay dense in addition to the warm-up
     reuse: n, choose levels at every n-th sparse step and keep them in between
     rank: how blocks are ranked, see `ranking.py`
-    sol: tau, use ComfyUI's own sparse attention instead of ours, see `sol_attn.py`
+    sol: tau, use ComfyUI's own sparse attention instead of ours, with `extra`, `tail` and `package` of `sol_attn.py`
     static: `radial` or `random`, a mask that does not depend on the data
 """
 
@@ -33,6 +33,16 @@ from .injected import static_lists
 from .ranking import ranked_lists
 from .setting import Schedule
 from .sol_attn import sol_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """How many attention calls of each kind a run made, as shares of the calls of a dense run; `learning` ones are made
+    beside dense ones, to measure what sparse ones lose."""
+
+    dense: float
+    sparse: float = 0.0
+    learning: float = 0.0
 
 
 class SparseAttention:
@@ -80,8 +90,8 @@ class SparseAttention:
             if "static" in self.prototype:
                 return self._static(q, k, v, block)
             if "sol" in self.prototype:
-                order = self.run.order(q.device)
-                output, density = sol_attention(*(order.apply(x) for x in (q, k, v)), float(self.prototype["sol"]))
+                order, more = self.run.order(q.device), {**self.prototype}
+                output, density = sol_attention(*(order.apply(x) for x in (q, k, v)), float(more.pop("sol")), **more)
                 self.run.record.density(block, density)
                 return order.undo(output)
             if "rank" in self.prototype:
@@ -111,6 +121,14 @@ class SparseAttention:
             total = sum(map(float, measured)) + step.dense_calls
             means.append(total / (len(step.densities) + step.dense_calls))
         return means
+
+    def calls(self) -> Calls:
+        """What the run computed. To be read after `step_densities`."""
+        steps = self.run.record.steps
+        # In the last step a loss is not measured any more, which is recorded as a density of 0.
+        learning = sum(float(density) > 0 for step in steps for _, density in step.learned)
+        dense, sparse = sum(step.dense_calls for step in steps), sum(len(step.densities) for step in steps)
+        return Calls(*(count / (dense + sparse) for count in (dense, sparse, learning)))
 
     def layer_densities(self) -> dict[int, float]:
         """Mean density of each block over its sparse calls."""

@@ -33,6 +33,7 @@ DEFAULTS = {
     "candidates": (20, 4, 2, 33),
     "corrections": (20, 4, 2, 33),
     "tries": (20, 4, 2, 33),
+    "rivals": (20, 4, 2, 33),
     "velocity": (STEPS, 3, 1, 33),
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -149,6 +150,7 @@ def _parse(description: str | None) -> argparse.Namespace:
     size.add_argument("--candidates", action="store_true", help="possible new defaults, with both warm-ups")
     size.add_argument("--corrections", action="store_true", help="how the correction should be used by default")
     size.add_argument("--tries", action="store_true", help="ways to correct that the product does not have")
+    size.add_argument("--rivals", action="store_true", help="our default against other ways to save the same time")
     size.add_argument("--times", action="store_true", help="the time ranking takes at real models' sizes, on a GPU")
     size.add_argument("--report", action="store_true", help="write docs/quality.md from workshop/results/")
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")

@@ -76,6 +76,12 @@ class DenseAttention:
         return F.scaled_dot_product_attention(q, k, v)
 
 
+class Cache(Protocol):
+    """Answers some of a run's model calls itself."""
+
+    def call(self, x: torch.Tensor, sigma: float, compute: Callable[[], torch.Tensor]) -> torch.Tensor: ...
+
+
 VelocityOf = Callable[[torch.Tensor, float, Attention], torch.Tensor]
 
 
@@ -122,9 +128,9 @@ class DemoModel:
         """Number of transformer blocks."""
         return len(self.network.blocks)
 
-    def velocity_of(self, clips: Sequence[Clip], video: Video) -> VelocityOf:
+    def velocity_of(self, clips: Sequence[Clip], video: Video, cache: Cache | None = None) -> VelocityOf:
         """A function that returns these clips' velocity, float32, for noisy latents [B, 16, T, H, W], their noise level
-        and an attention function whose `begin_step` has been called."""
+        and an attention function whose `begin_step` has been called. cache: asked for every model call."""
         context = self.facts.world.conditioning([clip.scene for clip in clips]).to(self.device)
         table = rotary_table(video.grid, self.device)
 
@@ -133,7 +139,10 @@ class DemoModel:
             timestep = torch.full((len(clips),), sigma * 1000, device=self.device)
 
             def network(x: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-                return self.network(x, timestep, context, table, attention)
+                def compute() -> torch.Tensor:
+                    return self.network(x, timestep, context, table, attention)
+
+                return compute() if cache is None else cache.call(x, sigma, compute)
 
             with self.precision():
                 return guided(network, x, timestep, context, self.guidance).float()
@@ -141,14 +150,21 @@ class DemoModel:
         return velocity
 
     @torch.inference_mode()
-    def sample(self, clips: Sequence[Clip], video: Video, schedule: Schedule, attention: Attention) -> Sampled:
+    def sample(
+        self,
+        clips: Sequence[Clip],
+        video: Video,
+        schedule: Schedule,
+        attention: Attention,
+        cache: Cache | None = None,
+    ) -> Sampled:
         """Sample all clips as one batch."""
         noise = [
             torch.randn(1, *video.latent, generator=torch.Generator().manual_seed(clip.seed)).to(self.device)
             for clip in clips
         ]
         x = torch.cat(noise) * schedule.sigmas[0]
-        velocity = self.velocity_of(clips, video)
+        velocity = self.velocity_of(clips, video, cache)
         latents, seconds = [], []
         for step, (now, following) in enumerate(itertools.pairwise([*schedule.sigmas, 0.0])):
             began = self.clock()

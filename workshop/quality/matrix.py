@@ -1,4 +1,4 @@
-"""The list of settings as data: the paper's claims, claims beyond them, rivals, and the published presets.
+"""The list of settings as data: for the paper's claims, for claims beyond them, rivals, and the published presets.
 
 Nothing is computed here. Compute is the whole run's attention FLOPs as a share of the dense run's, see `setting.py`.
 The most important settings come first, in case a run is cut short.
@@ -6,10 +6,10 @@ The most important settings come first, in case a run is cut short.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from .corrections import corrections
+from .rivals import rivals
 from .setting import Setting
 from .tries import tries
 
@@ -49,22 +49,10 @@ BUDGETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Claim:
-    """Claims that `first` is closer to dense than `second`. Names without a compute, compared at each."""
-
-    text: str
-    source: str
-    first: str
-    second: str
-    compute: tuple[float, ...] = ()
-    equal: bool = False
-    """Claims that `first` is as close as `second`, not closer."""
-
-
 def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
-    """The list of a `full`, `quick`, `smoke`, `velocity`, `candidates`, `corrections` or `tries` run of a model of so
-    many blocks, each name once.
+    """The list of a run of a model of so many blocks, each name once.
+
+    kind: `full`, `quick`, `smoke`, `velocity`, `candidates`, `corrections`, `tries` or `rivals`.
 
     Raises:
         ValueError: no such list.
@@ -79,6 +67,8 @@ def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
         return corrections()
     if kind == "tries":
         return tries()
+    if kind == "rivals":
+        return rivals()
     if kind == "smoke":
         wanted = ("default", "block-sparse", "radial mask", "levels kept for 2 steps", "fresh sample 0")
         chosen = [s for s in settings_of("full", blocks) if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]
@@ -89,114 +79,6 @@ def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
     for setting in [*_front(), *_published(tuple(PUBLISHED), ramp=True), *_paper(), *_beyond(blocks), *_noise()]:
         found.setdefault(setting.name, setting)
     return list(found.values())
-
-
-def claims() -> list[Claim]:
-    """The paper's claims and our own questions, each a comparison of measured settings."""
-    both = (LEAN, MIDDLE)
-    return [
-        Claim("Several levels beat a binary mask", "table of masks", "PSA-3", "block-sparse", both),
-        Claim("10/5/0/20 beats a binary mask", "release", "paper", "block-sparse", ALL),
-        Claim("Threshold beats topk", "4.3", "threshold 40/10/10/20", "topk = threshold 40/10/10/20"),
-        Claim("Threshold beats topk", "4.3", "threshold 70/10/10", "topk = threshold 70/10/10"),
-        Claim("The curve beats raster order", "4.3", "paper", "paper, raster", ALL),
-        Claim("Blocks of 64 keys beat 128", "ablation", "paper", "paper, 128/128", both),
-        Claim("Blocks of 32 keys beat 64", "ablation", "paper, 128/32", "paper", both),
-        Claim("64x64 beats 128x128", "ablation", "paper, 64/64", "paper, 128/128", both),
-        Claim("32x32 beats 64x64", "ablation", "paper, 32/32", "paper, 64/64", both),
-        Claim("Max beats mean importance at 128/64", "ablation", "paper", "paper, mean", both),
-        Claim("Max equals mean importance at 32/32", "ablation", "paper, 32/32", "paper, 32/32, mean", both, True),
-        Claim(
-            "The similarity cap helps", "4.3", "budget 50/10/10/10, 128/128, cap", "budget 50/10/10/10, 128/128", both
-        ),
-        Claim("PSA-3 beats PSA-1 (plain block-sparse)", "ablation", "PSA-3", "block-sparse", (MIDDLE,)),
-        Claim("PSA-3 beats PSA-2", "ablation", "PSA-3", "PSA-2", (MIDDLE,)),
-        Claim("PSA-3 beats PSA-4", "ablation", "PSA-3", "PSA-4", (MIDDLE,)),
-        Claim("PSA-3 beats PSA-5", "ablation", "PSA-3", "PSA-5", (MIDDLE,)),
-        *(
-            Claim(
-                f"Dense first {start:.0%} beats dense first 25%", "ours", f"warm-up {start:.2f}", "paper", (MIDDLE, 0.5)
-            )
-            for start in (0.0, 0.1, 0.2, 0.3, 0.4)
-        ),
-        Claim("The tail helps topk", "ours", "paper, tail", "paper", both),
-        Claim("The tail helps a budget", "ours", "budget 40/10/10/20, tail", "budget 40/10/10/20", both),
-        *(Claim(f"Budget {name} beats topk", "ours", f"budget {name}", "paper", both) for name in BUDGETS),
-        *(
-            Claim(f"Budget {name} beats topk in raster order", "ours", f"budget {name}, raster", "paper, raster", both)
-            for name in BUDGETS
-        ),
-        Claim("Pooled importance equals sampled, curve", "ours", "paper, pooled", "paper", both, True),
-        Claim("Means equal sampled importance, curve", "ours", "paper, means", "paper", both, True),
-        Claim("Exact importance beats sampled, curve", "ours", "paper, exact", "paper", both),
-        Claim("Pooled importance equals sampled, raster", "ours", "paper, raster, pooled", "paper, raster", both, True),
-        Claim("Exact importance beats sampled, raster", "ours", "paper, raster, exact", "paper, raster", both),
-        *(Claim(f"Tiles {name} beat the curve", "ours", f"paper, tiles {name}", "paper", both) for name in _TILES),
-        *(Claim(f"Levels {name} beat 10/5/0/20", "ours", f"levels {name}", "paper", both) for name in _LEVELS),
-        *(Claim(f"Block {block} dense pays", "ours", f"block {block} dense", "paper", (MIDDLE,)) for block in range(6)),
-        *(Claim(f"Density {name} over the steps pays", "ours", f"ramp {name}", "paper", (MIDDLE,)) for name in _RAMPS),
-        Claim(
-            "Per-layer budgets: density 1.5 to 0.5 over the blocks pays",
-            "ours",
-            "layers 1.5 to 0.5",
-            "default",
-            both,
-        ),
-        Claim("Per-layer budgets: density 0.5 to 1.5 pays", "ours", "layers 0.5 to 1.5", "default", both),
-        Claim("Dense last tenth instead of dense first", "ours", "dense 15 % first, 10 % last", "paper", (MIDDLE,)),
-        *(
-            Claim(f"Levels kept for {n} steps cost nothing", "ours", f"levels kept for {n} steps", "paper", both, True)
-            for n in (2, 4, 100)
-        ),
-        Claim("A fresh sample each step is closer", "ours", "fresh sample 0", "paper", (LEAN,)),
-        Claim("Our default beats a radial mask", "rival", "default", "radial mask", ALL),
-        Claim("Our default beats plain block-sparse attention", "rival", "default", "block-sparse", ALL),
-        *(
-            Claim(
-                f"Our default beats Sol-Attn at tau {tau}",
-                "rival",
-                f"default = Sol-Attn, tau {tau}",
-                f"Sol-Attn, tau {tau}",
-            )
-            for tau in TAUS
-        ),
-        Claim("A radial mask beats a random one", "control", "radial mask", "random mask", (LEAN,)),
-    ]
-
-
-def choice_claims() -> list[Claim]:
-    """Questions about the candidates for the default; the names are those of `_candidates`."""
-    three = (LEAN, MIDDLE, 0.5)
-
-    def ask(text: str, first: str, second: str, *, equal: bool = False) -> Claim:
-        names = (name if ", from " in name else f"{name}, from 0.25" for name in (first, second))
-        return Claim(text, "ours", *names, three, equal)
-
-    ours = "pooled, mean"
-    return [
-        ask("Mean beats max over means of 8 tokens", ours, "pooled, max"),
-        ask("Mean beats max over a sample of a quarter", "1 in 4, mean", "1 in 4, max"),
-        ask("Importance from the pyramid itself (means of 8) equals a sample of a quarter", ours, "1 in 4, mean",
-            equal=True),
-        ask("A sample of an eighth equals one of a quarter", "1 in 8, mean", "1 in 4, mean", equal=True),
-        ask("A sample of a sixteenth equals one of a quarter", "1 in 16, mean", "1 in 4, mean", equal=True),
-        ask("Few queries and many keys (1 in 16, 1 in 4) beat 1 in 8 of both", "queries 1 in 16, keys 1 in 4, mean",
-            "1 in 8, mean"),
-        ask("Means of 4 tokens beat means of 8", "pooled 4, mean", ours),
-        ask("Means of 2 tokens beat means of 8", "pooled 2, mean", ours),
-        ask("A token out of every 8 neighbours beats their mean", "spread 8, mean", ours),
-        ask("The middle one of every 8 neighbours beats their mean", "strided 8, mean", ours),
-        ask("The spread inside the groups, to second order, helps", "pooled, second order, mean", ours),
-        ask("The sum of a row from means of 32 costs nothing", ours, "pooled, mean, full sum", equal=True),
-        ask("Blocks of 32 keys beat 64", "pooled, mean, 128/32", ours),
-        ask("12/0/0/25 beats 10/5/0/20", "1 in 8, mean, 12/0/0/25", "1 in 8, mean"),
-        ask("Dense first 30% beats dense first 25%", "pooled, mean, from 0.30", ours),
-        ask("Per-step budgets: density 1.3 to 0.7 beats a constant one", "pooled, mean, 1.3 to 0.7", ours),
-        ask("Per-step budgets: density 1.6 to 0.4 beats a constant one", "pooled, mean, 1.6 to 0.4", ours),
-        ask("Per-step budgets: density 1.8 to 0.2 beats a constant one", "pooled, mean, 1.8 to 0.2", ours),
-        ask("Density 1.6 to 0.4 with 20% dense beats a constant one with 25%",
-            "pooled, mean, 1.6 to 0.4, from 0.20", ours),
-    ]  # fmt: skip
 
 
 def _at(name: str, group: str, compute: tuple[float, ...], node: dict[str, Any], **more: Any) -> list[Setting]:
@@ -239,8 +121,8 @@ def _published(presets: tuple[str, ...], ramp: bool = False) -> list[Setting]:
     return found
 
 
-_TILES = {"1x8x8": (1, 8, 8), "4x4x4": (4, 4, 4), "1x4x16": (1, 4, 16), "3x8x8": (3, 8, 8)}
-_LEVELS = {
+TILES = {"1x8x8": (1, 8, 8), "4x4x4": (4, 4, 4), "1x4x16": (1, 4, 16), "3x8x8": (3, 8, 8)}
+LEVELS = {
     "10/5/0/20 to 64": "1: 0.10, 2: 0.05, 8: 0.20, 64: 0.65",
     "10/5/5/10/10/10": "1: 0.10, 2: 0.05, 4: 0.05, 8: 0.10, 16: 0.10, 32: 0.10",
     "10/0/10/0/20": "1: 0.10, 4: 0.10, 16: 0.20",
@@ -248,7 +130,7 @@ _LEVELS = {
     "12/0/15": "1: 0.12, 4: 0.15",
     "12/0/0/25": "1: 0.12, 8: 0.25",
 }
-_RAMPS = {"1.6 to 0.4": (1.6, 0.4), "1.3 to 0.7": (1.3, 0.7), "0.7 to 1.3": (0.7, 1.3), "0.4 to 1.6": (0.4, 1.6)}
+RAMPS = {"1.6 to 0.4": (1.6, 0.4), "1.3 to 0.7": (1.3, 0.7), "0.7 to 1.3": (0.7, 1.3), "0.4 to 1.6": (0.4, 1.6)}
 
 
 def _paper() -> list[Setting]:
@@ -294,13 +176,13 @@ def _beyond(blocks: int) -> list[Setting]:
         found += _at(f"paper{suffix}, means", "beyond", both, node | {"importance": "means"})
         exact = {"sample_share": 1.0, "reduction": "mean"}
         found += _at(f"paper{suffix}, exact", "beyond", both, node, config=exact)
-    for name, tile in _TILES.items():
+    for name, tile in TILES.items():
         found += _at(f"paper, tiles {name}", "beyond", both, PAPER | {"order": "tiles"}, config={"tile": tile})
-    for name, pyramid in _LEVELS.items():
+    for name, pyramid in LEVELS.items():
         found += _at(f"levels {name}", "beyond", both, PAPER | {"pyramid": pyramid})
     for block in range(blocks):
         found += _at(f"block {block} dense", "beyond", (MIDDLE,), PAPER | {"dense_blocks": str(block)})
-    for name, ramp in _RAMPS.items():
+    for name, ramp in RAMPS.items():
         found += _at(f"ramp {name}", "beyond", (MIDDLE,), PAPER, prototype={"ramp": ramp})
     for name, (first, last) in {"1.5 to 0.5": (1.5, 0.5), "0.5 to 1.5": (0.5, 1.5)}.items():
         layers = {str(block): first + (last - first) * block / max(1, blocks - 1) for block in range(blocks)}
@@ -310,7 +192,7 @@ def _beyond(blocks: int) -> list[Setting]:
     for n in (2, 4, 100):
         found += _at(f"levels kept for {n} steps", "beyond", both, PAPER, prototype={"reuse": n})
     for tau in TAUS:
-        node = PAPER | {"pyramid": "1: 0.25"}
+        node = PAPER | {"pyramid": "1: 0.25", "order": "raster"}  # ComfyUI's node leaves the tokens where they are
         found.append(Setting(f"Sol-Attn, tau {tau}", "rivals", node, prototype={"sol": tau}))
         found.append(Setting(f"default = Sol-Attn, tau {tau}", "rivals", match=f"Sol-Attn, tau {tau}"))
         found.append(Setting(f"paper = Sol-Attn, tau {tau}", "rivals", PAPER, match=f"Sol-Attn, tau {tau}"))

@@ -12,8 +12,10 @@ from statistics import median
 import torch
 
 from . import metrics
-from .demo_model import Clip, DemoModel, DenseAttention, Video
+from .attention import Calls
+from .demo_model import Clip, DemoModel, DenseAttention, Sampled, Video, simple_schedule
 from .results import RunRow, StepRow, Writer
+from .rivals import EasyCache
 from .setting import Schedule, Setting, resolve
 from .sheet import Sheet
 from .tries import attention_of
@@ -94,13 +96,12 @@ class Measurement:
         lpips: Callable[[torch.Tensor, torch.Tensor], float] | None,
     ) -> tuple[list[RunRow], list[StepRow], torch.Tensor, torch.Tensor]:
         compute = computes[setting.match] if setting.match else setting.compute
-        settings = resolve(setting, self.schedule, self.backend, compute)
-        attention = attention_of(settings, self.schedule, self.video.grid, setting.prototype)
-        sampled = self.model.sample(self.clips, self.video, self.schedule, attention)
-        densities = attention.step_densities()
-        computes[setting.name] = sum(densities) / len(densities)
+        sampled, densities, forwards, calls, sparsity = self._sample(setting, compute)
+        computes[setting.name] = sum(densities) / len(self.schedule.sigmas)
         frames = self.model.decode(sampled.latents[-1])
-        errors = torch.stack([metrics.latent_error(a, b) for a, b in zip(dense, sampled.latents, strict=True)]).cpu()
+        pairs = list(zip(dense, sampled.latents, strict=True)) if len(densities) == len(dense) else []
+        errors = [metrics.latent_error(a, b).tolist() for a, b in pairs]
+        last = metrics.latent_error(dense[-1], sampled.latents[-1]).tolist()
         sparse = [i for i, density in enumerate(densities) if density < 1]
         times = {True: [], False: []}
         for i, seconds in enumerate(sampled.seconds):
@@ -110,7 +111,7 @@ class Measurement:
             for k, v in dataclasses.asdict(setting).items()
             if k in ("node", "config", "correction", "prototype") and v
         }
-        said["sparsity"] = settings.config.sparsity
+        said["sparsity"] = sparsity
         rows = [
             RunRow(
                 setting.name,
@@ -123,18 +124,43 @@ class Measurement:
                 ssim=metrics.ssim(truth[i], frames[i]),
                 lpips=lpips(truth[i], frames[i]) if lpips else None,
                 flicker=metrics.flicker(truth[i], frames[i]),
-                latent_error=float(errors[-1, i]),
+                latent_error=last[i],
                 dense_step_s=median(times[False]) if times[False] else None,
                 sparse_step_s=median(times[True]) if times[True] else None,
                 run_s=sum(sampled.seconds),
                 settings=json.dumps(said),
+                forwards=forwards,
+                dense_calls=calls.dense,
+                sparse_calls=calls.sparse,
+                learning_calls=calls.learning,
                 **self.facts,
             )
             for i, clip in enumerate(self.clips)
         ]
         steps = [
-            StepRow(setting.name, clip.name, step, sigma, densities[step], float(errors[step, i]))
+            StepRow(setting.name, clip.name, step, self.schedule.sigmas[step], densities[step], error[i])
             for i, clip in enumerate(self.clips)
-            for step, sigma in enumerate(self.schedule.sigmas)
+            for step, error in enumerate(errors)
         ]
         return rows, steps, frames, sampled.latents[-1]
+
+    def _sample(
+        self, setting: Setting, compute: float | None
+    ) -> tuple[Sampled, list[float], float, Calls, float | None]:
+        """A run; the work of its steps; its model calls as a share of the dense run's; its attention calls; the
+        sparsity, if any is sparse."""
+        of_all = len(self.schedule.sigmas)
+        if "steps" in setting.prototype:
+            schedule = simple_schedule(round(setting.prototype["steps"] * of_all), self.schedule.blocks)
+            sampled = self.model.sample(self.clips, self.video, schedule, DenseAttention())
+            share = len(schedule.sigmas) / of_all
+            return sampled, [1.0] * len(schedule.sigmas), share, Calls(dense=share), None
+        if "easycache" in setting.prototype:
+            cache = EasyCache(self.schedule, len(self.clips), setting.prototype["easycache"])
+            sampled = self.model.sample(self.clips, self.video, self.schedule, DenseAttention(), cache)
+            share = sum(cache.computed) / of_all
+            return sampled, cache.computed, share, Calls(dense=share), None
+        settings = resolve(setting, self.schedule, self.backend, compute)
+        attention = attention_of(settings, self.schedule, self.video.grid, setting.prototype)
+        sampled = self.model.sample(self.clips, self.video, self.schedule, attention)
+        return sampled, attention.step_densities(), 1.0, attention.calls(), settings.config.sparsity

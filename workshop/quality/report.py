@@ -11,7 +11,8 @@ from pathlib import Path
 from statistics import mean, median
 
 from ..table import read_records
-from .matrix import ALL, CANDIDATES, FRONT, LEAN, MIDDLE, TAUS, WARM_UPS, Claim, choice_claims, claims
+from .claims import Claim, choice_claims, claims
+from .matrix import ALL, CANDIDATES, FRONT, LEAN, MIDDLE, TAUS, WARM_UPS
 from .results import RunRow
 from .summary import PUBLISHED, Difference, by_setting, difference, judge
 from .times import TimeRow

@@ -44,6 +44,11 @@ class RunRow:
     clips: int | None = None
     """Clips in the batch."""
     date: str = ""
+    forwards: float | None = None
+    """Model calls as a share of the dense run's; the next three: attention calls by kind, see `Calls`."""
+    dense_calls: float | None = None
+    sparse_calls: float | None = None
+    learning_calls: float | None = None
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from statistics import mean, stdev
 
-from .matrix import Claim
+from .claims import Claim
 from .results import RunRow
 
 PUBLISHED = " (published)"

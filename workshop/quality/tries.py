@@ -1,16 +1,13 @@
 """Ways to correct that the product does not have, measured beside its own at the same counted compute.
 
-`Corrected` is the product's correction written again, in little code: the last dense step learns, levels are kept, and
-in sparse steps some blocks are dense and learn again. Each try below changes one thing of it. What a try computes
-besides, whether dense or sparse, is taken from the density of its sparse calls. Times would say nothing: the tries are
-written in plain torch.
+Each changes one thing of `Corrected`. What it computes besides, whether dense or sparse, is taken from the density of
+its sparse calls. Times would say nothing: the tries are written in plain torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,135 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from ...choices.settings import PatchSettings
-from ...kernels.attention import AttentionResult, pyramid_sparse_attention
-from ...kernels.delta import GAMMA, Delta, measure_delta
+from ...kernels.delta import measure_delta
 from ...kernels.density import block_tokens, pair_cost
-from ...kernels.falling import renewal, renews
-from ...kernels.levels import BlockLists, group_by_level
-from ...kernels.order import TokenLayout, make_order
+from ...kernels.levels import group_by_level
+from ...kernels.order import make_order
 from ...kernels.pyramid import Pyramid, build_pyramid, pool
 from .attention import SparseAttention
+from .corrected import Corrected, Place
 from .corrections import COMPUTES
-from .demo_model import Attention
 from .setting import Schedule, Setting
-
-Place = tuple[int, int]
-"""Row of the batch and block: where a call is known again in later steps."""
-
-
-class Corrected:
-    """Attention of one run with the product's correction. Begins with at least one dense step.
-
-    gamma: as in `Correction`; renew: one block in so many is dense in a sparse step, None for the product's choice.
-    """
-
-    def __init__(
-        self,
-        settings: PatchSettings,
-        schedule: Schedule,
-        grid: tuple[int, int, int],
-        gamma: float = GAMMA,
-        renew: int | None = None,
-    ) -> None:
-        self.settings, self.grid, self.blocks = settings, grid, schedule.blocks
-        self.active = schedule.active(settings.start_percent, settings.end_percent)
-        self.first, self.steps = self.active.index(True), len(self.active)
-        self.gamma, self.renew = gamma, renew or 0
-        if self.first < self.least_dense_steps:
-            raise ValueError(f"{self.first} dense steps are too few to learn from; raise start_percent")
-        if renew is None:
-            self.renew = renewal(dataclasses.replace(settings.config, sparsity=1 - self._density()))
-        self.config = dataclasses.replace(settings.config, sparsity=1 - self._density())
-        self.step = self._block = 0
-        self.lists: dict[Place, BlockLists] = {}
-        self.deltas: dict[Place, Delta] = {}
-        self._costs: dict[int, list[float | torch.Tensor]] = defaultdict(list)
-        self._rows = 1
-
-    least_dense_steps = 1
-
-    def cost(self, step: int) -> tuple[float, float]:
-        """Dense and sparse calls in a step, for one row of the batch."""
-        if not self.active[step]:
-            return self.blocks, self.blocks if step == self.first - 1 else 0
-        turns = len(self.turns(step))
-        return turns, self.blocks - (turns if step == self.steps - 1 else 0)
-
-    def _density(self) -> float:
-        """Density of the sparse calls at which the run costs what the settings say without any correction."""
-        costs = [self.cost(step) for step in range(self.steps)]
-        whole = sum(dense for (dense, _), active in zip(costs, self.active, strict=True) if active)
-        budget = (1 - self.settings.config.sparsity) * sum(self.active) * self.blocks
-        return (budget - whole) / sum(sparse for _, sparse in costs)
-
-    def turns(self, step: int) -> list[int]:
-        """The blocks whose turn it is to be dense in a sparse step."""
-        return [block for block in range(self.blocks) if renews(step - self.first + 1, block, self.renew)]
-
-    def renewed(self, row: int) -> list[int]:
-        """The blocks that are dense in this sparse step."""
-        return self.turns(self.step)
-
-    def begin_step(self, step: int) -> None:
-        """To be called before every model call."""
-        self.step, self._block = step, 0
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Output [B, H, L, D] of q, k, v [B, H, L, D]."""
-        block, self._rows = self._block, len(q)
-        self._block += 1
-        rows = [x.split(1) for x in (q, k, v)]
-        return torch.cat([self._call((row, block), *one) for row, one in enumerate(zip(*rows, strict=True))])
-
-    def _call(self, place: Place, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        active = self.active[self.step]
-        if active and place[1] not in self.renewed(place[0]):
-            return self.corrected(place, q, k, v)
-        dense = F.scaled_dot_product_attention(q, k, v)
-        self.count(1.0)
-        if self.step < self.steps - 1 and (active or self.step >= self.first - self.least_dense_steps):
-            self.learn(place, q, k, v, dense)
-        return dense
-
-    def learn(
-        self, place: Place, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dense: torch.Tensor
-    ) -> AttentionResult:
-        """Choose levels and measure what they lose."""
-        result = self.sparse(q, k, v)
-        self.lists[place] = result.lists
-        self.deltas[place] = measure_delta(dense, result.output, result.query_order, gamma=self.gamma)
-        return result
-
-    def corrected(self, place: Place, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """The output of a sparse call."""
-        return self.sparse(q, k, v, self.lists[place], self.deltas[place]).output
-
-    def sparse(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lists: BlockLists | None = None,
-        delta: Delta | None = None,
-        *,
-        counted: bool = True,
-    ) -> AttentionResult:
-        """A sparse call of one row."""
-        result = pyramid_sparse_attention(
-            q, k, v, self.config, layout=TokenLayout(self.grid), order=make_order(self.config.order, self.grid,
-            self.config.tile, q.device), backend=self.settings.backend, lists=lists, delta=delta,
-        )  # fmt: skip
-        if counted:
-            self.count(result.density)
-        return result
-
-    def count(self, share: float | torch.Tensor) -> None:
-        """Something with this share of a dense call's work was computed for one row."""
-        self._costs[self.step].append(share)
-
-    def step_densities(self) -> list[float]:
-        """The work of each step as a share of a dense step's."""
-        return [sum(map(float, self._costs[step])) / (self.blocks * self._rows) for step in range(self.steps)]
 
 
 class ByMass(Corrected):
@@ -163,7 +40,7 @@ class ByMass(Corrected):
 
     def learn(self, place, q, k, v, dense):
         """Keep what is lost times its share, that share, and the logarithm of the whole sum."""
-        result = self.sparse(q, k, v)
+        result = self.sparse(q, k, v, counts_as="learning")
         self.lists[place] = result.lists
         ordered = [result.query_order.apply(x) for x in (q, k, v)]
         seen, log_seen = self._seen(*ordered, result.lists)
@@ -238,7 +115,7 @@ class ByHead(Corrected):
         self.learned[place] = self.step
         if self.step != self.first - 1:
             return super().learn(place, q, k, v, dense)
-        result = self.sparse(q, k, v, self.lists[place])
+        result = self.sparse(q, k, v, self.lists[place], counts_as="learning")
         old = self.deltas[place].rows(q.shape[2])
         self.deltas[place] = measure_delta(dense, result.output, result.query_order, gamma=1.0)
         new = self.deltas[place].rows(q.shape[2])
@@ -348,8 +225,8 @@ class ByRows(Corrected):
         if not self._chooses(self.step):
             return super().corrected(place, q, k, v)
         # Two whole calls stand for one over the mixed levels, which is what is counted.
-        kept = self.sparse(q, k, v, lists, delta, counted=False)
-        new = self.sparse(q, k, v, counted=False)
+        kept = self.sparse(q, k, v, lists, delta, counts_as="")
+        new = self.sparse(q, k, v, counts_as="")
         order, length = kept.query_order, q.shape[2]
         old_factors, new_factors = lists.factors(), new.lists.factors()
         changed = (pair_cost(new_factors) - pair_cost(old_factors)).abs().sum(-1)
@@ -358,8 +235,8 @@ class ByRows(Corrected):
         factors = torch.where(taken[..., None], new_factors, old_factors)
         key_tokens = block_tokens(length, self.config.block_kv, q.device)
         self.lists[place] = group_by_level(factors, self.config.stored_factors, key_tokens)
-        self.count(self.lists[place].mean_density)
-        self.count(self._remade / self._all)
+        self.count("sparse", self.lists[place].mean_density)
+        self.count("dense", self._remade / self._all, self._remade / self._all)
         steps = torch.arange(self.config.block_q, device=q.device)
         tokens = (chosen[..., None] * self.config.block_q + steps).flatten(-2).clamp_max(length - 1)
         rows = tokens[..., None].expand(*tokens.shape, q.shape[-1])
@@ -381,7 +258,7 @@ TRIES: dict[str, type[Corrected]] = {
 
 def attention_of(
     settings: PatchSettings, schedule: Schedule, grid: tuple[int, int, int], prototype: Mapping[str, Any]
-) -> Attention:
+) -> SparseAttention | Corrected:
     """The attention of one run: a try if the prototype names one, otherwise the pack's own."""
     if "try" not in prototype:
         return SparseAttention(settings, schedule, grid, prototype)

@@ -5,8 +5,9 @@ import math
 import pytest
 
 from comfyui_psa.workshop.quality import report
+from comfyui_psa.workshop.quality.claims import Claim, choice_claims, claims
 from comfyui_psa.workshop.quality.command import exit_code
-from comfyui_psa.workshop.quality.matrix import Claim, choice_claims, claims, settings_of
+from comfyui_psa.workshop.quality.matrix import settings_of
 from comfyui_psa.workshop.quality.results import RunRow, Writer, read_runs
 from comfyui_psa.workshop.quality.summary import Difference, quick_line
 
