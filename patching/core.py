@@ -61,7 +61,8 @@ def add_wrappers(model: Any, key: str, *, before_call: Callable, sampling: Calla
         sampling: sampling(executor, *args, **kwargs) calls the executor and returns its result; `executor.class_obj` is
             the guider.
         before_call: before_call(network, x, context, options, conds): latent [B, C, T, H, W] and context [B, L, C] of
-            the forward, its transformer_options, and everything else that it gets, by name.
+            the forward, its transformer_options, and everything else that it gets, by name. It may return a context
+            manager, in which the forward then runs.
     """
     import comfy.patcher_extension
 
@@ -81,12 +82,12 @@ class ModelCallWrapper:
         """Call `before_call`, then the network."""
         given = [*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :])]
         x, _, _, context, _, options = given
-        self.before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
+        around = self.before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
         if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
-            # An extra argument keeps graphs apart in models that guard on all of their arguments; models ignore
-            # arguments they do not know. `_apart_from_stock` keeps graphs apart in all models, if torch is new enough.
+            # Before torch 2.8 `_apart_from_stock` keeps no graphs apart. An extra argument does, for whole models that
+            # guard on all of their arguments; models ignore arguments they do not know.
             kwargs["psa_compiled"] = True
-        with _apart_from_stock():
+        with around or contextlib.nullcontext(), _apart_from_stock():
             return executor(*args, **kwargs)
 
 
@@ -125,7 +126,7 @@ def remove_wrappers(model: Any, key: str) -> None:
     import comfy.patcher_extension
 
     kinds = comfy.patcher_extension.WrappersMP
-    for kind in (kinds.OUTER_SAMPLE, kinds.APPLY_MODEL):
+    for kind in (kinds.OUTER_SAMPLE, kinds.APPLY_MODEL, kinds.DIFFUSION_MODEL):
         model.remove_wrappers_with_key(kind, key)
 
 

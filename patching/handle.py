@@ -4,6 +4,7 @@ dropped at the end, however sampling ends. Everything here can be sent to anothe
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from ..sampling.maps import RunMaps
 from ..sampling.run import Run, log
 from . import core
 from .layout import CallReader
+from .operator import model_call
 from .override import RUN_KEY, PSAOverride
 
 Listener = Callable[[dict[str, Any]], None]
@@ -95,9 +97,16 @@ class CallListener:
     """Tells the run which step a model call belongs to, and where its tokens are."""
 
     read_call: CallReader
+    override: PSAOverride
 
-    def __call__(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
-        """See `core.add_wrappers`."""
+    def __call__(
+        self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """See `core.add_wrappers`. The call runs in a context in which compiled graphs find the override."""
+        self._begin(network, x, context, options, conds)
+        return model_call(self.override.attend, options)
+
+    def _begin(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
         run: Run | None = options.get(RUN_KEY)
         if run is None:
             return

@@ -19,6 +19,7 @@ from ..sampling.correction import Memory
 from ..sampling.run import Run
 from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
 from . import core
+from .operator import GraphCall
 
 RUN_KEY = "psa_run"
 _WITHOUT_TRITON = "set backend to auto, or install Triton where it is missing (on Windows the package triton-windows)"
@@ -30,8 +31,7 @@ class PSAOverride:
     def __init__(self, previous: Callable[..., torch.Tensor] | None, host: Host | None = None) -> None:
         """host: the program that runs the model, by default ComfyUI; another one for experiments without it."""
         self.previous, self.host = previous, host or COMFYUI
-        # Tracing would freeze our decisions into a compiled graph. A decorator would load the compiler at import.
-        self._untraced = torch.compiler.disable(self._attend)
+        self._in_graph = GraphCall(self.attend)
 
     def __reduce__(self) -> tuple:
         """Made again: what the compiler wrapped cannot be sent to another process."""
@@ -39,18 +39,19 @@ class PSAOverride:
 
     def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attention of q, k, v [B, L, H*D], or [B, H, L, D] with `skip_reshape`; see ComfyUI's attention functions."""
-        if len(args) >= 3 and args[0].shape != args[1].shape:  # cross-attention: no need to break a compiled graph
-            if not torch.compiler.is_compiling():
-                _note_other(kwargs)
+        if not torch.compiler.is_compiling():
+            return self.attend(func, *args, **kwargs)
+        if len(args) < 3 or args[0].shape != args[1].shape:  # cross-attention: a compiler knows it better than we do
             return self._hand_on(func, *args, **kwargs)
-        return self._untraced(func, *args, **kwargs)
+        return self._in_graph(func, *args, **kwargs)
 
     def _hand_on(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.previous is not None:
             return self.previous(func, *args, **kwargs)
         return func(*args, **kwargs)
 
-    def _attend(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def attend(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The same outside of a compiler's trace."""
         run = _run_of(kwargs)
         if run is None or len(args) < 3:
             return self._hand_on(func, *args, **kwargs)
@@ -94,12 +95,6 @@ class PSAOverride:
 
 def _run_of(kwargs: Mapping[str, Any]) -> Run | None:
     return (kwargs.get("transformer_options") or {}).get(RUN_KEY)
-
-
-def _note_other(kwargs: Mapping[str, Any]) -> None:
-    run = _run_of(kwargs)
-    if run is not None:
-        run.record.other_call()
 
 
 def is_self_attention(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> bool:

@@ -14,6 +14,7 @@ from ..sampling.run import log
 from . import core
 from .family import Support, find_family
 from .handle import CallListener, Listener, PatchHandle, SamplingWrapper
+from .operator import note_options
 from .override import PSAOverride
 
 KEY = "psa"
@@ -68,10 +69,12 @@ def apply_patch(
     previous = core.get_override(patched)
     if previous is not None:
         log.info("PSA: the attention override that was there before computes what PSA leaves dense")
-    core.set_override(patched, PSAOverride(previous))
+    override = PSAOverride(previous)
+    core.set_override(patched, override)
 
     sampling = SamplingWrapper(settings, family.blocks, handle, on_step, on_end)
-    core.add_wrappers(patched, KEY, sampling=sampling, before_call=CallListener(family.read_call))
+    core.add_wrappers(patched, KEY, sampling=sampling, before_call=CallListener(family.read_call, override))
+    core.wrap_network(patched, KEY, note_options)
     patched.set_attachments(KEY, handle)
     return patched
 
