@@ -21,10 +21,15 @@ from ..kernels.falling import check_falling
 from ..kernels.refusal import refusal
 from .interception import InterceptedForward
 from .layout import MODELS
+from .operator import Untraced
 from .schedule import Schedule
 from .state import TransformerState
 
 _ATTRIBUTE = "_psa_applied"
+_OUTSIDE = (
+    "PSA reads the step before the transformer runs, so that cannot be in its graph; for fullgraph=True use "
+    "pipe.transformer = torch.compile(pipe.transformer, ...) before apply_psa, or compile only the blocks"
+)
 
 
 @dataclasses.dataclass
@@ -85,11 +90,13 @@ class _Patch:
     """PSA on one transformer, which keeps a reference to it: hooks that report its calls, and a `forward` in front of
     each self-attention's own."""
 
-    def __init__(self, transformer: Any, state: TransformerState) -> None:
+    def __init__(self, transformer: Any, outermost: Any, state: TransformerState) -> None:
+        """outermost: what the pipeline calls: the transformer, or what torch.compile made of it. Hooks there are not
+        part of a graph."""
         self.transformer, self.state = transformer, state
         self._parts = [
-            transformer.register_forward_pre_hook(state.begin_call, with_kwargs=True),
-            transformer.register_forward_hook(state.end_call, always_call=True),
+            outermost.register_forward_pre_hook(Untraced(state.begin_call, _OUTSIDE), with_kwargs=True),
+            outermost.register_forward_hook(Untraced(state.end_call, _OUTSIDE), always_call=True),
         ]
         for index, block in enumerate(MODELS[state.family].blocks(transformer)):
             self._parts.append(InterceptedForward(block.attn1, state, index))
@@ -122,7 +129,8 @@ def apply_psa(
     """Let a diffusers pipeline attend with PSA. Calling it again replaces the earlier settings.
 
     Args:
-        pipe: a CogVideoX, Wan2.1 or Wan2.2 pipeline (both experts are patched), or one of their transformers.
+        pipe: a CogVideoX, Wan2.1 or Wan2.2 pipeline (both experts are patched), or one of their transformers. They may
+            be compiled, before or after; with fullgraph=True either before, by torch.compile, or only their blocks.
         sparsity: share of the attention work that is saved in the sparse steps, 0 to 0.97; 0 keeps every call dense.
         preset: a name from `choices.presets.load_presets`, or auto.
         warm_up: how many of the first steps stay dense: a share of the steps (a float) or their number (an int). A
@@ -167,7 +175,7 @@ def apply_psa(
         raise _error("correction", correction, "auto or off, a bare transformer knows no steps")
     corrected = knows_steps and sparsity > 0
     planned = []
-    for transformer in transformers:
+    for transformer, outermost in transformers:
         family = type(transformer).__name__
         chosen = presets[MODELS[family].preset(transformer) if preset == AUTO else preset]
         try:
@@ -192,18 +200,18 @@ def apply_psa(
             falling=falling,
             correction=chosen.correction_of_size(correction) if corrected else None,
         )
-        planned.append((transformer, TransformerState(family, settings, schedule, off=sparsity == 0)))
-    states = [state for _, state in planned]
+        planned.append((transformer, outermost, TransformerState(family, settings, schedule, off=sparsity == 0)))
+    states = [state for *_, state in planned]
     for state in states:
         state.others = [other for other in states if other is not state]
     remove_psa(pipe)
-    patches = [_Patch(transformer, state) for transformer, state in planned]
+    patches = [_Patch(*parts) for parts in planned]
     return AppliedPSA([patch.state for patch in patches], patches)
 
 
 def remove_psa(pipe: Any) -> bool:
     """Take PSA off a pipeline or transformer; returns whether it was there."""
-    found = [patch for t in _transformers(pipe) if (patch := t.__dict__.get(_ATTRIBUTE)) is not None]
+    found = [patch for t, _ in _transformers(pipe) if (patch := t.__dict__.get(_ATTRIBUTE)) is not None]
     for patch in found:
         patch.remove()
     return bool(found)
@@ -213,14 +221,16 @@ def _error(argument: str, given: object, allowed: str) -> ValueError:
     return ValueError(f"apply_psa, {refusal(argument, given, allowed)}")
 
 
-def _transformers(pipe: Any) -> list[Any]:
+def _transformers(pipe: Any) -> list[tuple[Any, Any]]:
+    """The transformers of a pipeline, each with what the pipeline calls: itself, or what torch.compile made of it."""
     candidates = (
         [pipe]
         if isinstance(pipe, torch.nn.Module)
         else [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     )
+    pairs = [(getattr(outermost, "_orig_mod", outermost), outermost) for outermost in candidates]
     # By identity: a pipeline may hold one transformer under both names.
-    found = list({id(one): one for one in candidates if type(one).__name__ in MODELS}.values())
+    found = list({id(one): (one, outermost) for one, outermost in pairs if type(one).__name__ in MODELS}.values())
     if not found:
         allowed = f"a pipeline with {', '.join(MODELS)}"
         raise TypeError(str(_error("pipe", type(pipe).__name__, allowed)))

@@ -22,7 +22,7 @@ from ..sampling.kept import Kept
 from ..sampling.record import Record
 from ..sampling.run import Run
 from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
-from . import memory
+from . import memory, operator
 from .layout import MODELS
 from .schedule import Schedule, Steps
 
@@ -154,6 +154,7 @@ class TransformerState:
             run.kept.last_step()
             run.losses.last = True
         self._calls[threading.get_ident()] = Call(run, reason, torch.is_grad_enabled())
+        operator.current.set(self)
 
     def _run(self, steps: Steps | None, layout: TokenLayout | None, device: torch.device, blocks: int) -> Run:
         """The run of this thread that a call belongs to.
@@ -208,6 +209,7 @@ class TransformerState:
 
     def end_call(self, transformer: torch.nn.Module, _: Any, output: Any) -> None:
         """Called after a forward; `output` is None if it failed."""
+        operator.current.set(None)
         call = self._calls.pop(threading.get_ident(), None)
         if call is None:
             return

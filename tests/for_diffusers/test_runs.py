@@ -119,6 +119,7 @@ def tensors_of(model):
     """Everything that the model's hooks and wrappers hold, to any depth, besides its weights."""
     weights, found, seen = {id(p) for p in model.parameters()}, [], set()
     roots = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]
+    roots = [getattr(root, "__wrapped__", root) for root in roots]
     roots = [getattr(root, "__self__", root) for root in roots] + [block.attn1.__dict__ for block in model.blocks]
     while roots:
         one = roots.pop()
