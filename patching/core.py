@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from ..sampling.position import NO_BLOCKS
 
 Override = Callable[..., torch.Tensor]
 
@@ -26,6 +29,11 @@ _APPLY_MODEL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "trans
 def unet_config(model: Any) -> Mapping[str, Any]:
     """What ComfyUI worked out about the checkpoint of a MODEL (ModelPatcher); empty if it knows nothing."""
     return getattr(getattr(model.model, "model_config", None), "unet_config", {})
+
+
+def is_video(model: Any) -> bool:
+    """Whether the latents of a MODEL have a time axis, as far as ComfyUI knows."""
+    return getattr(getattr(model.model, "latent_format", None), "latent_dimensions", 3) == 3
 
 
 def is_causal_wan(model: Any) -> bool:
@@ -61,8 +69,8 @@ def add_wrappers(model: Any, key: str, *, before_call: Callable, sampling: Calla
         sampling: sampling(executor, *args, **kwargs) calls the executor and returns its result; `executor.class_obj` is
             the guider.
         before_call: before_call(network, x, context, options, conds): latent [B, C, T, H, W] and context [B, L, C] of
-            the forward, its transformer_options, and everything else that it gets, by name. It may return a context
-            manager, in which the forward then runs.
+            the forward, its transformer_options, and everything else that it gets, by name. If the model samples video
+            and audio together, x is the video. It may return a context manager, in which the forward then runs.
     """
     import comfy.patcher_extension
 
@@ -82,13 +90,23 @@ class ModelCallWrapper:
         """Call `before_call`, then the network."""
         given = [*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :])]
         x, _, _, context, _, options = given
-        around = self.before_call(executor.class_obj.diffusion_model, x, context, options, kwargs)
+        network = executor.class_obj.diffusion_model
+        around = self.before_call(network, _video(x, kwargs), context, options, kwargs)
         if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
             # Before torch 2.8 `_apart_from_stock` keeps no graphs apart. An extra argument does, for whole models that
             # guard on all of their arguments; models ignore arguments they do not know.
             kwargs["psa_compiled"] = True
         with around or contextlib.nullcontext(), _apart_from_stock():
             return executor(*args, **kwargs)
+
+
+def _video(x: torch.Tensor, conds: Mapping[str, Any]) -> torch.Tensor:
+    """The video of a latent in which ComfyUI has packed several, one after the other, as [B, 1, N]."""
+    shapes = conds.get("latent_shapes")
+    if x.ndim == 5 or not shapes:
+        return x
+    shape = shapes[0][1:]
+    return x[:, 0, : math.prod(shape)].unflatten(1, shape)
 
 
 @contextlib.contextmanager
@@ -145,9 +163,10 @@ def run_sigmas(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[float]:
 
 def latent_size(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
     """(time, height, width) of the latent that a sampling run works on, from the wrapper's arguments; () if it has
-    other axes."""
+    other axes. If several latents are packed into one, the video's come first."""
     noise: Any = args[0] if args else kwargs.get("noise")
-    return tuple(noise.shape[2:]) if getattr(noise, "ndim", 0) == 5 else ()
+    shape, *_ = kwargs.get("latent_shapes") or [getattr(noise, "shape", ())]
+    return tuple(shape[2:]) if len(shape) == 5 else ()
 
 
 def pixels_per_latent(model: Any) -> tuple[int, int] | None:
@@ -245,9 +264,14 @@ def unpin(tensor: torch.Tensor) -> None:
         comfy.model_management.unpin_memory(tensor)
 
 
-def block_index(options: Mapping[str, Any]) -> int | None:
-    """The transformer block of an attention call, if the model gives it."""
-    return options.get("block_index")
+def block_index(options: Mapping[str, Any], first_blocks: Mapping[str, int] = NO_BLOCKS) -> int | None:
+    """The transformer block of an attention call, if the model gives it.
+
+    Args:
+        first_blocks: number of the first block of each kind that ComfyUI counts from 0 again, see `layout.ModelCall`.
+    """
+    index = options.get("block_index")
+    return None if index is None else index + first_blocks.get(options.get("block_type", ""), 0)
 
 
 def is_on_several_gpus(model: Any) -> bool:

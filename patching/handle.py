@@ -113,12 +113,15 @@ class CallListener:
         run = options[RUN_KEY] = run.of_worker(core.worker_of(options))
         if not run.record.steps:
             run.plan(core.schedule(options), x.device, core.replaced_forwards(network))
+        call = self.read_call(network, x, context, conds)
         run.begin_model_call(
             core.current_sigma(options),
-            *self.read_call(network, x, context, conds),
+            *((None, ()) if isinstance(call, str) else call),
             latent_size=tuple(x.shape[2:]) if x.ndim == 5 else (),
             foreign=not isinstance(options.get(core.OVERRIDE_KEY), PSAOverride),
         )
+        if isinstance(call, str):
+            run.whole_call_dense(call)
 
 
 def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]:

@@ -6,10 +6,11 @@ readers are in `families/`, one file a family; here is what they share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..kernels.order import TokenLayout
+from ..sampling.position import NO_BLOCKS
 
 
 class ModelCall(NamedTuple):
@@ -19,15 +20,21 @@ class ModelCall(NamedTuple):
         layout: where the video tokens are in the sequence that self-attention sees.
         context_tokens: lengths of other sequences: cross-attention and smaller self-attention may have those, and must
             not be taken for the video's self-attention.
+        width: heads times head size of the video's self-attention, if other attention of the model can be as long; None
+            if that cannot happen.
+        first_blocks: number of the first block of each kind of block that counts from 0 again, by ComfyUI's name of the
+            kind (`block_type`).
     """
 
     layout: TokenLayout
     context_tokens: tuple[int, ...] = ()
+    width: int | None = None
+    first_blocks: Mapping[str, int] = NO_BLOCKS
 
 
-CallReader = Callable[..., ModelCall]
+CallReader = Callable[..., ModelCall | str]
 """reader(network, x, context, conds): x is the latent [B, C, T, H, W], context [B, L, C]; conds are the other inputs of
-the forward, by ComfyUI's names."""
+the forward, by ComfyUI's names. Returns the reason if the whole call stays dense."""
 
 
 def grid_of(sizes: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:

@@ -58,7 +58,7 @@ class PSAOverride:
         if not is_self_attention(run, *args[:3], **kwargs):
             run.record.other_call()
             return self._hand_on(func, *args, **kwargs)
-        run.begin_self_attention(core.block_index(kwargs["transformer_options"]))
+        run.begin_self_attention(core.block_index(kwargs["transformer_options"], run.position.first_blocks))
         if not run.position.active and not run.learns:
             run.record.dense_call()
             return self._hand_on(func, *args, **kwargs)
@@ -98,9 +98,16 @@ def _run_of(kwargs: Mapping[str, Any]) -> Run | None:
 
 
 def is_self_attention(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> bool:
-    """Whether the call is the model's self-attention over all its tokens (equal lengths, at least the video's)."""
-    axis, layout = 2 if kwargs.get("skip_reshape") else 1, run.position.layout
-    return q.shape == k.shape == v.shape and layout is not None and q.shape[axis] >= layout.length
+    """Whether the call is the model's self-attention over all its tokens: equal lengths, at least the video's, and not
+    those of another sequence; and as wide as the video's, if the model has other attention."""
+    position = run.position
+    if not q.shape == k.shape == v.shape or position.layout is None:
+        return False
+    tokens, width = (q.shape[2], q.shape[1] * q.shape[3]) if kwargs.get("skip_reshape") else q.shape[1:]
+    expected = position.layout.length
+    if tokens < expected or (tokens > expected and tokens in position.context_tokens):
+        return False
+    return position.width in (None, width)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,7 +77,10 @@ class Measuring:
 
     def before_call(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
         """Called before the wrapper, at a point where every input of the model has a name."""
-        self._place = self.family.read_call(network, x, context, conds)
+        call = self.family.read_call(network, x, context, conds)
+        if isinstance(call, str):
+            raise _stays_dense(Counter([call]))
+        self._place = call
 
     def __call__(self, executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
         options = core.options_of(args, kwargs)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import types
+from collections.abc import Mapping
+
 from ..kernels.order import TokenLayout
 from .schedule import Place, Schedule
+
+
+NO_BLOCKS: Mapping[str, int] = types.MappingProxyType({})
+"""`first_blocks` of a model that numbers its blocks through."""
 
 
 def is_active(sigma: float, sigma_start: float, sigma_end: float) -> bool:
@@ -23,7 +30,9 @@ class Position:
     Attributes:
         active: whether the current model call is in PSA's part of the schedule.
         layout: where its video tokens are; None before the first call, or if the call could not be read.
-        context_tokens: lengths that its cross-attention may have.
+        context_tokens: lengths of other sequences of the model, which its cross-attention may have.
+        width: heads times head size of its self-attention, if other attention can be as long; None if none can.
+        first_blocks: number of the first block of each kind of block that the model counts from 0 again, by kind.
         forward: which of the model calls in a row at its noise level it is, counted from 0. forwards_before: how many
             there were at the level before, 0 if there was none.
         block: transformer block of the current attention call; named: whether the model itself said which.
@@ -47,6 +56,8 @@ class Position:
         self._calls = 0
         self.layout: TokenLayout | None = None
         self.context_tokens: tuple[int, ...] = ()
+        self.width: int | None = None
+        self.first_blocks = NO_BLOCKS
         self.active = False
         self.forward = self.forwards_before = 0
         self.block = -1
@@ -73,6 +84,8 @@ class Position:
         layout: TokenLayout | None,
         context_tokens: tuple[int, ...],
         call_size: tuple[int, ...] = (),
+        width: int | None = None,
+        first_blocks: Mapping[str, int] = NO_BLOCKS,
     ) -> list[tuple[int, float]]:
         """A model call begins, see `Run.begin_model_call`.
 
@@ -81,6 +94,7 @@ class Position:
             its step continues, several if some steps had no model call.
         """
         self.layout, self.context_tokens, self._call_size = layout, context_tokens, call_size
+        self.width, self.first_blocks = width, first_blocks
         self.active = self.is_active(sigma)
         before, place = self._place, self._schedule.move(sigma)
         self._place = place

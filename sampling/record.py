@@ -189,6 +189,15 @@ class Record:
         self.fallbacks[reason] += calls
         self.dense_call(calls)
 
+    def whole_call_dense(self, position: Position, reason: str) -> None:
+        """Count all blocks of a model call, in which no attention can be sparse."""
+        blocks = range(self.blocks or 1)
+        self.steps[-1].blocks.update(blocks)
+        if position.active:
+            self.fell_back(reason, len(blocks))
+        else:
+            self.dense_call(len(blocks))
+
     def tell(self, reason: str) -> None:
         """Log why calls stay dense, once."""
         self.tell_once(reason, "staying dense: ")

@@ -9,7 +9,7 @@ remains, plain numbers on the host. Densities stay on the device until the end, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
@@ -22,7 +22,7 @@ from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
 from .correction import LossStore
 from .kept import Kept
-from .position import Position, is_active
+from .position import NO_BLOCKS, Position, is_active
 from .record import Record, log
 
 __all__ = ["Run", "is_active", "log"]
@@ -125,6 +125,8 @@ class Run:
         sigma: float,
         layout: TokenLayout | None,
         context_tokens: tuple[int, ...],
+        width: int | None = None,
+        first_blocks: Mapping[str, int] = NO_BLOCKS,
         *,
         latent_size: tuple[int, ...] = (),
         foreign: bool = False,
@@ -133,10 +135,11 @@ class Run:
 
         Args:
             layout: where the video tokens are; None if the call could not be read.
+            context_tokens, width, first_blocks: see `Position`.
             latent_size: (time, height, width) of the latent of this call, if known.
             foreign: whether another attention override is in front of PSA's.
         """
-        steps = self.position.begin_model_call(sigma, layout, context_tokens, latent_size)
+        steps = self.position.begin_model_call(sigma, layout, context_tokens, latent_size, width, first_blocks)
         self.record.begin_steps(steps, self.position)
         for _ in steps:
             self.kept.next_step()
@@ -148,6 +151,10 @@ class Run:
         if self.losses.on:
             self.config = with_renewals(self.config, self._renewed_share)
         self.record.model_call(layout, foreign)
+
+    def whole_call_dense(self, reason: str) -> None:
+        """No attention of the model call that began last can be sparse."""
+        self.record.whole_call_dense(self.position, reason)
 
     def _begin_sparse_step(self) -> None:
         """A run that learned nothing before its sparse part, for there was no step or a cache answered it, makes the
