@@ -13,7 +13,8 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .core import unet_config
+from ..choices.settings import AUTO_PRESETS
+from .core import is_video, unet_config
 from .layout import CallReader
 
 
@@ -22,15 +23,16 @@ class Support:
     """How PSA supports a model.
 
     Attributes:
-        name: for messages; preset: the one that `auto` takes; blocks: its number of transformer blocks.
+        name: for messages; blocks: its number of transformer blocks.
         read_call: where the tokens lie in a call of the model.
+        preset: the one that `auto` takes.
         advice: one sentence that the user should know about this model, or None.
     """
 
     name: str
-    preset: str
     blocks: int
     read_call: CallReader
+    preset: str = AUTO_PRESETS[0]
     advice: str | None = None
 
 
@@ -60,6 +62,8 @@ def families() -> tuple[Family, ...]:
 
 def find_family(model: Any) -> Support | str:
     """How PSA supports a ComfyUI MODEL (ModelPatcher), or the reason why it does not, as a sentence."""
+    if not is_video(model):
+        return "this model makes images or sound, and PSA is for video; connect a video model to use PSA"
     config = unet_config(model)
     image_model = config.get("image_model")
     for family in families():

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from ..kernels.order import TokenLayout
 from .schedule import Place, Schedule
 
-
 NO_BLOCKS: Mapping[str, int] = types.MappingProxyType({})
 """`first_blocks` of a model that numbers its blocks through."""
 

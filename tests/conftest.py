@@ -138,6 +138,16 @@ def tiny_wan(comfyui):
 
 
 @pytest.fixture(scope="session")
+def tiny_families(comfyui):
+    """The module `tiny_families.py` next to this file: tiny random models of the other video families."""
+    spec = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("tiny_families.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory):
     """A real ComfyUI with its own empty base directory, as a user starts it; one for all tests of a run."""
     from comfyui_psa.workshop.tools.server import ComfyServer

@@ -28,7 +28,7 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     if temporal not in _PRESETS:
         return f"PSA supports CogVideoX 1.0 and 1.5; this model has temporal patches of {temporal}"
     name = f"CogVideoX {'1.0' if temporal is None else '1.5'}, {config.get('num_attention_heads')} heads"
-    return Support(name, _PRESETS[temporal], len(network_of(model).blocks), _read, missing_corrections(model))
+    return Support(name, len(network_of(model).blocks), _read, _PRESETS[temporal], missing_corrections(model))
 
 
 FAMILY = Family("CogVideoX", ("cogvideox",), _support)

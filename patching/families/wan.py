@@ -145,7 +145,7 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     if variant not in _READERS:
         return f"PSA supports the Wan variants {', '.join(_READERS)} so far; this one is {variant}"
     name = f"Wan {variant}, hidden size {config.get('dim')}"
-    return Support(name, _PRESET, len(network_of(model).blocks), _READERS[variant])
+    return Support(name, len(network_of(model).blocks), _READERS[variant], _PRESET)
 
 
 FAMILY = Family("Wan2.1 and Wan2.2", ("wan2.1",), _support)

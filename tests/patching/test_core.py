@@ -1,6 +1,7 @@
 """What `patching/core.py` assumes about ComfyUI, one test each: when a newer core breaks one, its name says which."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -182,3 +183,49 @@ def test_an_interrupt_is_no_exception_that_a_fallback_could_catch(comfyui):
     import comfy.model_management
 
     assert not issubclass(comfy.model_management.InterruptProcessingException, Exception)
+
+
+def calls_of(model, tiny, kind, **inputs):
+    """What PSA is told before a forward, and the options of its attention calls."""
+    seen, sizes, options = [], [], []
+
+    def override(func, *args, **kwargs):
+        options.append(dict(kwargs["transformer_options"]))
+        return func(*args, **kwargs)
+
+    def sampling(executor, *args, **kwargs):
+        sizes.append(core.latent_size(args, kwargs))
+        return executor(*args, **kwargs)
+
+    clone = model.clone()
+    core.set_override(clone, override)
+    core.add_wrappers(clone, "psa_test", sampling=sampling, before_call=lambda _, x, *__: seen.append(x))
+    tiny.sample(clone, kind, **inputs)
+    return seen, sizes, options
+
+
+def test_two_kinds_of_blocks_count_from_zero_and_say_which_they_are(tiny_families):
+    *_, options = calls_of(tiny_families.load("hunyuan"), tiny_families, "hunyuan")
+    named = [one for one in options if "block_index" in one]
+    assert [(one["block_type"], one["block_index"]) for one in named] == [
+        ("double", 0), ("double", 1), ("single", 0), ("single", 1)
+    ]  # fmt: skip
+    assert [core.block_index(one, {"single": 2}) for one in named] == [0, 1, 2, 3]
+
+
+def test_the_video_comes_first_in_a_latent_that_is_packed(tiny_families):
+    kind, size = "ltx 2", (1, 16, 3, 9, 10)
+    noise = tiny_families.normal(*size, seed=1)
+    (x,), sizes, _ = calls_of(tiny_families.load(kind), tiny_families, kind, size=size, noise=noise)
+    assert sizes == [(3, 9, 10)]
+    assert x.shape == size
+    assert torch.allclose(x, noise)  # the first step begins with noise alone
+
+
+def test_the_latent_format_knows_whether_there_is_a_time_axis(model, comfyui):
+    import comfy.latent_formats
+
+    assert core.is_video(model)
+    for name, expected in (("Flux", False), ("SD15", False), ("LTXAV", True), ("StableAudio1", False)):
+        model = SimpleNamespace(model=SimpleNamespace(latent_format=getattr(comfy.latent_formats, name)()))
+        assert core.is_video(model) is expected

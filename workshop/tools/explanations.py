@@ -54,7 +54,28 @@ PSA supports the Wan variants
 PSA supports CogVideoX 1.0 and 1.5
   The checkpoint cuts time into patches of another size than these two versions. -> Use CogVideoX 1.0 or 1.5.
 
+this model makes images or sound
+  Its latents have no time axis, and PSA pays for long videos only. -> Leave PSA Patch out, or connect a video model.
+
+HunyuanImage, which makes images
+  HunyuanImage shares its network with HunyuanVideo, but it makes images. -> Connect HunyuanVideo to use PSA.
+
 # Staying dense
+
+this prompt is padded
+  A text encoder has filled the prompt up to a fixed length, and the model must not see the filling. PSA has no masks.
+  -> Encode the prompt with ComfyUI's own text node. It does not pad.
+
+guides with an attention strength
+  LTX weakens a guide by a mask over all tokens, and PSA has no masks. -> Set the attention strength of all guides to 1
+  and unplug their masks.
+
+the guides do not cover whole frames
+  PSA finds the video by the frames that guides add after it, and these do not add up. -> Sample without guides, or
+  report the node that made them.
+
+on another part of the video than ComfyUI packed
+  MiniMax H3 packs text, sound and video once per run; a node samples the video in windows. -> Sample it at once.
 
 are fewer than min_tokens
   The video is so short or small that normal attention is usually faster. -> Nothing, or lower min_tokens to try.

@@ -1,0 +1,381 @@
+"""Every family of video models besides Wan and CogVideoX: where its tokens lie, and that PSA with nothing left out
+computes what dense computes.
+
+The positions have an oracle of their own: before the first attention, a token depends on nothing but its own patch, so
+changing one input changes exactly the queries that it makes.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+INPUTS = {"preset": "auto", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "mode": "topk"}
+FULL = {"sparsity": 0.01, "pyramid": "1: 1.0", **INPUTS}
+TEXT = 13
+FRAME = 14 * 16
+
+ONE_OF_EACH = [
+    "hunyuan", "hunyuan 1.5", "ltx 0.9", "ltx 2", "kandinsky 5 lite", "cosmos", "mochi", "minimax h3",
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Case:
+    """A model with inputs.
+
+    Attributes:
+        extra: conditioning values, made from `tiny`. references: those that change tokens beside the grid.
+        before, grid, after: where the tokens lie. changed: which tokens the references make, from and to.
+        frozen: frames of the grid that an input replaces. calls: self-attention calls of a forward.
+        more: arguments of the sampler.
+    """
+
+    kind: str
+    before: int = 0
+    after: int = 0
+    grid: tuple = (3, 14, 16)
+    size: tuple | None = None
+    extra: dict = dataclasses.field(default_factory=dict)
+    references: tuple = ()
+    changed: tuple = (0, 0)
+    frozen: int = 0
+    calls: int = 2
+    more: dict = dataclasses.field(default_factory=dict)
+
+
+def of(*shape, seed=5):
+    return lambda tiny: tiny.normal(*shape, seed=seed)
+
+
+def first_frame(frames, height, width):
+    """A noise mask that keeps the first frame."""
+    mask = torch.ones(1, 1, frames, height, width)
+    mask[:, :, 0] = 0
+    return {"noise_mask": mask}
+
+
+def guides(left_out):
+    """The last of four frames is a guide; the model leaves out its first tokens."""
+    mask = torch.ones(1, 1, 4, 14, 16)
+    mask[:, :, 3] = 0
+    mask[:, :, 3].view(-1)[:left_out] = -1
+    return {"noise_mask": mask}
+
+
+def keyframe(tiny):
+    return [{"resolved_frame_index": 0, "latent": tiny.normal(1, 24, 1, 28, 32, seed=6)}]
+
+
+def references(tiny):
+    image = {"kind": "image", "latent_h": 8, "latent_w": 12, "latent": tiny.normal(1, 24, 1, 8, 12, seed=6)}
+    sound = {"kind": "audio", "ref_audio_t": 5, "audio_latent": tiny.normal(1, 32, 2, 5, seed=7)}
+    return [image, sound]
+
+
+CASES = [
+    Case("hunyuan", TEXT, calls=4),
+    Case(
+        "hunyuan i2v", TEXT, calls=4,
+        extra={"concat_latent_image": of(1, 16, 3, 28, 32), "concat_mask": lambda _: torch.ones(1, 1, 3, 28, 32)},
+    ),
+    Case("hunyuan", TEXT, calls=4, extra={"guiding_frame_index": lambda _: 0}),
+    Case(
+        "hunyuan", TEXT + FRAME, calls=4, extra={"ref_latent": of(1, 16, 1, 28, 32)}, references=("ref_latent",),
+        changed=(TEXT, TEXT + FRAME),
+    ),
+    Case("hunyuan skyreels", TEXT, calls=4, extra={"concat_latent_image": of(1, 16, 3, 28, 32)}),
+    Case("hunyuan 1.5", TEXT, calls=4),
+    Case(
+        "hunyuan 1.5", TEXT + 7 + 9, calls=4,
+        extra={
+            "conditioning_byt5small": of(1, 7, 1472),
+            "clip_vision_output": lambda tiny: tiny.vision(),
+            "concat_latent_image": of(1, 32, 3, 14, 16),
+        },
+        references=("conditioning_byt5small",), changed=(9, 16),
+    ),
+    Case("hunyuan 1.5", TEXT, calls=4, grid=(5, 11, 13), size=(1, 32, 5, 11, 13)),
+    Case("hunyuan 1.5 sr", TEXT, calls=4),
+    Case("ltx 0.9"),
+    Case("ltx 0.9", grid=(5, 11, 13), size=(1, 16, 5, 11, 13)),
+    Case("ltx 0.9", frozen=1, more=first_frame(3, 14, 16)),
+    Case(
+        "ltx 0.9", after=FRAME - 30, size=(1, 16, 4, 14, 16), extra={"keyframe_idxs": of(1, 3, FRAME, 2)},
+        more=guides(30),
+    ),
+    Case("ltx 13b"),
+    Case("ltx 2"),
+    Case(
+        "ltx 2", after=FRAME, size=(1, 16, 4, 14, 16), extra={"keyframe_idxs": of(1, 3, FRAME, 2)}, more=guides(0),
+    ),
+    Case("kandinsky 5 lite"),
+    Case("kandinsky 5 lite", frozen=1, extra={"time_dim_replace": of(1, 16, 1, 28, 32)}),
+    Case("kandinsky 5 pro", grid=(5, 11, 13), size=(1, 16, 5, 22, 26)),
+    Case("cosmos"),
+    Case("cosmos", grid=(5, 11, 13), size=(1, 16, 5, 21, 25)),
+    Case("cosmos i2v", frozen=1, more=first_frame(3, 28, 32)),
+    Case("mochi", after=TEXT),
+    Case("minimax h3", TEXT + 20),
+    Case("minimax h3", TEXT + 20, grid=(5, 11, 13), size=(1, 24, 5, 21, 25)),
+    Case(
+        "minimax h3", TEXT + FRAME + 20,
+        extra={"minimax_keyframes": keyframe, "minimax_frame_count": lambda _: 9},
+    ),
+    Case("minimax h3", TEXT + 24 + 10 + 20, extra={"minimax_refs": references}),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tiny_families):
+    """models(kind): a tiny model of that kind, kept until another is asked for."""
+    kept = {}
+
+    def get(kind):
+        if kind not in kept:
+            kept.clear()
+            kept[kind] = tiny_families.load(kind)
+        return kept[kind]
+
+    return get
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """(queries [H, L, D], layout) of every sparse call."""
+    from comfyui_psa.sampling import self_attention
+
+    found = []
+    real = self_attention.pyramid_sparse_attention
+
+    def spy(q, *args, **kwargs):
+        found.append((q[0].clone(), kwargs["layout"]))
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", spy)
+    return found
+
+
+def psa(model, **inputs):
+    from comfyui_psa.patching.patch import patch_model
+
+    return patch_model(model, **inputs)
+
+
+def report(model):
+    from comfyui_psa.patching.patch import KEY
+
+    return model.get_attachment(KEY).report
+
+
+def error(out, reference):
+    return float((out - reference).norm() / reference.norm())
+
+
+def different(one, other):
+    return (one != other).any(-1).any(0).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.kind}-{n}" for n, case in enumerate(CASES)])
+def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case, models, tiny_families, seen):
+    model, tiny = models(case.kind), tiny_families
+    extra = {name: make(tiny) for name, make in case.extra.items()}
+    size = case.size or tiny.KINDS[case.kind].size
+    video = math.prod(case.grid)
+
+    def run(model, extra=extra, **more):
+        return tiny.sample(model, case.kind, size=size, extra=extra, **(case.more | more))
+
+    stock, full = run(model), psa(model, **FULL)
+    assert error(run(full), stock) < 1e-5
+    assert {(layout.before, layout.grid, layout.after) for _, layout in seen} == {(case.before, case.grid, case.after)}
+    assert len(seen) == case.calls
+    queries = seen[0][0]
+    assert queries.shape[1] == case.before + video + case.after
+
+    if case.references:
+        seen.clear()
+        run(full, extra | {name: extra[name] + 1.0 for name in case.references})
+        assert different(queries, seen[0][0]) == list(range(*case.changed))
+    patch_y, patch_x = (-(-side // cells) for side, cells in zip(size[3:], case.grid[1:], strict=True))
+    for t, y, x in ((case.frozen, 1, 1), (1, 5, 7), (case.grid[0] - 1, size[3] - 1, size[4] - 1)):
+        noise = tiny.normal(*size, seed=1)
+        noise[0, :, t, y, x] += 1.0
+        seen.clear()
+        run(full, noise=noise)
+        place = case.before + (t * case.grid[1] + y // patch_y) * case.grid[2] + x // patch_x
+        assert different(queries, seen[0][0]) == [place]
+
+    sparse = psa(model, sparsity=0.5, **INPUTS)
+    out = run(sparse)
+    assert report(sparse)["fallbacks"] == report(sparse)["notes"] == []
+    assert report(sparse)["mean_sparsity"] == pytest.approx(0.5, abs=0.06)  # a dozen key blocks: whole ones are coarse
+    assert torch.isfinite(out).all()
+    assert error(out, stock) > 1e-5
+
+
+def random_sizes(kind, tiny):
+    """Frames, heights and widths that nothing divides, and some that something does."""
+    draw = torch.Generator().manual_seed(len(kind))
+    channels, per_cell = tiny.KINDS[kind].size[1], tiny.KINDS[kind].size[3] // 14
+    while True:
+        frames, *sides = (int(torch.randint(*limits, (), generator=draw)) for limits in SIZES)
+        height, width = (side * per_cell // 2 for side in sides)
+        yield 1, channels, frames, height, width
+
+
+SIZES = (3, 7), (20, 31), (20, 31)
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_any_size_that_the_core_accepts_runs(kind, models, tiny_families):
+    model, tiny = models(kind), tiny_families
+    full, sparse = psa(model, **FULL), psa(model, sparsity=0.4, **INPUTS)
+    accepted = 0
+    for size in itertools.islice(random_sizes(kind, tiny), 12):
+        try:
+            stock = tiny.sample(model, kind, size=size)
+        except (RuntimeError, AssertionError):  # no size for this model, with or without PSA
+            continue
+        assert error(tiny.sample(full, kind, size=size), stock) < 1e-5, size
+        assert report(full)["fallbacks"] == report(full)["notes"] == [], size
+        assert torch.isfinite(tiny.sample(sparse, kind, size=size)).all(), size
+        assert report(sparse)["fallbacks"] == report(sparse)["notes"] == [], size
+        accepted += 1
+        if accepted == 3:
+            return
+    raise AssertionError("the model accepts hardly any size")
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+@pytest.mark.parametrize("tokens", [TEXT, 21])
+def test_guidance_batched_or_split_is_sparse(kind, tokens, models, tiny_families):
+    model, tiny = models(kind), tiny_families
+    negative = tiny.conditioning(kind, tokens, seed=4)
+    stock = tiny.sample(model, kind, cfg=4.0, negative=negative)
+    full = psa(model, **FULL)
+    assert error(tiny.sample(full, kind, cfg=4.0, negative=negative), stock) < 1e-5
+    step = report(full)["steps"][0]
+    assert (step["dense_calls"], report(full)["fallbacks"], report(full)["notes"]) == (0, [], [])
+    assert len(report(full)["layers"]) == blocks_of(model)
+
+
+def blocks_of(model):
+    from comfyui_psa.patching.family import find_family
+
+    return find_family(model).blocks
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_a_lora_before_or_after_is_the_same(kind, models, tiny_families):
+    import comfy.sd
+
+    model, tiny = models(kind), tiny_families
+    weights = model.get_model_object("diffusion_model").state_dict()
+    ends = tuple(f"{name}.weight" for name in ("qkv", "qkv_x", "qkv_proj", "to_q", "to_query", "q_proj"))
+    key = next(key for key in weights if "blocks.1." in key and key.endswith(ends))
+    wide, deep = weights[key].shape
+    lora = {
+        f"diffusion_model.{key.removesuffix('.weight')}.lora_A.weight": tiny.normal(4, deep, seed=8),
+        f"diffusion_model.{key.removesuffix('.weight')}.lora_B.weight": tiny.normal(wide, 4, seed=9),
+    }
+
+    def with_lora(model):
+        return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+    stock, bent = tiny.sample(model, kind), tiny.sample(with_lora(model), kind)
+    assert error(bent, stock) > 1e-4
+    before, after = psa(with_lora(model), **FULL), with_lora(psa(model, **FULL))
+    assert error(tiny.sample(before, kind), bent) < 1e-5
+    assert error(tiny.sample(after, kind), bent) < 1e-5
+    assert report(before)["fallbacks"] == report(before)["notes"] == []
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_fp8_weights(kind, tiny_families):
+    model = tiny_families.load(kind, torch.float8_e4m3fn)
+    stock, full = tiny_families.sample(model, kind), psa(model, **FULL)
+    assert torch.isfinite(stock).all()
+    assert error(tiny_families.sample(full, kind), stock) < 1e-5
+    assert report(full)["fallbacks"] == report(full)["notes"] == []
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH)
+def test_what_is_lost_is_given_back(kind, models, tiny_families):
+    model = models(kind)
+    # Steps so short that the model sees almost the same in all of them, and so loses the same.
+    run = {"steps": 4, "sigmas": torch.tensor([0.5, 0.499, 0.498, 0.497, 0.496])}
+    stock = tiny_families.sample(model, kind, **run)
+    off, on = (psa(model, **INPUTS, sparsity=0.8, correction=size) for size in ("off", "full"))
+    lost = error(tiny_families.sample(off, kind, **run), stock)
+    assert error(tiny_families.sample(on, kind, **run), stock) < 0.8 * lost
+    assert [step["corrected_calls"] for step in report(on)["steps"]] == [0, *[blocks_of(model)] * 3]
+
+
+@pytest.mark.parametrize("kind", ["hunyuan", "hunyuan 1.5"])
+def test_double_and_single_blocks_have_numbers_of_their_own(kind, models, tiny_families):
+    sparse = psa(models(kind), sparsity=0.5, **INPUTS, dense_blocks="0, 3")
+    tiny_families.sample(sparse, kind)
+    assert list(report(sparse)["layers"]) == ["1", "2"]
+
+
+DENSE = [
+    ("hunyuan", {"attention_mask": lambda _: torch.tensor([[1] * 10 + [0] * 3])}, {}, "this prompt is padded"),
+    (
+        "ltx 0.9",
+        {
+            "keyframe_idxs": of(1, 3, FRAME, 2),
+            "guide_attention_entries": lambda _: [
+                {"pre_filter_count": FRAME, "strength": 0.5, "pixel_mask": None, "latent_shape": (1, 14, 16)}
+            ],
+        },
+        {"size": (1, 16, 4, 14, 16), **guides(0)},
+        "guides with an attention strength other than 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "extra", "more", "reason"), DENSE)
+def test_what_psa_cannot_do_stays_dense_and_says_why(kind, extra, more, reason, models, tiny_families):
+    model = models(kind)
+    extra = {name: make(tiny_families) for name, make in extra.items()}
+    stock = tiny_families.sample(model, kind, extra=extra, **more)
+    sparse = psa(model, sparsity=0.5, **INPUTS)
+    assert torch.equal(tiny_families.sample(sparse, kind, extra=extra, **more), stock)
+    (found,) = report(sparse)["fallbacks"]
+    assert reason in found["reason"]
+    assert found["calls"] == blocks_of(model)
+    assert report(sparse)["notes"] == []
+
+
+def test_a_file_in_the_folder_is_a_family(models, tmp_path, monkeypatch):
+    from comfyui_psa.patching import families, family
+
+    (tmp_path / "toy.py").write_text(
+        "from ..family import Family\nFAMILY = Family('Toy', ('toy',), lambda model, config: 'toys stay dense')\n"
+    )
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    family.families.cache_clear()
+    try:
+        model = models("cosmos").clone()
+        monkeypatch.setitem(model.model.model_config.unet_config, "image_model", "toy")
+        assert family.find_family(model) == "toys stay dense"
+        monkeypatch.setitem(model.model.model_config.unet_config, "image_model", "nobody's")
+        assert "Toy" in family.find_family(model)
+    finally:
+        family.families.cache_clear()
+
+
+def test_models_without_a_time_axis_are_not_for_psa(models):
+    import comfy.latent_formats
+
+    from comfyui_psa.patching.family import find_family
+
+    class Holder:
+        latent_format = comfy.latent_formats.Flux()
+
+    model = models("cosmos").clone()
+    model.model = Holder()
+    assert "images or sound" in find_family(model)
