@@ -21,6 +21,9 @@ Override = Callable[..., torch.Tensor]
 OVERRIDE_KEY = "optimized_attention_override"
 """Key in transformer_options under which every attention function looks for a replacement: f(func, q, k, v, heads)."""
 
+BLOCK, KIND = "block_index", "block_type"
+"""Keys in transformer_options under which a model says which block it computes: its number, and which kind of block,
+if each kind counts from 0."""
 _COMPILE_KEY = "torch.compile"
 """Key of the wrapper that ComfyUI's compile nodes put around a model."""
 _APPLY_MODEL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
@@ -270,8 +273,13 @@ def block_index(options: Mapping[str, Any], first_blocks: Mapping[str, int] = NO
     Args:
         first_blocks: number of the first block of each kind that ComfyUI counts from 0 again, see `layout.ModelCall`.
     """
-    index = options.get("block_index")
-    return None if index is None else index + first_blocks.get(options.get("block_type", ""), 0)
+    index = options.get(BLOCK)
+    return None if index is None else index + first_blocks.get(options.get(KIND, ""), 0)
+
+
+def block_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of transformer_options that says which block an attention call is in."""
+    return {key: options[key] for key in (BLOCK, KIND) if key in options}
 
 
 def is_on_several_gpus(model: Any) -> bool:

@@ -34,7 +34,7 @@ _NOT_GIVEN = -1
 """Instead of the number of a block."""
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, str place, Tensor[] tensors, SymInt[] integers, float[] floats, str words, "
-    "SymInt block) -> Tensor"
+    'SymInt block, str kind="") -> Tensor'
 )
 
 
@@ -103,8 +103,8 @@ class GraphCall:
         place = place_of(func) if fits and written.may_have_a_place(func) else ""
         if operator is None or arguments is None or not place:
             return self._untraced(func, *args, **kwargs)
-        block = core.block_index(kwargs.get("transformer_options") or {}) if where == _IN_GRAPH else None
-        return operator(q, k, v, place, *arguments, _NOT_GIVEN if block is None else block)
+        block = core.block_of(kwargs.get("transformer_options") or {}) if where == _IN_GRAPH else {}
+        return operator(q, k, v, place, *arguments, block.get(core.BLOCK, _NOT_GIVEN), block.get(core.KIND, ""))
 
 
 @functools.cache
@@ -123,6 +123,7 @@ def _attention(
     floats: Sequence[float],
     words: str,
     block: int,
+    kind: str,
 ) -> torch.Tensor:
     args, kwargs = written.read(tensors, integers, floats, words)
     func, call = written.at(place), _current.get()
@@ -131,7 +132,7 @@ def _attention(
     else:
         options = call.given if call.options is None else call.options
         if block != _NOT_GIVEN:
-            options = options | {"block_index": block}
+            options = options | {core.BLOCK: block, core.KIND: kind}
         output = call.attend(func, q, k, v, *args, **kwargs, transformer_options=options)
     return _as_promised(output, (q, k, v, *tensors))
 
@@ -146,6 +147,7 @@ def _like_attention(
     floats: Sequence[float],
     words: str,
     block: int,
+    kind: str,
 ) -> torch.Tensor:
     """An output of the right shape and strides: heads are next to each other in memory, in either form."""
     args, kwargs = written.read(tensors, integers, floats, words)

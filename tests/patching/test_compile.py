@@ -237,7 +237,7 @@ def test_after_an_error_graphs_find_no_run(model, sample, compiler):
         sample(psa, callback=interrupt)
     dense, x = inner(), torch.randn(3, 1, 64, 256)
     operator = attention_operator()
-    found = operator(*x, "comfy.ldm.modules.attention:attention_pytorch:1", [], [2], [], "int", -1)
+    found = operator(*x, "comfy.ldm.modules.attention:attention_pytorch:1", [], [2], [], "int", -1, "")
     assert torch.equal(found, dense(*x, 2))
     assert torch.equal(sample(psa), sample(patch_model(model, **PATCH)))
 
@@ -270,7 +270,7 @@ def test_the_operator_keeps_torchs_rules(comfyui, by_heads, keeps_heads, dtype):
     place = "comfy.ldm.modules.attention:attention_pytorch:1"
     words = f"int,mask=tensor,scale=float,skip_reshape={by_heads},skip_output_reshape={keeps_heads}"
     mask = torch.zeros(64, 64, dtype=dtype)
-    arguments = (q, k, v, place, [mask], [3], [0.25], words, -1)
+    arguments = (q, k, v, place, [mask], [3], [0.25], words, -1, "")
     torch.library.opcheck(attention_operator(), arguments)
     found = attention_operator()(*arguments)
     form = {"skip_reshape": by_heads, "skip_output_reshape": keeps_heads}
@@ -288,7 +288,7 @@ def test_the_pack_loaded_twice_has_two_operators(comfyui):
     try:
         other = importlib.import_module(f"{name}.patching.operator")
         x = torch.randn(3, 1, 64, 256)
-        call = (*x, "comfy.ldm.modules.attention:attention_pytorch:1", [], [2], [], "int", -1)
+        call = (*x, "comfy.ldm.modules.attention:attention_pytorch:1", [], [2], [], "int", -1, "")
         with model_call(lambda func, q, k, v, *_, **__: q + 1, {}):
             assert torch.equal(attention_operator()(*call), x[0] + 1)
             assert torch.equal(other.attention_operator()(*call), inner()(*x, 2))

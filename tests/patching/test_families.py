@@ -321,6 +321,26 @@ def test_double_and_single_blocks_have_numbers_of_their_own(kind, models, tiny_f
     assert list(report(sparse)["layers"]) == ["1", "2"]
 
 
+@pytest.mark.slow(seconds=15)
+def test_blocks_of_both_kinds_keep_their_numbers_in_a_compiled_network(models, tiny_families):
+    import torch._dynamo
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
+
+    sparse = psa(models("hunyuan"), sparsity=0.5, **INPUTS, dense_blocks="0, 3")
+    expected = tiny_families.sample(sparse, "hunyuan")
+    compiled = sparse.clone()
+    torch._dynamo.reset()
+    try:
+        options = {"guard_filter_fn": skip_torch_compile_dict}
+        set_torch_compile_wrapper(model=compiled, backend="eager", options=options)
+        assert error(tiny_families.sample(compiled, "hunyuan"), expected) < 1e-3
+    finally:
+        torch._dynamo.reset()
+    assert list(report(sparse)["layers"]) == ["1", "2"]
+    assert report(sparse)["notes"] == []
+
+
 DENSE = [
     ("hunyuan", {"attention_mask": lambda _: torch.tensor([[1] * 10 + [0] * 3])}, {}, "this prompt is padded"),
     (
