@@ -65,7 +65,7 @@ class Run:
         self.kept = kept or Kept(settings.reuse_steps)
         self.record = Record(pictured_block, on_step, blocks=blocks, verbose=settings.verbose, told=told)
         self._begin_learning()
-        self._workers: dict[Hashable, Run] = {}
+        self._workers: dict[Hashable, Run | None] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple:
@@ -85,8 +85,9 @@ class Run:
         """
         with self._lock:
             if worker not in self._workers:
-                self._workers[worker] = self._for_worker() if self._workers else self
-            return self._workers[worker]
+                # None for this run: if it referred to itself, its tensors would outlive it on the GPU.
+                self._workers[worker] = self._for_worker() if self._workers else None
+            return self._workers[worker] or self
 
     def _for_worker(self) -> Run:
         run = Run.__new__(Run)
@@ -232,7 +233,7 @@ class Run:
         Args:
             completed: False after an error or an interrupt, which stopped the last step.
         """
-        workers = [run for run in self._workers.values() if run is not self]
+        workers = [run for run in self._workers.values() if run is not None]
         try:
             self.record.end(self.position, completed)
             for run in workers:

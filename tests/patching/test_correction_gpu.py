@@ -121,8 +121,8 @@ def kept_call(dim, group, device="cuda", dtype=torch.bfloat16, backend="auto"):
     layout, order = TokenLayout(GRID), make_order("curve", GRID, device=device)
     reference = pyramid_sparse_attention(*(x.float().cpu() for x in (q, k, v)), config, layout=layout, backend="torch")
     lists = dataclasses.replace(
-        reference.lists, **{name: getattr(reference.lists, name).to(device) for name in ("blocks", "ends", "density")},
-        unranked=None, best=None,
+        reference.lists,
+        **{name: getattr(reference.lists, name).to(device) for name in ("blocks", "ends", "density", "best")},
     ).packed()  # fmt: skip
     on_device = make_order("curve", GRID)
     delta = measure_delta(dense.float().cpu(), reference.output, on_device, group)

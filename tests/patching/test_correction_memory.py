@@ -11,6 +11,7 @@ from comfyui_psa.patching.patch import KEY, patch_model
 from comfyui_psa.sampling import self_attention
 from comfyui_psa.sampling.correction import LossStore, Memory
 from comfyui_psa.sampling.record import Record
+from comfyui_psa.sampling.run import Run
 
 PATCH = {
     "sparsity": 0.85, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
@@ -269,3 +270,16 @@ def test_figures_that_cannot_be_read_keep_no_memory(model, sample, monkeypatch):
         patch.setattr(Record, "end", fail)
         sample(psa, **SMALL)
     assert [(store.most > 0, store.nbytes, len(store)) for store in stores] == [(True, 0, 0)]
+
+
+def test_a_run_is_gone_when_it_ends(model, sample):
+    """Without waiting for the garbage collector: until it came, small tensors of every call would stay on the GPU."""
+    psa = patch_model(model, **PATCH)
+    sample(psa, **SMALL)
+    gc.collect()
+    gc.disable()
+    try:
+        sample(psa, **SMALL)
+        assert not [found for found in gc.get_objects() if type(found) is Run]
+    finally:
+        gc.enable()
