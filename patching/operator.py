@@ -34,7 +34,7 @@ _NOT_GIVEN = -1
 """Instead of the number of a block."""
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, str place, Tensor[] tensors, SymInt[] integers, float[] floats, str words, "
-    'SymInt block, str kind="") -> Tensor'
+    "SymInt block, str kind) -> Tensor"
 )
 
 
