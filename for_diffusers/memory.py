@@ -22,14 +22,21 @@ def free_for_run(device: torch.device) -> int:
 
 
 def free_on_host() -> int:
-    """Bytes that may be held on the host: half of what is free, 0 if that is not known."""
+    """Bytes that may be held on the host: half of what is free, 0 if that is not known.
+
+    Processes that torchrun has started on this host share them.
+    """
+    return _free() // (2 * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _free() -> int:
     try:
         import psutil
     except ImportError:
         names = getattr(os, "sysconf_names", {})
         known = {"SC_AVPHYS_PAGES", "SC_PAGE_SIZE"} <= names.keys()
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else 0
-    return psutil.virtual_memory().available // 2
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
+    return psutil.virtual_memory().available
 
 
 def pin(tensor: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ from ..sampling.run import Run
 from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
 from . import memory, operator
 from .layout import MODELS
+from .parallel import Parallel, SharedBudget, dense_reason, find_parallel
 from .schedule import Schedule, Steps
 
 log = logging.getLogger("ComfyUI-PSA")
@@ -53,13 +54,22 @@ class Call:
         run: the sampling run that it belongs to.
         reason: why the whole call stays dense, None if PSA can take it.
         with_graph: whether autograd was on when it began.
+        parallel: how it is shared with other processes, if it is.
         attentions: how many self-attention modules have run.
+        budget: what the current one shares with other processes, if it does.
     """
 
     run: Run
     reason: str | None = None
     with_graph: bool = False
+    parallel: Parallel | None = None
     attentions: int = 0
+    budget: SharedBudget | None = None
+
+    def end_budget(self) -> None:
+        """Every attention call ends with it, whatever was done: other processes wait for their sums."""
+        if self.budget is not None:
+            self.budget.finish()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +146,7 @@ class TransformerState:
 
     def begin_call(self, transformer: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Called before a forward of the transformer. Reads once from the device if steps are told apart."""
-        layout, timestep, steps, reason = None, None, None, None
+        layout, timestep, steps, reason, parallel = None, None, None, None, None
         if not self.off:
             try:
                 layout, timestep = MODELS[self.family].read_call(transformer, args, kwargs)
@@ -147,13 +157,17 @@ class TransformerState:
                 steps = None if self.schedule is None else self.schedule.find(timestep)
                 if steps is None and self.schedule is not None and (self.schedule.warm_up or self.settings.falling):
                     reason = NO_STEPS
+                reason = dense_reason(transformer) or reason
+                parallel = find_parallel(transformer, layout.video)
         blocks = len(MODELS[self.family].blocks(transformer))
         run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")), blocks)
         run.begin_model_call(0.0 if steps is None else steps.now, layout, ())
         if run.position.in_last_step:
             run.kept.last_step()
             run.losses.last = True
-        self._calls[threading.get_ident()] = Call(run, reason, torch.is_grad_enabled())
+        if reason is not None:
+            run.record.tell(reason)
+        self._calls[threading.get_ident()] = Call(run, reason, torch.is_grad_enabled(), parallel)
         operator.current.set(self)
 
     def _run(self, steps: Steps | None, layout: TokenLayout | None, device: torch.device, blocks: int) -> Run:
@@ -227,7 +241,7 @@ class TransformerState:
         """Called after a self-attention module. seen: whether it called `attend` meanwhile."""
         call.attentions += 1
         if not seen and not self.off:
-            self._stays_dense(call, _unseen_reason(attention))
+            self._stays_dense(call, call.reason or _unseen_reason(attention))
 
     def attend(
         self,
@@ -248,6 +262,9 @@ class TransformerState:
         """
         run = call.run
         run.begin_self_attention(block)
+        call.budget = None
+        if call.parallel is not None and run.config.mode == "budget":
+            call.budget = SharedBudget(call.parallel, run.config, query.shape[0], query.device)
         if not run.position.active:
             self._stays_dense(call, None)
             return None
@@ -255,10 +272,11 @@ class TransformerState:
         found: torch.Tensor | str | None
         found = _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)
         if found is None and not run.learns:
-            found = attend(run, query, key, value, prompts=_prompts(run, query), host=DIFFUSERS, scale=scale)
+            found = attend(run, query, key, value, scale=scale, **_given(call, query))
         if found is None or isinstance(found, str):
             self._stays_dense(call, found)
             return None
+        call.end_budget()
         return found
 
     def learn(
@@ -274,12 +292,12 @@ class TransformerState:
         scale: float | None = None,
         **_: Any,
     ) -> None:
-        """Called with the output of a call that stayed dense: measure what PSA would have lost, if it is time to."""
+        """Called with the output of every call that stayed dense: measure what PSA would have lost, if it is time to."""
         run = call.run
         masked = attn_mask is not None or is_causal or bool(dropout_p)
-        if not run.learns or _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value):
-            return
-        learn(run, query, key, value, dense, prompts=_prompts(run, query), host=DIFFUSERS, scale=scale)
+        if run.learns and not (_decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)):
+            learn(run, query, key, value, dense, scale=scale, **_given(call, query))
+        call.end_budget()
 
     def _stays_dense(self, call: Call, reason: str | None, calls: int = 1) -> None:
         """Count calls that stay dense, and log the reason once. In the warm-up, a reason means no step is sparse."""
@@ -305,10 +323,18 @@ def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) 
     return NO_GRADIENTS if call.with_graph and not torch.is_grad_enabled() else None
 
 
-def _prompts(run: Run, query: torch.Tensor) -> list[tuple[int, int, int]]:
-    """What each batch entry is computed for: the forwards of a step come in the same order in every step. A cache that
-    leaves out one of the prompts changes the size of the batch."""
-    return [(run.position.forward, query.shape[0], entry) for entry in range(query.shape[0])]
+def _given(call: Call, query: torch.Tensor) -> dict[str, Any]:
+    """What PSA must know of an attention call besides its tensors.
+
+    Its prompts are what each batch entry is computed for: the forwards of a step come in the same order in every step.
+    A cache that leaves out one of the prompts changes the size of the batch.
+    """
+    batch = query.shape[0]
+    return {
+        "prompts": [(call.run.position.forward, batch, entry) for entry in range(batch)],
+        "host": DIFFUSERS,
+        "shared": None if call.budget is None else call.budget.heads,
+    }
 
 
 def _unseen_reason(attention: torch.nn.Module) -> str:

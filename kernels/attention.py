@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .backends import BackendError, choose_backend, gradient_reason, video_attention
 from .config import PyramidConfig
 from .delta import Delta
-from .levels import BlockLists
+from .levels import BlockLists, SharedHeads
 from .order import TokenLayout, TokenOrder, make_order
 from .semantic import SEMANTIC_ORDERS, Centroids, semantic_orders
 
@@ -66,6 +66,7 @@ def pyramid_sparse_attention(
     delta: Delta | None = None,
     centroids: Centroids | None = None,
     out: torch.Tensor | None = None,
+    shared: SharedHeads | None = None,
 ) -> AttentionResult:
     """Attention in which every query block sees each key block at the resolution that its importance earns.
 
@@ -87,6 +88,7 @@ def pyramid_sparse_attention(
             order of the query blocks, so that order must be the same again.
         centroids: those of an earlier step, for the orders that follow the data.
         out: where to write the output [B, H, Lq, D], any strides; by default a new tensor.
+        shared: heads of the same call that other processes compute; only budget mode asks about them.
         generator: random source of `sampled` importance; by default a fresh one per call, seeded with config.seed.
 
     Raises:
@@ -148,6 +150,7 @@ def pyramid_sparse_attention(
             _video(output, query_layout),
             lists,
             delta,
+            shared,
         )
     other_queries = _others(q, query_layout)
     if other_queries is not None:

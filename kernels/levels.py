@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,28 @@ class BlockLists:
         return result.scatter_(-1, index, by_level[group])[..., :-1]
 
 
-def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None = None) -> torch.Tensor:
+@dataclasses.dataclass(frozen=True)
+class SharedHeads:
+    """The place of a call's heads among those that several processes compute at the same time. They share one budget.
+
+    Attributes:
+        first: number of the first head here. heads: how many there are in all processes.
+        add: add(entry, counts) sums the counts of a batch entry over all processes; every process asks for it.
+        entry: number of the call's first batch entry.
+    """
+
+    first: int
+    heads: int
+    add: Callable[[int, torch.Tensor], torch.Tensor]
+    entry: int = 0
+
+
+def choose_levels(
+    scores: torch.Tensor,
+    config: PyramidConfig,
+    cap: torch.Tensor | None = None,
+    shared: SharedHeads | None = None,
+) -> torch.Tensor:
     """Pooling factors int16 [B, H, n_q, n_k] for importance `scores` [B, H, n_q, n_k]; 0 = dropped.
 
     A score that is not finite has no weight and ranks after all others.
@@ -104,6 +126,7 @@ def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor
     Args:
         cap: coarsest factor per key block int16 [B, H, n_k] (`similarity_cap`). A chosen level is refined to it;
             blocks that no level takes stay dropped, or at the tail. In budget mode the budget includes its cost.
+        shared: in budget mode, the heads elsewhere that share the budget.
 
     Raises:
         ConfigError: in topk mode, `sparsity` cannot be met with this number of key blocks. Budget mode gets as close
@@ -123,7 +146,7 @@ def choose_levels(scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor
     depth = -remaining.log()  # 0 for the first block, then rising; a cut tau is the depth -ln(1 - tau)
     cap_ranked = _by_rank(cap, ranked)
     cuts = depth_cuts(config)
-    scale = budget_scale(depth, cuts, config, cap_ranked) if config.mode == "budget" else 1.0
+    scale = budget_scale(depth, cuts, config, cap_ranked, shared) if config.mode == "budget" else 1.0
     return _place(_cut(depth, cuts, scale, config), ranked, config, cap_ranked)
 
 
@@ -153,40 +176,62 @@ def remaining_mass(scores: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tens
 
 
 def budget_scale(
-    depth: torch.Tensor, cuts: tuple[float, ...], config: PyramidConfig, cap_ranked: torch.Tensor | None
+    depth: torch.Tensor,
+    cuts: tuple[float, ...],
+    config: PyramidConfig,
+    cap_ranked: torch.Tensor | None,
+    shared: SharedHeads | None = None,
 ) -> torch.Tensor:
     """Factor [B, 1, 1, 1] of the cuts at which the mean density of each batch entry is 1 - sparsity.
 
     The density at a factor c follows from how many blocks lie within depth c * cut of every level. One histogram of
     log2(depth) gives that for all c at once, and nothing is read back to the host. With a cap: one histogram per cap.
+    Histograms are whole numbers, so their sum over several processes is that of one process, to the last bit.
     """
     assert config.sparsity is not None  # the config has it in budget mode
-    caps = [None] if cap_ranked is None else sorted({1, *config.similarity_cap})
+    caps = [None] if cap_ranked is None else _caps(config)
     log_depth = depth.log2().clamp(-_LOG_RANGE, _LOG_RANGE)
     width = 2 * _LOG_RANGE / _BINS
     candidates = torch.linspace(-_LOG_RANGE, _LOG_RANGE, _BINS + 1, device=depth.device)
     dropped_cost = 1 / config.dropped_factor if config.dropped_factor else 0.0
     scales = []
     for b in range(depth.shape[0]):
-        density = torch.full_like(candidates, dropped_cost)
+        histograms = []
         for cap in caps:
             # Values outside the range are not counted: this is how the histogram of one cap leaves out the others.
             values = log_depth[b]
             if cap is not None and cap_ranked is not None:
                 values = torch.where(cap_ranked[b] == cap, values, math.inf)
-            counts = torch.histc(values, _BINS, -_LOG_RANGE, _LOG_RANGE)
-            share_within = F.pad(counts.cumsum(0, dtype=torch.float64) / depth[b].numel(), (1, 0)).float()
+            histograms.append(torch.histc(values, _BINS, -_LOG_RANGE, _LOG_RANGE))
+        counts = torch.stack(histograms)
+        if shared is not None:
+            counts = shared.add(shared.entry + b, counts)
+        within_cap = counts.cumsum(1, dtype=torch.float64)
+        within_cap /= within_cap[:, -1].sum()
+        density = torch.full_like(candidates, dropped_cost)
+        for cap, within in zip(caps, within_cap, strict=True):
+            share_within = F.pad(within, (1, 0)).float()
             costs = [1 / (factor if cap is None else min(factor, cap)) for factor in config.factors]
             for cut, cost, next_cost in zip(cuts, costs, [*costs[1:], dropped_cost], strict=True):
                 position = ((candidates + math.log2(cut) + _LOG_RANGE) / width).clamp(0, _BINS)
                 below = position.floor().clamp_max(_BINS - 1).long()
-                within = torch.lerp(share_within[below], share_within[below + 1], position - below)
-                density += (cost - next_cost) * within
+                density += (cost - next_cost) * torch.lerp(
+                    share_within[below], share_within[below + 1], position - below
+                )
         after = (density < 1 - config.sparsity).sum().clamp(1, _BINS)
         low, high = density[after - 1], density[after]
         part = ((1 - config.sparsity - low) / (high - low).clamp_min(1e-9)).clamp(0, 1)
         scales.append(torch.lerp(candidates[after - 1], candidates[after], part).exp2())
     return torch.stack(scales).view(-1, 1, 1, 1)
+
+
+def no_counts(config: PyramidConfig, device: torch.device) -> torch.Tensor:
+    """What a process that chooses no levels adds to the counts of `SharedHeads`."""
+    return torch.zeros(len(_caps(config)) if config.similarity_cap else 1, _BINS, device=device)
+
+
+def _caps(config: PyramidConfig) -> list[int]:
+    return sorted({1, *config.similarity_cap})
 
 
 def _cut(

@@ -15,6 +15,7 @@ from ..kernels.attention import AttentionResult, pyramid_sparse_attention
 from ..kernels.backends import gradient_reason
 from ..kernels.config import ConfigError
 from ..kernels.delta import GROUPS, measure_delta
+from ..kernels.levels import SharedHeads
 from .correction import Loss, Memory
 from .run import Run, log
 
@@ -93,15 +94,17 @@ def attend(
     prompts: Sequence[Hashable],
     host: Host,
     scale: float | None = None,
+    shared: SharedHeads | None = None,
 ) -> torch.Tensor | str:
     """PSA on q, k, v [B, H, L, D], and a record of it: the output [B, H, L, D], or the reason why there is none.
 
     Args:
         prompts: one for each batch entry, by which it is known again in later steps, however entries are batched there.
+        shared: heads of the same call that other processes compute.
     """
     found = None
     while found is None:
-        found = _try(run, q, k, v, prompts, host, scale)
+        found = _try(run, q, k, v, prompts, host, scale, shared)
     if isinstance(found, str):
         return found
     output, results, corrected = found
@@ -119,6 +122,7 @@ def learn(
     prompts: Sequence[Hashable],
     host: Host,
     scale: float | None = None,
+    shared: SharedHeads | None = None,
 ) -> None:
     """Measure what PSA would have lost in a call with the dense output [B, H, L, D], and keep it for later steps.
 
@@ -138,7 +142,7 @@ def learn(
         for piece in _pieces(run, q.shape, prompts):
             some_q, some_k, some_v, some_dense = (x[piece.part] for x in (q, k, v, dense))
             try:
-                result = _call(run, some_q, some_k, some_v, scale, lists=None)
+                result = _call(run, some_q, some_k, some_v, scale, lists=None, shared=piece.of(shared))
             except Exception as error:
                 if host.is_out_of_memory(error):
                     raise
@@ -173,6 +177,7 @@ def _try(
     prompts: Sequence[Hashable],
     host: Host,
     scale: float | None,
+    shared: SharedHeads | None,
 ) -> tuple[torch.Tensor, list[AttentionResult], bool] | str | None:
     """PSA in pieces: the output, what each piece did, and whether all were corrected; or the reason why it failed.
 
@@ -182,7 +187,7 @@ def _try(
     pieces = _pieces(run, q.shape, prompts)
     corrects = any(run.losses.has(piece.place) for piece in pieces)
     try:
-        return _in_pieces(run, q, k, v, pieces, scale)
+        return _in_pieces(run, q, k, v, pieces, scale, shared)
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
         full = host.is_out_of_memory(error)
         if corrects or (full and run.losses):
@@ -209,10 +214,18 @@ def _refuse(run: Run, q: torch.Tensor, error: Exception, host: Host) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What is computed at a time. part: of the batch and the heads; place: where it is known again in later steps."""
+    """What is computed at a time. part: of the batch and the heads; place: where it is known again in later steps;
+    whole: whether it has all heads of the call."""
 
     part: tuple[slice, slice]
     place: Hashable
+    whole: bool
+
+    def of(self, shared: SharedHeads | None) -> SharedHeads | None:
+        """The heads elsewhere that share this piece's budget: none if not even the heads here are together."""
+        if shared is None or not self.whole:
+            return None
+        return dataclasses.replace(shared, entry=self.part[0].start or 0)
 
 
 def _pieces(run: Run, shape: Sequence[int], prompts: Sequence[Hashable]) -> list[_Piece]:
@@ -223,7 +236,11 @@ def _pieces(run: Run, shape: Sequence[int], prompts: Sequence[Hashable]) -> list
         entries = [(slice(row, row + 1), prompt) for row, prompt in enumerate(prompts)]
     size = -(-heads // run.kept.groups)
     return [
-        _Piece((rows, slice(first, first + size)), (run.position.block, prompt, run.position.layout, first, size))
+        _Piece(
+            (rows, slice(first, first + size)),
+            (run.position.block, prompt, run.position.layout, first, size),
+            whole=size == heads,
+        )
         for rows, prompt in entries
         for first in range(0, heads, size)
     ]
@@ -246,7 +263,13 @@ def _call(
 
 
 def _in_pieces(
-    run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: list[_Piece], scale: float | None
+    run: Run,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pieces: list[_Piece],
+    scale: float | None,
+    shared: SharedHeads | None,
 ) -> tuple[torch.Tensor, list[AttentionResult], bool]:
     # One output for all pieces: joining separate outputs at the end would need the memory twice.
     output = q.new_empty(*(q.shape[i] for i in (0, 2, 1, 3))).transpose(1, 2)
@@ -257,11 +280,12 @@ def _in_pieces(
         loss = run.losses.get(piece.place)
         corrected &= loss is not None
         delta, lists = (None, None) if loss is None else (loss.delta, loss.lists)
+        given = {"delta": delta, "out": out, "shared": piece.of(shared)}
         if lists is not None:
-            result = _call(run, some_q, some_k, some_v, scale, lists=lists, delta=delta, out=out)
+            result = _call(run, some_q, some_k, some_v, scale, lists=lists, **given)
         else:
             lists, centroids = run.kept.lists(piece.place), run.kept.centroids(piece.place)
-            result = _call(run, some_q, some_k, some_v, scale, lists=lists, delta=delta, centroids=centroids, out=out)
+            result = _call(run, some_q, some_k, some_v, scale, lists=lists, centroids=centroids, **given)
             run.kept.put(piece.place, result, reused=lists is not None)
         results.append(result)
     return output, results, corrected

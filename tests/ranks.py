@@ -79,6 +79,8 @@ def _serve(rank, count, meeting):
     gpus = torch.cuda.device_count() >= count
     if gpus:
         torch.cuda.set_device(rank)
+    else:
+        _stand_in_for_gpus()
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo",
         init_method=Path(meeting).as_uri(),
@@ -96,6 +98,21 @@ def _serve(rank, count, meeting):
             said = traceback.format_exc()
         answers.write(f"{said!r}\n")
         answers.flush()
+
+
+def _stand_in_for_gpus():
+    """diffusers divides by the number of GPUs, puts the lengths of unequal parts on one, and gathers unequal parts,
+    which gloo cannot."""
+    torch.accelerator.device_count = lambda: 1
+    torch.accelerator.current_accelerator = lambda *_: torch.device("cpu")
+
+    def all_gather(outputs, tensor, group=None):
+        for rank, output in enumerate(outputs):
+            if rank == torch.distributed.get_rank(group):
+                output.copy_(tensor)
+            torch.distributed.broadcast(output, group=group, group_src=rank)
+
+    torch.distributed.all_gather = all_gather
 
 
 if __name__ == "__main__":

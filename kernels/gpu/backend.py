@@ -14,7 +14,7 @@ import torch
 from ..config import PyramidConfig
 from ..delta import Delta
 from ..importance import Representatives, default_generator, group_size, key_groups, sample_count, sample_rows
-from ..levels import BlockLists
+from ..levels import BlockLists, SharedHeads
 from ..order import TokenOrder
 from ..similarity import similarity_cap
 from .attend import attend_triton
@@ -44,13 +44,15 @@ def attend_video(
     out: torch.Tensor,
     lists: BlockLists | None = None,
     delta: Delta | None = None,
+    shared: SharedHeads | None = None,
 ) -> BlockLists:
     """Attention of q [B, H, Lq, D] over the pyramid of k, v [B, H, Lk, D] and the extra tokens, written to `out`.
 
-    lists: levels to use instead of choosing them. delta: added to the output. Returns the levels that were used.
+    lists: levels to use instead of choosing them. delta: added to the output. shared: heads elsewhere. Returns the
+    levels that were used.
     """
     if lists is None:
-        lists = _choose(q, k, config, query_order, key_order, scale, generator)
+        lists = _choose(q, k, config, query_order, key_order, scale, generator, shared)
     for part in _parts(q, whole=key_order.index is None):
         others_k, others_v = (None if extra is None else extra[part] for extra in (extra_k, extra_v))
         orders, lost = (query_order[part], key_order[part]), None if delta is None else delta[part]
@@ -67,6 +69,7 @@ def _choose(
     key_order: TokenOrder,
     scale: float,
     generator: torch.Generator | None,
+    shared: SharedHeads | None,
 ) -> BlockLists:
     ranking = config.ranking
     if ranking.importance == "sampled":
@@ -81,7 +84,7 @@ def _choose(
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
-    return choose_lists_triton(scores, config, cap, k.shape[2])
+    return choose_lists_triton(scores, config, cap, k.shape[2], shared)
 
 
 def _attend_part(

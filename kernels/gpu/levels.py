@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..config import PyramidConfig
-from ..levels import FLOOR, BlockLists, budget_scale, depth_cuts, remaining_mass, topk_ends
+from ..levels import FLOOR, BlockLists, SharedHeads, budget_scale, depth_cuts, remaining_mass, topk_ends
 
 _TOPK, _MASS = 0, 1
 # Rows of importance, per batch entry, from which budget mode learns the scale of its cuts.
@@ -109,11 +109,16 @@ def _choose(
 
 
 def choose_lists_triton(
-    scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None, length_k: int
+    scores: torch.Tensor,
+    config: PyramidConfig,
+    cap: torch.Tensor | None,
+    length_k: int,
+    shared: SharedHeads | None = None,
 ) -> BlockLists:
     """As `levels.group_by_level` of `levels.choose_levels`. Scores float32 [B, H, n_q, n_k], contiguous.
 
-    In budget mode the scale of the cuts is learnt from some of the rows, evenly spread over every head.
+    In budget mode the scale of the cuts is learnt from some of the rows, evenly spread over every head, here and
+    elsewhere. So heads that several processes share have the rows that they would have in one.
     """
     batch, heads, n_q, n_k = scores.shape
     stored = config.stored_factors
@@ -123,14 +128,16 @@ def choose_lists_triton(
     else:
         cuts, rule = depth_cuts(config), _MASS
         if config.mode == "budget":
-            step = max(1, heads * n_q // _BUDGET_ROWS)
-            part = scores.view(batch, 1, heads * n_q, n_k)[:, :, ::step]
+            before, all_heads = (0, heads) if shared is None else (shared.first, shared.heads)
+            step = max(1, all_heads * n_q // _BUDGET_ROWS)
+            start = -before * n_q % step
+            part = scores.view(batch, 1, heads * n_q, n_k)[:, :, start::step]
             left, ranked = remaining_mass(part, floor=FLOOR)
             part_cap = None
             if cap is not None:
-                rows = torch.arange(0, heads * n_q, step, device=scores.device) // n_q
+                rows = torch.arange(start, heads * n_q, step, device=scores.device) // n_q
                 part_cap = cap[:, rows][:, None].gather(-1, ranked)
-            scale = budget_scale(-left.log(), cuts, config, part_cap)
+            scale = budget_scale(-left.log(), cuts, config, part_cap, shared)
     blocks = torch.empty(batch, heads, n_q, n_k, dtype=torch.int32, device=scores.device)
     ends = torch.empty(batch, heads, n_q, len(stored), dtype=torch.int32, device=scores.device)
     density = torch.empty(batch, heads, n_q, dtype=torch.float32, device=scores.device)

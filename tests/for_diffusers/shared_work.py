@@ -1,6 +1,9 @@
 """What the tests of several GPUs ask of one process or of several: a sampled tiny model, with PSA and without."""
 
 import importlib.util
+import itertools
+import logging
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -35,13 +38,22 @@ class SelfAttention(TorchFunctionMode):
 
 
 def wan(
-    *, psa=None, parallel=None, psa_first=True, steps=3, size=(1, 16, 3, 32, 32), heads=4, guidance=1.0, device="cpu"
+    *,
+    psa=None,
+    parallel=None,
+    psa_first=True,
+    steps=3,
+    size=(1, 16, 3, 32, 32),
+    heads=4,
+    guidance=1.0,
+    device="cpu",
+    troubled=None,
 ):
     """A Wan pipeline's latents, and what PSA did.
 
     Args:
         psa: the arguments of apply_psa; None for dense. parallel: those of ContextParallelConfig; None for one process.
-        device: cpu in float32, or cuda in bfloat16, the current one.
+        device: cpu in float32, or cuda in bfloat16, the current one. troubled: the rank that runs out of memory.
     """
     from diffusers import ContextParallelConfig
 
@@ -52,20 +64,63 @@ def wan(
     pipe = pipes.pipeline(model)
     applied = apply_psa(pipe, **psa) if psa is not None and psa_first else None
     if parallel is not None:
-        with on_a_cpu():
-            model.enable_parallelism(config=ContextParallelConfig(**parallel))
+        model.enable_parallelism(config=ContextParallelConfig(**parallel))
     if psa is not None and not psa_first:
         applied = apply_psa(pipe, **psa)
     guided = {"guidance_scale": guidance, "negative_prompt_embeds": pipes.normal(1, 13, 4096, seed=5).to(device)}
-    with SelfAttention() as attention:
+    trouble = short_of_memory() if troubled is not None and troubled == torch.distributed.get_rank() else nullcontext()
+    with SelfAttention() as attention, trouble:
         latents = pipes.run(pipe, steps, size, **(guided if guidance > 1 else {}))
     return {"latents": latents.cpu().float(), "self_attention": attention.shapes} | figures(applied)
 
 
-def on_a_cpu():
-    """diffusers divides by the number of GPUs, of which there are none on a CPU."""
-    count = max(1, torch.accelerator.device_count())
-    return mock.patch("torch.accelerator.device_count", lambda: count)
+def refused(**given):
+    """What the error of such a run says."""
+    try:
+        wan(**given)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def ring():
+    """A sampled Wan with ring attention, dense and with PSA, and what was logged."""
+    from diffusers.models import attention_dispatch
+
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("ComfyUI-PSA").addHandler(handler)
+    settings = {"sparsity": 0.6, "min_tokens": 0, "warm_up": 1}
+    with mock.patch.object(attention_dispatch, "_native_attention_forward_op", with_sums_of_exponentials):
+        dense, sparse = (wan(psa=psa, parallel={"ring_degree": 2}) for psa in (None, settings))
+    same = torch.equal(dense["latents"], sparse["latents"])
+    return {"same": same, "said": said, "dense": sparse["dense"], "fallbacks": sparse["fallbacks"]}
+
+
+def with_sums_of_exponentials(_, query, key, value, *__, **___):
+    """What ring attention needs of a kernel, and no kernel of torch gives on a CPU. All are [B, L, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    return (logits.softmax(-1) @ v).transpose(1, 2), logits.logsumexp(-1).transpose(1, 2)
+
+
+@contextmanager
+def short_of_memory():
+    """The first call of PSA has no memory, and the fourth has none left after it has chosen its levels."""
+    from comfyui_psa.sampling import self_attention
+
+    genuine, calls = self_attention.pyramid_sparse_attention, itertools.count()
+
+    def attention(*args, **kwargs):
+        number = next(calls)
+        output = None if number == 0 else genuine(*args, **kwargs)
+        if number in (0, 3):
+            raise torch.cuda.OutOfMemoryError
+        return output
+
+    with mock.patch.object(self_attention, "pyramid_sparse_attention", attention):
+        yield
 
 
 def figures(applied):

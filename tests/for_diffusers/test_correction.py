@@ -254,3 +254,14 @@ def test_a_batch_that_changes_its_size_is_not_corrected_by_another_row(pipes, mo
         with torch.no_grad():
             pipe.transformer(latents, timestep.repeat(len(latents)), text, return_dict=False)
     assert given == [[True, True], [True, True], [False], [True, True]]
+
+
+def test_processes_on_one_host_share_its_memory(monkeypatch):
+    import psutil
+
+    from comfyui_psa.for_diffusers import memory
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=800))
+    assert memory.free_on_host() == 400
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.free_on_host() == 100

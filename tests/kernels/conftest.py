@@ -1,6 +1,6 @@
 """Fixtures of the tests of the mathematics: the oracle, and tensors whose surroundings are poisoned with NaN.
 
-Nothing here calls `kernels/`.
+Nothing here calls `kernels/`; `in_parts` only fills in what it takes.
 """
 
 import importlib.util
@@ -95,3 +95,31 @@ def random_factors():
         return factors.scatter(-1, keep, torch.where(current == 0, finest, current).to(torch.int16))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def in_parts():
+    """in_parts(choose, scores, config, sizes, cap): the maps that processes with so many heads each would choose.
+
+    choose: as `choose_levels`. Every process gets the sums of all, from a first round in which they only count.
+    """
+    from comfyui_psa.kernels.levels import SharedHeads
+
+    def choose_in_parts(choose, scores, config, sizes, cap=None):
+        counts, maps = [], []
+        for collecting in (True, False):
+
+            def add(entry, own, collecting=collecting):
+                if collecting:
+                    counts.append((entry, own))
+                return sum(other for where, other in counts if where == entry)
+
+            first = 0
+            for size in sizes:
+                part = slice(None), slice(first, first + size)
+                shared = SharedHeads(first, scores.shape[1], add)
+                maps.append(choose(scores[part], config, None if cap is None else cap[part], shared))
+                first += size
+        return maps[len(sizes) :]
+
+    return choose_in_parts

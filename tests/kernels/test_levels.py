@@ -120,6 +120,26 @@ def test_levels_are_chosen_row_by_row():
     assert torch.equal(choose_levels(scores * 1024, config), whole)
 
 
+# --- heads that several processes share ---
+
+
+@pytest.mark.parametrize("sizes", [(3, 3), (2, 2, 2), (4, 2), (1, 5)])
+@pytest.mark.parametrize("capped", [False, True])
+def test_a_budget_is_that_of_all_heads_wherever_they_are(in_parts, sizes, capped):
+    """Heads of very different temper: each part alone would get another scale."""
+    scores = torch.cat([softmax_scores((2, 1, 7, 80), 0.5 + 2 * head, seed=head) for head in range(6)], 1)
+    config = make_config({1: 0.4, 2: 0.1, 8: 0.2}, "budget", 0.8)
+    cap = None
+    if capped:
+        config = dataclasses.replace(config, similarity_cap={2: 0.5, 4: 0.4})
+        choices = torch.tensor([1, 2, 4], dtype=torch.int16)
+        cap = choices[torch.randint(3, (2, 6, 80), generator=torch.Generator().manual_seed(9))]
+    whole = choose_levels(scores, config, cap)
+    assert torch.equal(torch.cat(in_parts(choose_levels, scores, config, sizes, cap), 1), whole)
+    alone = choose_levels(scores[:, : sizes[0]], config, None if cap is None else cap[:, : sizes[0]])
+    assert not torch.equal(alone, whole[:, : sizes[0]])
+
+
 # --- any rule ---
 
 SHARES = st.dictionaries(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([0.03, 0.07, 0.11, 0.19]), min_size=1)

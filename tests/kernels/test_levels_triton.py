@@ -109,6 +109,24 @@ def test_budget_learns_its_scale_from_a_part_of_the_rows(triton_device, monkeypa
     assert lists.density.mean().item() == pytest.approx(0.15, abs=0.01)
 
 
+@pytest.mark.parametrize("rows", [1024, 16, 7])
+@pytest.mark.parametrize("sizes", [(3, 3), (1, 3, 2)])
+def test_a_budget_is_that_of_all_heads_wherever_they_are(triton_device, in_parts, monkeypatch, rows, sizes):
+    """The rows that the scale is learnt from are the same, too."""
+    from comfyui_psa.kernels.gpu import levels as levels_triton
+
+    monkeypatch.setattr(levels_triton, "_BUDGET_ROWS", rows)
+    scores = torch.cat([softmax_scores((1, 1, 5, 60), 0.5 + 2 * head, seed=head) for head in range(6)], 1)
+    config = PyramidConfig(mode="budget", sparsity=0.8)
+
+    def choose(part, config, cap=None, shared=None):
+        part = part.to(triton_device).contiguous()
+        return levels_triton.choose_lists_triton(part, config, cap, 60 * 64, shared).factors()
+
+    parts = in_parts(choose, scores, config, sizes)
+    assert torch.equal(torch.cat(parts, 1), choose(scores, config))
+
+
 @pytest.mark.parametrize("tail", [False, True])
 def test_the_cap_refines_what_was_chosen(triton_device, tail):
     scores = softmax_scores((2, 2, 5, 60), 2.0)

@@ -304,6 +304,9 @@ the pyramid is saved as
 PSA does not know the arguments
   The transformer was called in a way that PSA cannot read. -> Call it as diffusers' pipelines do.
 
+ring attention shows each call
+  With ring attention, a call never has all keys of the video. -> Use ulysses_degree instead of ring_degree.
+
 no scheduler is known
   Without steps PSA cannot tell when the warm-up is over. -> Call the transformer through its pipeline, or use
   warm_up=0 on the bare transformer.
