@@ -292,7 +292,7 @@ class TransformerState:
         scale: float | None = None,
         **_: Any,
     ) -> None:
-        """Called with the output of every call that stayed dense: measure what PSA would have lost, if it is time to."""
+        """Called with the output of each call that stayed dense: measure what PSA would have lost, if it is time to."""
         run = call.run
         masked = attn_mask is not None or is_causal or bool(dropout_p)
         if run.learns and not (_decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)):

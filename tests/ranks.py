@@ -1,7 +1,7 @@
 """Processes that compute together by torch.distributed, on this CPU or a GPU each, and what they are asked to do.
 
-A test asks for a function of a file by name, with arguments that are plain Python. Every process loads the file, calls the
-function, and saves what it returns. Run as a script, this file is one of these processes.
+A test asks for a function of a file by name, with arguments that are plain Python. Every process loads the file, calls
+the function, and saves what it returns. Run as a script, this file is one of these processes.
 """
 
 import ast

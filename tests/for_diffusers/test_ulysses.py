@@ -1,4 +1,4 @@
-"""diffusers' context parallel (Ulysses) on two processes of a CPU: the video that one process makes, to the last bit."""
+"""diffusers' context parallel (Ulysses) in two processes on a CPU: the video that one makes, to the last bit."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ PSA = {"sparsity": 0.6, "min_tokens": 0, "warm_up": 1, "correction": "off"}
 ODD = (1, 16, 3, 20, 36)
 """540 tokens: a last block of 28, and 270 tokens on each rank."""
 
+UNEVEN = "enable parallelism with ulysses_anything=True"
 BUDGET = {"mode": "budget", "shares": {1: 0.4, 2: 0.1, 4: 0.1, 8: 0.2}}
 
 CASES = {
@@ -66,11 +67,11 @@ def test_unequal_parts(start_ranks, work, size):
 @pytest.mark.parametrize(
     ("parallel", "changes", "words"),
     [
-        ({}, {"heads": 3}, "divides the 3 heads of the model; choose one of 3, or enable parallelism with ulysses_anything=True"),
-        ({}, {"size": (1, 16, 3, 34, 30)}, "divides the 765 video tokens; enable parallelism with ulysses_anything=True"),
+        ({}, {"heads": 3}, f"divides the 3 heads of the model; choose one of 3, or {UNEVEN}"),
+        ({}, {"size": (1, 16, 3, 34, 30)}, f"divides the 765 video tokens; {UNEVEN}"),
         ({"ulysses_anything": True}, {"heads": 1}, "divides the 1 heads"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_shared_says_what_to_choose(start_ranks, work, parallel, changes, words):
     given = {"psa": PSA, "parallel": {"ulysses_degree": 2} | parallel} | changes
     for said in start_ranks(2).run(work.__file__, "refused", **given):

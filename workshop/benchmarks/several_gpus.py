@@ -15,6 +15,7 @@ import argparse
 import csv
 import datetime
 import gc
+import itertools
 import os
 import runpy
 import statistics
@@ -107,7 +108,7 @@ def _measure(pipe: Any, method: str, arguments: argparse.Namespace, device: torc
         latents = _run(pipe, arguments, device, end_of_step, steps=arguments.steps if applied else 3)
     # The first step sets up the libraries, and the first sparse one compiles the kernels.
     skipped = 2 if applied else 1
-    seconds = [end - begin for begin, end in zip(ends, ends[1:], strict=False)][skipped:]
+    seconds = [end - begin for begin, end in itertools.pairwise(ends)][skipped:]
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
     found = SimpleNamespace(
         seconds=_largest(statistics.median(seconds), device),
@@ -228,8 +229,7 @@ def _now(device: torch.device) -> Any:
 
 def _at_least_one_device() -> Any:
     """diffusers divides by the number of GPUs, of which a CPU has none."""
-    count = torch.accelerator.device_count()
-    return mock.patch("torch.accelerator.device_count", lambda: max(1, count))
+    return mock.patch("torch.accelerator.device_count", return_value=max(1, torch.accelerator.device_count()))
 
 
 def _agreed(yes: bool, device: torch.device) -> bool:
