@@ -14,6 +14,7 @@ import torch
 
 from ..choices.settings import PatchSettings
 from ..kernels.backends import NO_GRADIENTS, BackendError
+from ..kernels.broken import KernelError
 from ..kernels.config import ConfigError
 from ..kernels.order import TokenLayout
 from ..sampling.correction import Memory
@@ -348,7 +349,7 @@ def _unseen_reason(attention: torch.nn.Module) -> str:
 
 
 def _failure(run: Run, error: Exception) -> str:
-    known = isinstance(error, BackendError | ConfigError)
+    known = isinstance(error, BackendError | ConfigError | KernelError)
     words = str(error) if known else f"PSA failed: {own_words(error) or 'no reason was given'}"
     return f"{words} (until apply_psa is called again)"
 

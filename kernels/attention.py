@@ -95,6 +95,7 @@ def pyramid_sparse_attention(
         ValueError: the shapes do not fit together.
         ConfigError: a setting that cannot be met at this length.
         BackendError: the backend cannot compute the call, or gradients were asked for; the message says why.
+        KernelError: the kernels compute wrong results on this machine.
     """
     _check_shapes(q, k, v, layout)
     reason = gradient_reason(q, k, v)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..kernels.backends import BackendError
+from ..kernels.broken import KernelError
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.levels import topk_ends
 from ..sampling.correction import Memory
@@ -145,6 +146,8 @@ def failure(run: Run, error: Exception) -> str:
         return out_of_reach(run, error)
     if isinstance(error, BackendError):
         return f"{error}; {_WITHOUT_TRITON}" if run.settings.backend == "triton" else str(error)
+    if isinstance(error, KernelError):
+        return str(error)
     if isinstance(error, ImportError):
         missing = f"the package {error.name} is missing or broken" if error.name else "a library cannot be loaded"
         return f"{missing}; {_WITHOUT_TRITON}"

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 import triton
 from triton.runtime import driver
-from triton.runtime.cache import CacheManager, get_cache_manager
 from triton.testing import do_bench
 
+from ..config import PyramidConfig
 from ..int8 import mean_key, quantise_keys
 from ..levels import BlockLists, group_by_level
 from ..pyramid import Pyramid, build_pyramid
 from .attend import attend_triton
+from .cache import read_fact, source_of, write_fact
 from .tiles import MEASURED, AttendTile, attend_tile, gpu_of, padded_dim
 
 log = logging.getLogger("ComfyUI-PSA")
@@ -55,10 +53,10 @@ class Case:
     int8: bool
 
     @classmethod
-    def of(cls, q: torch.Tensor, pyramid: Pyramid, block_q: int) -> Case:
-        """The kind of call that q [B, H, L, D] over this pyramid is."""
-        dim = padded_dim(q.shape[-1], pyramid.int8)
-        return cls(dim, block_q, pyramid.block_kv, q.dtype, pyramid.int8)
+    def of(cls, q: torch.Tensor, config: PyramidConfig) -> Case:
+        """The kind of call that q [B, H, L, D] with this setting is."""
+        int8 = config.precision == "int8" and 1 in config.stored_factors
+        return cls(padded_dim(q.shape[-1], int8), config.block_q, config.block_kv, q.dtype, int8)
 
 
 def choose_tile(device: torch.device, case: Case) -> AttendTile:
@@ -82,7 +80,7 @@ def _tuned(device: torch.device, case: Case) -> AttendTile | None:
     if tile is None:
         tile = tune(device, case)
         if tile is not None:
-            write_tile(key, tile)
+            write_fact(key, FILE, dataclasses.asdict(tile))
     return tile
 
 
@@ -186,33 +184,15 @@ def _milliseconds(run: Callable[[AttendTile], None], tile: AttendTile) -> float:
 
 def cache_key(gpu_name: str, case: Case) -> str:
     """Everything that a measured tile depends on: GPU, Triton, the kernel's source and the kind of call."""
-    files = (Path(__file__).with_name(name) for name in ("attend.py", "attend_tile.py"))
-    source = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    source = source_of("attend.py", "attend_tile.py")
     kind = f"head_dim {case.dim}, blocks {case.block_q} {case.block_kv}, {str(case.dtype).removeprefix('torch.')}"
     return f"{gpu_name}, triton {triton.__version__}, kernel {source}, {kind}{', int8 keys' if case.int8 else ''}"
 
 
 def read_tile(key: str) -> AttendTile | None:
     """The tile that Triton's cache keeps under a key; None if there is none that can be read."""
-    try:
-        path = _cache(key).get_file(FILE)
-        entry = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-    except Exception as failure:  # no folder, no text, or whatever a cache manager of the user's own raises
-        log.debug("PSA could not read its tile: %s", failure)
-        return None
+    entry = read_fact(key, FILE)
     fields = {field.name: field.type for field in dataclasses.fields(AttendTile)}
     if not isinstance(entry, dict) or {name: type(value).__name__ for name, value in entry.items()} != fields:
         return None
     return AttendTile(**entry) if min(entry["rows"], entry["warps"], entry["stages"]) > 0 else None
-
-
-def write_tile(key: str, tile: AttendTile) -> None:
-    """Keep a tile in Triton's cache; another process never sees a partial file. A failure is only logged."""
-    try:
-        _cache(key).put(json.dumps(dataclasses.asdict(tile)), FILE, binary=False)
-    except Exception as failure:
-        log.debug("PSA could not keep its tile: %s", failure)
-
-
-def _cache(key: str) -> CacheManager:
-    return get_cache_manager(hashlib.sha256(key.encode()).hexdigest())

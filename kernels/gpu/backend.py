@@ -19,10 +19,13 @@ from ..order import TokenOrder
 from ..similarity import similarity_cap
 from .attend import attend_triton
 from .autotune import Case, choose_tile
+from .exact import Call
 from .importance import reduced_softmax_triton
 from .levels import choose_lists_triton
 from .order import apply_order_triton, undo_order_triton
 from .pyramid import build_pyramid_triton, pool_triton
+from .self_check import Kind, may_check, trust
+from .tiles import AttendTile
 
 # Up to this head size the attention kernel finds queries in raster order itself; larger heads leave it no registers.
 FINDS_QUERIES = 64
@@ -50,14 +53,23 @@ def attend_video(
 
     lists: levels to use instead of choosing them. delta: added to the output. shared: heads elsewhere. Returns the
     levels that were used.
+
+    Raises:
+        KernelError: the kernels are known to be wrong for calls of this kind, or this one has shown it.
     """
+    tile = choose_tile(q.device, Case.of(q, config))
+    indices = query_order.index, key_order.index
+    trusted = trust(q.device, Kind.of(q, config, indices, lists, extra_k, delta, tile))
+    trusted.refuse()
     if lists is None:
         lists = _choose(q, k, config, query_order, key_order, scale, generator, shared)
     for part in _parts(q, whole=key_order.index is None):
         others_k, others_v = (None if extra is None else extra[part] for extra in (extra_k, extra_v))
         orders, lost = (query_order[part], key_order[part]), None if delta is None else delta[part]
         some = q[part], k[part], v[part], lists[part]
-        _attend_part(*some, config, *orders, scale, others_k, others_v, out[part], lost)
+        _attend_part(*some, config, *orders, scale, others_k, others_v, out[part], lost, tile)
+    if not trusted.checked and may_check(q.device):
+        trusted.check(Call(q, k, v, config, query_order, key_order, scale, extra_k, extra_v, lists, delta), out)
     return lists
 
 
@@ -100,6 +112,7 @@ def _attend_part(
     extra_v: torch.Tensor | None,
     out: torch.Tensor,
     delta: Delta | None,
+    tile: AttendTile,
 ) -> None:
     """A separate function, so that its copies are freed before the next part makes its own."""
     int8 = config.precision == "int8"
@@ -107,7 +120,7 @@ def _attend_part(
     if pyramid.mean is not None and extra_k is not None:
         extra_k = (extra_k - pyramid.mean).to(q.dtype)
     inputs = pyramid, lists, config.block_q, scale, extra_k, extra_v
-    uneven, tile = config.mode != "topk", choose_tile(q.device, Case.of(q, pyramid, config.block_q))
+    uneven = config.mode != "topk"
     if query_order.index is None or q.shape[-1] <= FINDS_QUERIES:
         attend_triton(q, *inputs, out, order=query_order, delta=delta, uneven=uneven, tile=tile)
     else:

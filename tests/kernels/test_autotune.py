@@ -12,14 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from comfyui_psa.kernels import PyramidConfig
 from comfyui_psa.kernels.attend import attend_streaming
 from comfyui_psa.kernels.gpu.tiles import AttendTile, attend_tile
-from comfyui_psa.kernels.int8 import mean_key, quantise_keys
-from comfyui_psa.kernels.pyramid import build_pyramid
 
 pytest.importorskip("triton")
 
-from comfyui_psa.kernels.gpu import autotune
+from comfyui_psa.kernels.gpu import autotune, cache
 
 CASE = autotune.Case(dim=128, block_q=128, block_kv=64, dtype=torch.bfloat16, int8=False)
 CUDA = torch.device("cuda", 0)
@@ -193,7 +192,7 @@ def test_a_cache_manager_of_the_users_own_may_fail(other_gpu, monkeypatch):
 
         put = get_file
 
-    monkeypatch.setattr(autotune, "get_cache_manager", Unreachable)
+    monkeypatch.setattr(cache, "get_cache_manager", Unreachable)
     assert [autotune.choose_tile(CUDA, CASE) for _ in range(2)] == [TILES[3]] * 2
     assert other_gpu.searched == [CASE]
 
@@ -232,10 +231,8 @@ def test_a_search_that_cannot_begin_says_so_once_and_raises_nothing(monkeypatch,
 @pytest.mark.parametrize(("dim", "int8", "expected"), [(80, False, 128), (16, False, 16), (8, True, 32)])
 def test_the_kind_of_a_call(dim, int8, expected):
     q = torch.zeros(1, 2, 200, dim, dtype=torch.float16)
-    pyramid = build_pyramid(q, q, (1, 4), 64)
-    if int8:
-        pyramid = quantise_keys(pyramid, mean_key(q))
-    assert autotune.Case.of(q, pyramid, 32) == autotune.Case(expected, 32, 64, torch.float16, int8)
+    config = PyramidConfig(block_q=32, block_kv=64, precision="int8" if int8 else "auto")
+    assert autotune.Case.of(q, config) == autotune.Case(expected, 32, 64, torch.float16, int8)
 
 
 def test_the_problem_has_the_density_of_the_presets(monkeypatch):

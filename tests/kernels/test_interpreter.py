@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-FILES = sorted(Path(__file__).parent.glob("test_*_triton.py"))
+FILES = sorted(Path(__file__).parents[1].glob("*/test_*_triton.py"))
 
 
 @pytest.mark.slow(seconds=400)

@@ -172,7 +172,7 @@ def _stages(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple, runs
                 return build_pyramid_triton(k, v, c.stored_factors, c.block_kv, o, int8=c.precision == "int8")
 
             def attend(pyramid=build(), x=queries, li=lists, c=config, y=out, o=order if inside else None):  # noqa: B008
-                tile = choose_tile(x.device, Case.of(x, pyramid, c.block_q))
+                tile = choose_tile(x.device, Case.of(x, c))
                 attend_triton(x, pyramid, li, c.block_q, scale, None, None, y, order=o, tile=tile)
 
             def move(o=order, y=out, needed=not inside):

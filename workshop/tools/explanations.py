@@ -198,6 +198,11 @@ the kernels failed on this machine
   A kernel did not compile or stopped. The error's own words are in brackets. -> Update Triton and the GPU's driver.
   Report it if it fails every time.
 
+the kernels compute wrong results
+  The first sparse call of every kind on this machine is compared with exact attention, and this one was wrong. So that
+  no picture shows it, calls stay dense, also in later runs. -> Update the GPU's driver and Triton. Report it if it
+  stays.
+
 is missing or broken
   A library that the kernels need cannot be loaded. -> Install it. On Windows, Triton is the package triton-windows.
 

@@ -37,6 +37,7 @@ PASSED_ON = {
         "for_diffusers/state.py",
         "for_diffusers/parallel.py:dense_reason",
         "kernels/backends.py",
+        "kernels/broken.py",
     ],
 }
 """A log line without words of its own -> where its sentences are written, as `file` or `file:function`. Lines that show
@@ -60,7 +61,7 @@ ERRORS = {
     "_error": ("field", "given", "allowed", "do"),
 }
 """What makes an error that is shown -> its arguments."""
-NOT_SHOWN = {"NotCogVideoX", "BackendError"}
+NOT_SHOWN = {"NotCogVideoX", "BackendError", "KernelError"}
 """Errors that our own code catches: it puts them into other words, or shows them as a reason."""
 
 _KNOWN_BY_CLASS = {

@@ -1,0 +1,213 @@
+"""The first call of a kind on a machine is checked, and a broken kernel ends there; in the interpreter or on a GPU."""
+
+import json
+
+import pytest
+import torch
+
+from comfyui_psa.kernels import PyramidConfig, TokenLayout, pyramid_sparse_attention
+from comfyui_psa.kernels.broken import KernelError
+from comfyui_psa.kernels.delta import measure_delta
+
+pytest.importorskip("triton")
+
+from comfyui_psa.kernels.gpu import backend, self_check
+from comfyui_psa.kernels.gpu.tiles import AttendTile
+
+LAYOUT = TokenLayout((2, 5, 9), before=3)
+CONFIG = PyramidConfig(mode="topk", sparsity=0.5, block_q=32, block_kv=32, order="curve")
+TILE = AttendTile(32, 4, 1)
+
+
+@pytest.fixture
+def machine(triton_device, monkeypatch, tmp_path):
+    """A machine that has checked nothing yet; `checks` holds what each check found, `files()` what is kept."""
+
+    class Machine:
+        device, checks = triton_device, []
+
+        @staticmethod
+        def files():
+            return list(tmp_path.rglob(self_check.FILE))
+
+        @staticmethod
+        def restart():
+            self_check.trust.cache_clear()
+
+    def what_differs(*call):
+        Machine.checks.append(genuine(*call))
+        return Machine.checks[-1]
+
+    genuine = self_check.what_differs
+    monkeypatch.setattr(self_check, "what_differs", what_differs)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    Machine.restart()
+    yield Machine
+    Machine.restart()
+
+
+@pytest.fixture
+def call(machine, random_tensor):
+    """call(**more): a sparse call of the Triton backend."""
+    dtype = torch.float32 if machine.device == "cpu" else torch.float16
+    q, k, v = (random_tensor(1, 2, LAYOUT.length, 16, seed=seed).to(machine.device, dtype) for seed in (1, 2, 3))
+
+    def run(config=CONFIG, **more):
+        return pyramid_sparse_attention(q, k, v, config, layout=LAYOUT, backend="triton", **more)
+
+    return run
+
+
+def test_the_first_call_of_a_kind_is_checked_and_no_other_one(machine, call):
+    first = call()
+    call()
+    assert machine.checks == [None]
+    machine.restart()
+    call()
+    assert machine.checks == [None], "kept for the next process"
+    (file,) = machine.files()
+    assert json.loads(file.read_text()) == {"differs": None}
+    video = first.output[:, :, LAYOUT.before :]
+    delta = measure_delta(video * 1.1, video, first.query_order, 1)
+    call(lists=first.lists.packed())
+    call(lists=first.lists.packed(), delta=delta)
+    assert machine.checks == [None] * 3, "other kernels"
+    call(lists=first.lists.packed(), delta=delta)
+    assert len(machine.checks) == 3
+
+
+@pytest.fixture
+def look(machine, monkeypatch):
+    """look(): what the next process does about a call that is right."""
+    monkeypatch.setattr(self_check, "what_differs", lambda *_: machine.checks.append(None))
+    kind = self_check.Kind.of(torch.zeros(1, 2, 90, 16), CONFIG, (None, None), None, None, None, TILE)
+
+    def look():
+        machine.restart()
+        for _ in range(2):
+            trust = self_check.trust(torch.device(machine.device), kind)
+            if not trust.checked:
+                trust.check(None, None)
+
+    return look
+
+
+@pytest.mark.parametrize("change", ["GPU", "driver", "triton", "torch", "kernels"])
+def test_a_machine_that_has_changed_checks_again(machine, look, monkeypatch, change):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A")
+    monkeypatch.setattr(self_check, "_driver", lambda: "570.1")
+    machine.device = "cuda"
+    look()
+    look()
+    assert machine.checks == [None]
+    if change == "GPU":
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "B")
+    elif change == "driver":
+        monkeypatch.setattr(self_check, "_driver", lambda: "570.2")
+    elif change == "kernels":
+        monkeypatch.setattr(self_check, "source_of", lambda: "0")
+    else:
+        monkeypatch.setattr(getattr(self_check, change), "__version__", "0.0.1")
+    look()
+    assert machine.checks == [None, None]
+
+
+def no_correction(q, *arguments, delta=None, **more):
+    """Forgets what is to be added."""
+    return GENUINE_ATTEND(q, *arguments, **more)
+
+
+def louder(q, pyramid, lists, block_q, scale, extra_k, extra_v, out, **more):
+    GENUINE_ATTEND(q, pyramid, lists, block_q, scale, extra_k, extra_v, out, **more)
+    out *= 1.1
+
+
+def no_text(q, pyramid, lists, block_q, scale, extra_k, extra_v, out, **more):
+    GENUINE_ATTEND(q, pyramid, lists, block_q, scale, None, None, out, **more)
+
+
+def flat_pyramid(k, v, *arguments, **more):
+    pyramid = GENUINE_PYRAMID(k, v, *arguments, **more)
+    for factor in pyramid.values:
+        if factor > 1:
+            pyramid.values[factor].zero_()
+    return pyramid
+
+
+def doubled_lists(*arguments):
+    lists = GENUINE_LISTS(*arguments)
+    lists.blocks.zero_()
+    return lists
+
+
+GENUINE_ATTEND, GENUINE_PYRAMID = backend.attend_triton, backend.build_pyramid_triton
+GENUINE_LISTS = backend.choose_lists_triton
+FAULTS = {
+    "attend_triton": louder, "build_pyramid_triton": flat_pyramid, "choose_lists_triton": doubled_lists,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [*FAULTS.items(), ("attend_triton", no_text)], ids=lambda x: getattr(x, "__name__", "")
+)
+def test_a_broken_kernel_is_refused_here_and_in_the_next_process(machine, call, monkeypatch, name, fault):
+    calls = []
+    monkeypatch.setattr(backend, name, lambda *a, **k: calls.append(1) or fault(*a, **k))
+    for _ in range(2):
+        with pytest.raises(KernelError, match=r"compute wrong results on .*: .*; update"):
+            call()
+        machine.restart()
+    assert len(machine.checks) == len(calls) == 1, "what is known to be wrong is not tried"
+
+
+def test_a_broken_correction_is_refused_and_plain_calls_are_not(machine, call, monkeypatch):
+    monkeypatch.setattr(backend, "attend_triton", no_correction)
+    first = call()
+    video = first.output[:, :, LAYOUT.before :]
+    delta = measure_delta(video * 1.5, video, first.query_order, 1)
+    with pytest.raises(KernelError):
+        call(delta=delta, lists=first.lists)
+    call(lists=first.lists)
+
+
+def test_a_cache_that_cannot_be_written_costs_one_check_in_a_process(machine, look, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "folder"))
+    look()
+    assert machine.checks == [None]
+    assert not machine.files()
+    look()
+    assert machine.checks == [None, None]
+
+
+@pytest.mark.parametrize("content", ["", "not json", "[1]", "null", "{}", '{"differs": 3}', '{"differs": tru'])
+def test_a_file_that_makes_no_sense_is_written_again(machine, look, content):
+    look()
+    (file,) = machine.files()
+    file.write_text(content)
+    look()
+    look()
+    assert machine.checks == [None, None]
+    assert json.loads(file.read_text()) == {"differs": None}
+
+
+def test_what_runs_other_code_is_another_kind(machine):
+    """What only changes numbers is not: the slider, the length, the seed."""
+    q = torch.zeros(1, 2, 90, 16)
+
+    def kind(q=q, config=CONFIG, orders=(None, None), extra=None, **change):
+        settings = {**{name: getattr(config, name) for name in config.__dataclass_fields__}, **change}
+        return self_check.Kind.of(q, PyramidConfig(**settings), orders, None, extra, None, TILE)
+
+    assert kind() == kind(sparsity=0.7) == kind(seed=3) == kind(q=torch.zeros(2, 5, 70, 16))
+    others = [
+        kind(q=q.half()), kind(q=q[..., :8]), kind(block_q=64), kind(block_kv=64), kind(precision="int8"),
+        kind(mode="budget"), kind(shares={1: 0.5}), kind(importance="sampled"), kind(reduction="mean"),
+        kind(similarity_cap={2: 0.5}), kind(orders=(torch.arange(3), None)), kind(extra=q),
+    ]  # fmt: skip
+    assert len({kind(), *others}) == 1 + len(others)
+
+
+def test_asking_the_driver_never_fails():
+    assert self_check._driver()

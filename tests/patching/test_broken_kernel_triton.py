@@ -1,0 +1,79 @@
+"""A kernel that computes nonsense on a user's machine never reaches a picture in ComfyUI.
+
+The kernels run in Triton's interpreter; tests/kernels/test_interpreter.py starts this file there.
+"""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from comfyui_psa.patching.patch import KEY, patch_model
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
+
+PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+SIZE = (1, 16, 2, 32, 16)  # 256 tokens, two query blocks
+WRONG = "the kernels compute wrong results on"
+
+
+@pytest.fixture
+def broken(monkeypatch, tmp_path):
+    """broken(part): a machine with an empty cache on which this part of the kernels goes wrong; returns its calls."""
+    backend = pytest.importorskip("comfyui_psa.kernels.gpu.backend")
+    self_check = pytest.importorskip("comfyui_psa.kernels.gpu.self_check")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    self_check.trust.cache_clear()
+    genuine, calls = backend.attend_triton, []
+
+    def break_it(part):
+        def attend_triton(q, *arguments, delta=None, **more):
+            calls.append(delta is not None)
+            if part == "correction" and delta is not None:
+                delta = dataclasses.replace(delta, scales=1e4 * delta.scales)
+            genuine(q, *arguments, delta=delta, **more)
+            if part == "attention":
+                arguments[-1].mul_(1.2)
+
+        monkeypatch.setattr(backend, "attend_triton", attend_triton)
+        return calls
+
+    yield break_it
+    self_check.trust.cache_clear()
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if WRONG in record.getMessage()]
+
+
+@pytest.mark.parametrize("correction", ["auto", "off"])
+def test_a_broken_kernel_leaves_the_picture_of_dense_attention(tiny_wan, broken, caplog, correction):
+    model = tiny_wan.load("t2v")
+    stock = tiny_wan.sample(model, steps=4, size=SIZE)
+    psa = patch_model(model, **PATCH, correction=correction, backend="triton")
+    calls = broken("attention")
+    assert torch.equal(tiny_wan.sample(psa, steps=4, size=SIZE), stock)
+    (line,) = told(caplog)
+    assert line.startswith("PSA: staying dense: ")
+    assert line.endswith("update the GPU's driver and Triton, PSA then checks them again")
+    assert len(calls) == 1, "no call after the one that was wrong"
+    report = psa.get_attachment(KEY).report
+    assert [step["sparse_calls"] for step in report["steps"]] == [0, 0, 0, 0]
+    assert [entry["calls"] for entry in report["fallbacks"]] == [6]
+    assert torch.equal(tiny_wan.sample(psa, steps=4, size=SIZE), stock)
+    assert len(calls) == 1
+
+
+def test_a_broken_correction_is_left_out_and_the_rest_is_sparse(tiny_wan, broken, caplog):
+    model = tiny_wan.load("t2v")
+    psa = patch_model(model, **PATCH, backend="triton")
+    calls = broken("correction")
+    assert torch.isfinite(tiny_wan.sample(psa, steps=3, size=SIZE)).all()
+    (line,) = told(caplog)
+    assert line.startswith("PSA: no correction from here on: ")
+    assert calls.count(True) == 1, "tried once"
+    report = psa.get_attachment(KEY).report
+    assert [step["sparse_calls"] for step in report["steps"]] == [0, 2, 2]
+    assert report["correction"]["corrected_calls"] == 0
+    assert report["fallbacks"] == []
