@@ -144,18 +144,20 @@ def flex_attention(share: float, block_kv: int) -> Callable[..., tuple]:
 def sol_attn(tau: float) -> Callable[..., tuple]:
     """ComfyUI's own sparse attention (comfy-kitchen's Sol-Attn), with blocks of 64 in curve order, sorted before."""
     from comfyui_psa.kernels import make_order
+    from comfyui_psa.workshop.quality.sol_attn import density
 
     def make(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grid: tuple) -> tuple:
         import comfy_kitchen
 
         order = make_order("curve", grid, device=q.device)
         ordered = [order.apply(x).transpose(1, 2).contiguous() for x in (q, k, v)]
+        share = density(order.apply(q), order.apply(k), tau).item()
 
         def call() -> torch.Tensor:
             return comfy_kitchen.sol_attn(*ordered, tau=tau).transpose(1, 2)
 
         call.restore = order.undo
-        return call, lambda: float("nan")
+        return call, lambda: share
 
     return make
 

@@ -48,7 +48,7 @@ def main(description: str | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     if arguments.report:
-        from .report import write_report
+        from .report.page import write_report
 
         print(write_report())
         return 0

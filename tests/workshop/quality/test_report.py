@@ -4,10 +4,13 @@ import math
 
 import pytest
 
-from comfyui_psa.workshop.quality import report
 from comfyui_psa.workshop.quality.claims import Claim, choice_claims, claims
 from comfyui_psa.workshop.quality.command import exit_code
 from comfyui_psa.workshop.quality.matrix import settings_of
+from comfyui_psa.workshop.quality.report import page
+from comfyui_psa.workshop.quality.report.choice import density_at
+from comfyui_psa.workshop.quality.report.parts import PAGE, PICTURES
+from comfyui_psa.workshop.quality.report.verdicts import verdict
 from comfyui_psa.workshop.quality.results import RunRow, Writer, read_runs
 from comfyui_psa.workshop.quality.summary import Difference, quick_line
 
@@ -55,7 +58,7 @@ def test_a_quick_run_in_which_nothing_could_be_compared_fails():
 )
 def test_verdicts_need_two_standard_errors(psnr, equal, expected):
     differences = [Difference("a", "b", 4, value, error, 0.0, (0.4, 0.4)) for value, error in psnr]
-    assert report.verdict(Claim("", "", "a", "b", equal=equal), differences) == expected
+    assert verdict(Claim("", "", "a", "b", equal=equal), differences) == expected
 
 
 def test_one_clip_decides_nothing():
@@ -63,15 +66,15 @@ def test_one_clip_decides_nothing():
 
 
 def test_the_committed_page_is_what_the_committed_results_say():
-    assert report.PAGE.read_text(encoding="utf-8") == report.page_text()
+    assert PAGE.read_text(encoding="utf-8") == page.page_text()
     for name in ("compute.png", "time.png"):
-        assert (report.PICTURES / name).stat().st_size < 300_000
+        assert (PICTURES / name).stat().st_size < 300_000
 
 
 def test_equal_time_is_the_density_that_takes_it():
     # 10 ms at a density of 0.15 and 7.5 at 0.10: 12 ms pay for 0.19.
-    assert report.density_at(12.0, 10.0, 7.5) == pytest.approx(0.19)
-    assert report.density_at(7.5, 10.0, 7.5) == pytest.approx(0.10)
+    assert density_at(12.0, 10.0, 7.5) == pytest.approx(0.19)
+    assert density_at(7.5, 10.0, 7.5) == pytest.approx(0.10)
 
 
 def test_every_candidate_that_is_asked_about_is_in_the_list():
