@@ -11,7 +11,8 @@
     python dev.py soak     run many prompts on a real server and compare its memory before and after
     python dev.py setup    only set up the environment in .dev/
     python dev.py workflows    regenerate workflows/*.json and locales/en after changing a node's schema
-    python dev.py docs     write the lists of messages in docs/troubleshooting.md again after changing a message
+    python dev.py docs     write the lists of messages in docs/troubleshooting.md, and the table of models in
+                           docs/compatibility.md, again after changing them
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; only needs huggingface-hub
 
 Needs only Python 3.10 or newer; the first run installs the rest into .dev/ (a few minutes, about 8 GB).
@@ -114,10 +115,11 @@ def _workflows(_: argparse.Namespace, comfyui: Path, __: list[str]) -> int:
 
 
 def _docs(*_: object) -> int:
-    from workshop.tools.troubleshooting import write_page
+    from workshop.tools import models_table, troubleshooting
 
     try:
-        print(f"Written: {write_page(ROOT)}")
+        for page in (troubleshooting, models_table):
+            print(f"Written: {page.write_page(ROOT)}")
     except LookupError as error:
         raise Failure(str(error)) from error
     return 0

@@ -41,7 +41,7 @@ class PSACalibrate(PSANode):
             ),
             search_aliases=["PSA tune", "find sparsity", "sparsity benchmark", "PSA preset"],
             inputs=[
-                io.Model.Input("model", tooltip="A loaded Wan2.1, Wan2.2 or CogVideoX model, without PSA Patch."),
+                io.Model.Input("model", tooltip="A loaded video model that PSA Patch supports, without PSA Patch."),
                 io.Conditioning.Input("positive", tooltip="A prompt like the ones you use."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt; it does not matter at cfg 1."),
                 io.Latent.Input("latent_image", tooltip="An empty latent of the size you will sample."),

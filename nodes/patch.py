@@ -48,12 +48,12 @@ class PSAPatch(PSANode):
             description=(
                 "Pyramid Sparse Attention: the model sees important parts of the video in full, others at a half, a "
                 "quarter or an eighth of their resolution, the rest not at all. Put it between the model loader "
-                "(after any LoRA) and the sampler. Supports Wan2.1 and Wan2.2 with VACE, Animate and the others, and "
-                "CogVideoX; other models stay dense."
+                "(after any LoRA) and the sampler. Supports Wan with VACE, Animate and the others, HunyuanVideo, LTX, "
+                "CogVideoX, Kandinsky 5, Cosmos Predict 2, Mochi, MiniMax H3; other models stay dense."
             ),
             search_aliases=["pyramid sparse attention", "sparse attention", "PSA", "speed up video", "wan speed"],
             inputs=[
-                io.Model.Input("model", tooltip="A loaded Wan2.1, Wan2.2 or CogVideoX model."),
+                io.Model.Input("model", tooltip="A loaded video model: Wan, HunyuanVideo, LTX, CogVideoX and others."),
                 io.Float.Input(
                     "sparsity",
                     default=PatchInputs.sparsity,

@@ -37,6 +37,24 @@ class Support:
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """A row of the table of models in docs/compatibility.md, which `python dev.py docs` writes. Each has its test.
+
+    Attributes:
+        name: model and variant. heads: size of a head.
+        before, grid, after: what is in the sequence: before the video, the video itself, after it.
+        psa: sparse, or dense and why.
+    """
+
+    name: str
+    before: str = "-"
+    grid: str = "T x H x W"
+    after: str = "-"
+    heads: str = "128"
+    psa: str = "sparse"
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """Models that share a network; `FAMILY` of a file in `families/`.
 
@@ -45,11 +63,13 @@ class Family:
         image_models: what ComfyUI calls its networks (`image_model`), by which it is recognised.
         support: support(model, config) of a ComfyUI MODEL and its config: how PSA supports it, or the reason why it
             does not, as a sentence.
+        variants: for the manual, written as plain literals.
     """
 
     name: str
     image_models: tuple[str, ...]
     support: Callable[[Any, Mapping[str, Any]], Support | str]
+    variants: tuple[Variant, ...]
 
 
 @functools.cache

@@ -158,7 +158,7 @@ def calibrate(
     require_model(model, NODE)
     family = find_family(model)
     if isinstance(family, str):
-        do = "connect a Wan2.1, Wan2.2 or CogVideoX model"
+        do = "connect a model that docs/compatibility.md lists"
         raise InputError("model", f"a model that PSA does not support ({family})", "one that it does", NODE, do=do)
     if core.is_on_several_gpus(model):
         do = "put MultiGPU CFG Split after the model that goes here"

@@ -10,7 +10,7 @@ import torch
 from ...cogvideox.corrections import missing_corrections
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support
+from ..family import Family, Support, Variant
 from ..layout import ModelCall, grid_of
 
 _PRESETS = {None: "cogvideox-5b", 2: "cogvideox1.5-5b"}
@@ -31,4 +31,9 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     return Support(name, len(network_of(model).blocks), _read, _PRESETS[temporal], missing_corrections(model))
 
 
-FAMILY = Family("CogVideoX", ("cogvideox",), _support)
+FAMILY = Family(
+    "CogVideoX",
+    ("cogvideox",),
+    _support,
+    (Variant("1.0 and 1.5, T2V and I2V", before="text", heads="64"),),
+)

@@ -9,7 +9,7 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support
+from ..family import Family, Support, Variant
 from ..layout import ModelCall, grid_of
 
 
@@ -22,4 +22,9 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     return Support(f"Cosmos Predict 2, {config.get('num_heads')} heads", len(network_of(model).blocks), _read)
 
 
-FAMILY = Family("Cosmos Predict 2", ("cosmos_predict2",), _support)
+FAMILY = Family(
+    "Cosmos Predict 2",
+    ("cosmos_predict2",),
+    _support,
+    (Variant("T2V, I2V"),),
+)

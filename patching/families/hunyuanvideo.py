@@ -14,7 +14,7 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support
+from ..family import Family, Support, Variant
 from ..layout import ModelCall, count, grid_of
 
 
@@ -44,4 +44,16 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     return Support(name, len(network.double_blocks) + len(network.single_blocks), _read)
 
 
-FAMILY = Family("HunyuanVideo", ("hunyuan_video",), _support)
+FAMILY = Family(
+    "HunyuanVideo",
+    ("hunyuan_video",),
+    _support,
+    (
+        Variant("1.0 T2V, I2V", before="text"),
+        Variant("1.0 with a reference image", before="text, reference"),
+        Variant("SkyReels I2V", before="text"),
+        Variant("1.5 T2V, I2V", before="start image, glyphs, text"),
+        Variant("1.5 upscaling", before="text"),
+        Variant("padded prompts", psa="dense: the model masks the padding"),
+    ),
+)

@@ -9,7 +9,7 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support
+from ..family import Family, Support, Variant
 from ..layout import ModelCall, grid_of
 
 
@@ -22,4 +22,12 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     return Support(name, len(network_of(model).visual_transformer_blocks), _read)
 
 
-FAMILY = Family("Kandinsky 5", ("kandinsky5",), _support)
+FAMILY = Family(
+    "Kandinsky 5",
+    ("kandinsky5",),
+    _support,
+    (
+        Variant("Lite T2V, I2V", heads="64"),
+        Variant("Pro T2V, I2V"),
+    ),
+)

@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support
+from ..family import Family, Support, Variant
 from ..layout import ModelCall
 
 
@@ -44,4 +44,15 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     return Support(f"LTX {version}, {network.num_attention_heads} heads", len(network.transformer_blocks), _read)
 
 
-FAMILY = Family("LTX-Video, LTX-2", ("ltxv", "ltxav"), _support)
+FAMILY = Family(
+    "LTX-Video, LTX-2",
+    ("ltxv", "ltxav"),
+    _support,
+    (
+        Variant("0.9 2B T2V, I2V", heads="64"),
+        Variant("0.9 13B T2V, I2V"),
+        Variant("2 with or without sound"),
+        Variant("keyframe guides", after="guides", heads="64, 128"),
+        Variant("guides with a strength or mask", after="guides", heads="64, 128", psa="dense: masks in every call"),
+    ),
+)

@@ -9,7 +9,7 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support
+from ..family import Family, Support, Variant
 from ..layout import ModelCall, grid_of
 
 
@@ -28,4 +28,12 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     return Support(f"MiniMax H3, {config.get('num_attention_heads')} heads", len(network_of(model).blocks), _read)
 
 
-FAMILY = Family("MiniMax H3", ("minimax_h3",), _support)
+FAMILY = Family(
+    "MiniMax H3",
+    ("minimax_h3",),
+    _support,
+    (
+        Variant("T2V", before="text, sound"),
+        Variant("with keyframes or references", before="text, keyframes or references, sound"),
+    ),
+)

@@ -9,7 +9,7 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support
+from ..family import Family, Support, Variant
 from ..layout import ModelCall, grid_of
 
 _TEXT_TOKENS = 256
@@ -27,4 +27,9 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     return Support(f"Mochi, {config.get('num_heads')} heads", len(network_of(model).blocks), _read)
 
 
-FAMILY = Family("Mochi", ("mochi_preview",), _support)
+FAMILY = Family(
+    "Mochi",
+    ("mochi_preview",),
+    _support,
+    (Variant("1 preview", after="text"),),
+)

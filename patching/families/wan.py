@@ -13,7 +13,7 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import is_causal_wan, network_of
-from ..family import Family, Support
+from ..family import Family, Support, Variant
 from ..layout import CallReader, ModelCall, count, grid_of
 
 # On the demo model topk 10/5/0/20 is 2 dB closer to dense than the budget mode of the per-size presets
@@ -148,4 +148,33 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     return Support(name, len(network_of(model).blocks), _READERS[variant], _PRESET)
 
 
-FAMILY = Family("Wan2.1 and Wan2.2", ("wan2.1",), _support)
+FAMILY = Family(
+    "Wan2.1 and Wan2.2",
+    ("wan2.1",),
+    _support,
+    (
+        Variant("T2V 2.1, A14B 2.2 (both experts)"),
+        Variant("T2V / I2V 5B 2.2"),
+        Variant("I2V 2.1, A14B 2.2 (both experts)"),
+        Variant("First-last frame"),
+        Variant("Fun Control and InP, with reference", before="reference"),
+        Variant("Fun Control and InP, without reference"),
+        Variant("VACE"),
+        Variant("VACE with reference image", before="its frames, the latent's first", grid="(T - n) x H x W"),
+        Variant("Camera 2.1 and 2.2"),
+        Variant("Animate", before="reference, the latent's first frame", grid="(T - 1) x H x W"),
+        Variant("S2V", after="reference, packed motion frames"),
+        Variant("HuMo", after="reference"),
+        Variant("In-context references", after="references"),
+        Variant("Phantom", after="reference frames"),
+        Variant("SCAIL, SCAIL-2", before="references", after="pose video, a quarter of the grid"),
+        Variant("WanDancer"),
+        Variant(
+            "Autoregressive (causal) Wan",
+            before="",
+            grid="",
+            after="",
+            psa="dense: samples with a cache, frame by frame",
+        ),
+    ),
+)

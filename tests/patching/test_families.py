@@ -24,7 +24,7 @@ ONE_OF_EACH = [
 
 @dataclasses.dataclass
 class Case:
-    """A model with inputs.
+    """A row of the table in docs/compatibility.md, and a model with inputs to try it with.
 
     Attributes:
         extra: conditioning values, made from `tiny`. references: those that change tokens beside the grid.
@@ -33,6 +33,7 @@ class Case:
         more: arguments of the sampler.
     """
 
+    row: str
     kind: str
     before: int = 0
     after: int = 0
@@ -76,20 +77,21 @@ def references(tiny):
 
 
 CASES = [
-    Case("hunyuan", TEXT, calls=4),
+    Case("1.0 T2V, I2V", "hunyuan", TEXT, calls=4),
     Case(
-        "hunyuan i2v", TEXT, calls=4,
+        "1.0 T2V, I2V", "hunyuan i2v", TEXT, calls=4,
         extra={"concat_latent_image": of(1, 16, 3, 28, 32), "concat_mask": lambda _: torch.ones(1, 1, 3, 28, 32)},
     ),
-    Case("hunyuan", TEXT, calls=4, extra={"guiding_frame_index": lambda _: 0}),
+    Case("1.0 T2V, I2V", "hunyuan", TEXT, calls=4, extra={"guiding_frame_index": lambda _: 0}),
     Case(
-        "hunyuan", TEXT + FRAME, calls=4, extra={"ref_latent": of(1, 16, 1, 28, 32)}, references=("ref_latent",),
+        "1.0 with a reference image", "hunyuan", TEXT + FRAME, calls=4,
+        extra={"ref_latent": of(1, 16, 1, 28, 32)}, references=("ref_latent",),
         changed=(TEXT, TEXT + FRAME),
     ),
-    Case("hunyuan skyreels", TEXT, calls=4, extra={"concat_latent_image": of(1, 16, 3, 28, 32)}),
-    Case("hunyuan 1.5", TEXT, calls=4),
+    Case("SkyReels I2V", "hunyuan skyreels", TEXT, calls=4, extra={"concat_latent_image": of(1, 16, 3, 28, 32)}),
+    Case("1.5 T2V, I2V", "hunyuan 1.5", TEXT, calls=4),
     Case(
-        "hunyuan 1.5", TEXT + 7 + 9, calls=4,
+        "1.5 T2V, I2V", "hunyuan 1.5", TEXT + 7 + 9, calls=4,
         extra={
             "conditioning_byt5small": of(1, 7, 1472),
             "clip_vision_output": lambda tiny: tiny.vision(),
@@ -97,34 +99,35 @@ CASES = [
         },
         references=("conditioning_byt5small",), changed=(9, 16),
     ),
-    Case("hunyuan 1.5", TEXT, calls=4, grid=(5, 11, 13), size=(1, 32, 5, 11, 13)),
-    Case("hunyuan 1.5 sr", TEXT, calls=4),
-    Case("ltx 0.9"),
-    Case("ltx 0.9", grid=(5, 11, 13), size=(1, 16, 5, 11, 13)),
-    Case("ltx 0.9", frozen=1, more=first_frame(3, 14, 16)),
+    Case("1.5 T2V, I2V", "hunyuan 1.5", TEXT, calls=4, grid=(5, 11, 13), size=(1, 32, 5, 11, 13)),
+    Case("1.5 upscaling", "hunyuan 1.5 sr", TEXT, calls=4),
+    Case("0.9 2B T2V, I2V", "ltx 0.9"),
+    Case("0.9 2B T2V, I2V", "ltx 0.9", grid=(5, 11, 13), size=(1, 16, 5, 11, 13)),
+    Case("0.9 2B T2V, I2V", "ltx 0.9", frozen=1, more=first_frame(3, 14, 16)),
     Case(
-        "ltx 0.9", after=FRAME - 30, size=(1, 16, 4, 14, 16), extra={"keyframe_idxs": of(1, 3, FRAME, 2)},
-        more=guides(30),
+        "keyframe guides", "ltx 0.9", after=FRAME - 30, size=(1, 16, 4, 14, 16),
+        extra={"keyframe_idxs": of(1, 3, FRAME, 2)}, more=guides(30),
     ),
-    Case("ltx 13b"),
-    Case("ltx 2"),
+    Case("0.9 13B T2V, I2V", "ltx 13b"),
+    Case("2 with or without sound", "ltx 2"),
     Case(
-        "ltx 2", after=FRAME, size=(1, 16, 4, 14, 16), extra={"keyframe_idxs": of(1, 3, FRAME, 2)}, more=guides(0),
+        "keyframe guides", "ltx 2", after=FRAME, size=(1, 16, 4, 14, 16),
+        extra={"keyframe_idxs": of(1, 3, FRAME, 2)}, more=guides(0),
     ),
-    Case("kandinsky 5 lite"),
-    Case("kandinsky 5 lite", frozen=1, extra={"time_dim_replace": of(1, 16, 1, 28, 32)}),
-    Case("kandinsky 5 pro", grid=(5, 11, 13), size=(1, 16, 5, 22, 26)),
-    Case("cosmos"),
-    Case("cosmos", grid=(5, 11, 13), size=(1, 16, 5, 21, 25)),
-    Case("cosmos i2v", frozen=1, more=first_frame(3, 28, 32)),
-    Case("mochi", after=TEXT),
-    Case("minimax h3", TEXT + 20),
-    Case("minimax h3", TEXT + 20, grid=(5, 11, 13), size=(1, 24, 5, 21, 25)),
+    Case("Lite T2V, I2V", "kandinsky 5 lite"),
+    Case("Lite T2V, I2V", "kandinsky 5 lite", frozen=1, extra={"time_dim_replace": of(1, 16, 1, 28, 32)}),
+    Case("Pro T2V, I2V", "kandinsky 5 pro", grid=(5, 11, 13), size=(1, 16, 5, 22, 26)),
+    Case("T2V, I2V", "cosmos"),
+    Case("T2V, I2V", "cosmos", grid=(5, 11, 13), size=(1, 16, 5, 21, 25)),
+    Case("T2V, I2V", "cosmos i2v", frozen=1, more=first_frame(3, 28, 32)),
+    Case("1 preview", "mochi", after=TEXT),
+    Case("T2V", "minimax h3", TEXT + 20),
+    Case("T2V", "minimax h3", TEXT + 20, grid=(5, 11, 13), size=(1, 24, 5, 21, 25)),
     Case(
-        "minimax h3", TEXT + FRAME + 20,
+        "with keyframes or references", "minimax h3", TEXT + FRAME + 20,
         extra={"minimax_keyframes": keyframe, "minimax_frame_count": lambda _: 9},
     ),
-    Case("minimax h3", TEXT + 24 + 10 + 20, extra={"minimax_refs": references}),
+    Case("with keyframes or references", "minimax h3", TEXT + 24 + 10 + 20, extra={"minimax_refs": references}),
 ]  # fmt: skip
 
 
@@ -178,6 +181,26 @@ def different(one, other):
     return (one != other).any(-1).any(0).nonzero().flatten().tolist()
 
 
+def variant(kind, row):
+    """The row of the family's file that a kind of model belongs to."""
+    from comfyui_psa.patching.family import families
+
+    start = kind.split()[0]
+    (family,) = (one for one in families() if any(name.startswith(start) for name in one.image_models))
+    (found,) = (one for one in family.variants if one.name == row)
+    return found
+
+
+def test_every_row_of_the_new_families_has_a_case():
+    from comfyui_psa.patching.family import families
+
+    listed = {one.name for family in families() for one in family.variants if family.name not in OTHER_FILES}
+    assert {case.row for case in CASES} | {row for row, *_ in DENSE} == listed
+
+
+OTHER_FILES = ("CogVideoX", "Wan2.1 and Wan2.2")
+
+
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.kind}-{n}" for n, case in enumerate(CASES)])
 def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case, models, tiny_families, seen):
     model, tiny = models(case.kind), tiny_families
@@ -193,6 +216,7 @@ def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case
     assert {(layout.before, layout.grid, layout.after) for _, layout in seen} == {(case.before, case.grid, case.after)}
     assert len(seen) == case.calls
     queries = seen[0][0]
+    assert str(queries.shape[2]) in variant(case.kind, case.row).heads
     assert queries.shape[1] == case.before + video + case.after
 
     if case.references:
@@ -342,8 +366,15 @@ def test_blocks_of_both_kinds_keep_their_numbers_in_a_compiled_network(models, t
 
 
 DENSE = [
-    ("hunyuan", {"attention_mask": lambda _: torch.tensor([[1] * 10 + [0] * 3])}, {}, "this prompt is padded"),
     (
+        "padded prompts",
+        "hunyuan",
+        {"attention_mask": lambda _: torch.tensor([[1] * 10 + [0] * 3])},
+        {},
+        "this prompt is padded",
+    ),
+    (
+        "guides with a strength or mask",
         "ltx 0.9",
         {
             "keyframe_idxs": of(1, 3, FRAME, 2),
@@ -357,8 +388,9 @@ DENSE = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "extra", "more", "reason"), DENSE)
-def test_what_psa_cannot_do_stays_dense_and_says_why(kind, extra, more, reason, models, tiny_families):
+@pytest.mark.parametrize(("row", "kind", "extra", "more", "reason"), DENSE)
+def test_what_psa_cannot_do_stays_dense_and_says_why(row, kind, extra, more, reason, models, tiny_families):
+    assert variant(kind, row).psa.startswith("dense: ")
     model = models(kind)
     extra = {name: make(tiny_families) for name, make in extra.items()}
     stock = tiny_families.sample(model, kind, extra=extra, **more)
@@ -374,7 +406,7 @@ def test_a_file_in_the_folder_is_a_family(models, tmp_path, monkeypatch):
     from comfyui_psa.patching import families, family
 
     (tmp_path / "toy.py").write_text(
-        "from ..family import Family\nFAMILY = Family('Toy', ('toy',), lambda model, config: 'toys stay dense')\n"
+        "from ..family import Family\nFAMILY = Family('Toy', ('toy',), lambda model, config: 'toys stay dense', ())\n"
     )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     family.families.cache_clear()

@@ -1,19 +1,15 @@
 """Every Wan variant: where its tokens lie, and that PSA with nothing left out computes what dense computes.
 
 The positions have an oracle of their own: before the first attention a token depends on nothing but its own patch, so
-changing one input changes exactly the tokens that it makes. The rows are the table "Wan variants" in
-docs/compatibility.md.
+changing one input changes exactly the tokens that it makes. The rows are those of the family's file.
 """
 
 import dataclasses
 import math
-import re
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_VIDEO = (1, 16, 3, 32, 32)
 FRAME = 256
 
@@ -260,10 +256,10 @@ def test_the_autoregressive_variant_stays_dense_with_a_reason(models):
     assert "autoregressive" in find_family(model)
 
 
-def test_the_page_lists_exactly_these_variants():
-    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
-    section = re.search(r"^### Wan variants\n(.*?)^##", text, re.M | re.S)[1]
-    rows = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in section.splitlines() if "|" in line]
+def test_the_family_lists_exactly_these_variants():
+    from comfyui_psa.patching.families.wan import FAMILY
+
+    rows = [(one.name, one.before, one.grid, one.after, one.psa) for one in FAMILY.variants]
     expected = list(dict.fromkeys((case.row, *case.columns, "sparse") for case in CASES))
     expected += [(row, "", "", "", f"dense: {why}") for row, why in DENSE.items()]
-    assert sorted(rows[2:]) == sorted(expected)
+    assert sorted(rows) == sorted(expected)

@@ -48,7 +48,7 @@ ALSO_READ = [
     "cogvideox/variant.py:_checked",
     "cogvideox/variant.py:_schedule",
 ]
-"""More places of sentences that are shown after words of another place; a folder stands for all of its files."""
+"""More places of sentences that are shown after words of another place; a folder means all functions of its files."""
 
 ERRORS = {
     "InputError": ("field", "given", "allowed", "node", "do"),
@@ -166,7 +166,9 @@ class Product:
     def _places(self) -> Iterator[str]:
         for place in [*dict.fromkeys(place for places in PASSED_ON.values() for place in places), *ALSO_READ]:
             if place.endswith("/"):
-                yield from (file for file in self.modules if file.startswith(place))
+                files = [module for module in self.modules.values() if module.file.startswith(place)]
+                functions = [(m.file, node) for m in files for node in m.tree.body if isinstance(node, ast.FunctionDef)]
+                yield from (f"{file}:{function.name}" for file, function in functions)
             else:
                 yield place
 
