@@ -94,7 +94,7 @@ def read_times(size: str, folder: Path = RESULTS) -> Times | None:
         for row in read_rows(folder / STEPS)
         if row["model"] == model
         and row["dtype"] == "bfloat16"
-        and row["method"].startswith("psa")
+        and row["method"] in ("psa", "psa-corrected")
         and math.isclose(float(row["sparsity"]), 0.85, abs_tol=0.02)
     ]
     dense = [float(row["ms"]) for row in calls if row["setting"] == "dense" and row["precision"] == "bfloat16"]
@@ -105,9 +105,11 @@ def read_times(size: str, folder: Path = RESULTS) -> Times | None:
     sol = [row for row in calls if row["method"] == "sol-attn" and math.isfinite(float(row["density"]))]
     corrected = {size: psa(f"{_KEPT}, correction {size}", "psa-corrected") for size in ("full", "eighth")}
     learning = psa(f"{_AUTO.format('0.85')}, measures its correction; without the dense call", "psa-learning")
+    # The call that the measured step has made.
+    call = (corrected["full"] if steps[-1]["method"] == "psa-corrected" else None) or usual
     return Times(
         blocks,
-        rest=float(steps[-1]["seconds_per_step"]) - blocks * usual / 1000,
+        rest=float(steps[-1]["seconds_per_step"]) - blocks * call / 1000,
         dense=min(dense),
         sparse=sparse,
         corrected={size: sparse.plus(ms - usual) for size, ms in corrected.items() if ms is not None},

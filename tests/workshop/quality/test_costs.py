@@ -63,6 +63,14 @@ def test_a_run_takes_what_its_calls_and_the_rest_of_the_model_take(folder):
     assert times.run(sol) == pytest.approx(10 * 0.2 + 30 * (2 * 0.050 + 8 * 0.017))
 
 
+def test_the_rest_of_the_model_is_what_a_steps_own_calls_leave(folder):
+    with (folder / STEPS).open("a", newline="") as file:
+        model = SIZES["Wan 1.3B"][1]
+        csv.writer(file).writerow([model, "bfloat16", "psa-corrected", 0.851, 0.57])  # 30 calls of 9 ms
+        csv.writer(file).writerow([model, "bfloat16", "psa-learning", 0.85, 9])
+    assert read_times("Wan 1.3B", folder).rest == pytest.approx(0.3)
+
+
 def test_what_was_not_measured_has_no_seconds(folder):
     times = read_times("Wan 1.3B", folder)
     eighth = '{"node": {"correction": "eighth"}}'
