@@ -1,4 +1,5 @@
-"""Everything that PSA assumes about ComfyUI's insides, one function per assumption; checked on 0.30.0.
+"""Everything that PSA assumes about ComfyUI's insides, one function per assumption; checked on 0.30.0 and
+0.33.0, what is said of 0.38 against its source.
 
 Each has its own test in tests/patching/test_core.py: if a newer core changes something, the name of the failing test
 says what. There is one other assumption, what a model's forward receives; it is in `families/`.
@@ -17,6 +18,7 @@ import torch
 from ..sampling.position import NO_BLOCKS
 
 Override = Callable[..., torch.Tensor]
+Preferred = dict[tuple[str, int], list[Callable[..., torch.Tensor]]]
 
 OVERRIDE_KEY = "optimized_attention_override"
 """Key in transformer_options under which every attention function looks for a replacement: f(func, q, k, v, heads)."""
@@ -24,6 +26,8 @@ OVERRIDE_KEY = "optimized_attention_override"
 BLOCK, KIND = "block_index", "block_type"
 """Keys in transformer_options under which a model says which block it computes: its number, and which kind of block,
 if each kind counts from 0."""
+PREFERRED_KEY = "psa_preferred_attention"
+"""Key in transformer_options for what `preferred_attention` found."""
 _COMPILE_KEY = "torch.compile"
 """Key of the wrapper that ComfyUI's compile nodes put around a model."""
 _APPLY_MODEL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
@@ -265,6 +269,56 @@ def unpin(tensor: torch.Tensor) -> None:
 
     if tensor.is_pinned():
         comfy.model_management.unpin_memory(tensor)
+
+
+def dense_attention() -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """The attention that models call, and what it wraps, which is what an override gets as its `func`.
+
+    From 0.33 on a model may hand over q, k and v in containers with `peek()` and `take()`, so that they can be freed
+    as soon as they have been used. An override gets them if it has a `container_function(q, k, v, heads, ...)`, which
+    is not told its `func`. The first of the two takes containers, and does not ask the override again.
+    """
+    import comfy.ldm.modules.attention
+
+    wrapped: Any = comfy.ldm.modules.attention.optimized_attention
+    return wrapped, wrapped.__wrapped__
+
+
+def preferred_attention(network: Any) -> Preferred:
+    """What the checkpoint wants the attention of a block computed with, in the order of the block's parts, by the name
+    of the list that the block is in, and its number there; empty if it does not say.
+
+    In newer cores (0.38) a checkpoint can name an attention in int8. ComfyUI uses it unless there is an override, which
+    is not told; so a node that adds an override has to find it itself.
+    """
+    found: Preferred = {}
+    for name, part in network.named_modules():
+        function = getattr(getattr(part, "comfy_attention", None), "function", None)
+        words = name.split(".")
+        numbered = next((place for place, word in enumerate(words) if word.isdigit()), 0)
+        if function is not None and numbered:
+            found.setdefault((words[numbered - 1], int(words[numbered])), []).append(function)
+    return found
+
+
+def preferred_in_block(options: Mapping[str, Any]) -> list[Callable[..., torch.Tensor]]:
+    """The part of `preferred_attention` for the block that an attention call is in; the block's self-attention comes
+    first."""
+    found: Preferred = options.get(PREFERRED_KEY, {})
+    lists = [(name, functions) for (name, number), functions in found.items() if number == options.get(BLOCK)]
+    kind = options.get(KIND, "")
+    return next((functions for name, functions in lists if name.startswith(kind)), lists[0][1] if lists else [])
+
+
+def outside_malloc_graph() -> contextlib.AbstractContextManager[Any]:
+    """A context for memory that is held longer than a block of the model runs. Newer cores (0.38) record what a block
+    allocates, and expect it back at the block's end."""
+    try:
+        import comfy.model_prefetch as prefetch
+    except ImportError:
+        return contextlib.nullcontext()
+    pause = getattr(prefetch, "pause_malloc_graph", contextlib.nullcontext)
+    return pause()
 
 
 def block_index(options: Mapping[str, Any], first_blocks: Mapping[str, int] = NO_BLOCKS) -> int | None:

@@ -63,6 +63,7 @@ class SamplingWrapper:
         )
         options = core.run_options(guider)
         options[RUN_KEY] = run
+        options[core.PREFERRED_KEY] = core.preferred_attention(core.network_of(guider.model_patcher))
         completed = False
         try:
             output = executor(*args, **kwargs)
@@ -70,6 +71,7 @@ class SamplingWrapper:
             return output
         finally:
             options.pop(RUN_KEY, None)
+            options.pop(core.PREFERRED_KEY, None)
             self._close(run, completed)
 
     def _close(self, run: Run, completed: bool) -> None:

@@ -7,7 +7,7 @@ override that was there before, or to the user's dense backend, with all argumen
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ from . import core
 from .operator import GraphCall
 
 RUN_KEY = "psa_run"
+Dense = Callable[..., torch.Tensor]
 _WITHOUT_TRITON = "set backend to auto, or install Triton where it is missing (on Windows the package triton-windows)"
 
 
 class PSAOverride:
     """The value of `transformer_options["optimized_attention_override"]`; holds no state of a run."""
 
-    def __init__(self, previous: Callable[..., torch.Tensor] | None, host: Host | None = None) -> None:
+    def __init__(self, previous: Dense | None, host: Host | None = None) -> None:
         """host: the program that runs the model, by default ComfyUI; another one for experiments without it."""
         self.previous, self.host = previous, host or COMFYUI
         self._in_graph = GraphCall(self.attend)
@@ -38,7 +39,7 @@ class PSAOverride:
         """Made again: what the compiler wrapped cannot be sent to another process."""
         return PSAOverride, (self.previous, self.host)
 
-    def __call__(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, func: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attention of q, k, v [B, L, H*D], or [B, H, L, D] with `skip_reshape`; see ComfyUI's attention functions."""
         if not torch.compiler.is_compiling():
             return self.attend(func, *args, **kwargs)
@@ -46,35 +47,45 @@ class PSAOverride:
             return self._hand_on(func, *args, **kwargs)
         return self._in_graph(func, *args, **kwargs)
 
-    def _hand_on(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def container_function(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The same for q, k, v in containers (see `core.dense_attention`). What PSA leaves alone stays in them, so that
+        the dense attention frees them as early as without PSA."""
+        wrapped, func = core.dense_attention()
+        if torch.compiler.is_compiling():
+            return self(func, *_taken(args), **kwargs)
+        seen = [*(container.peek() for container in args[:3]), *args[3:]]
+        run, preferred = _run_that_acts(seen, kwargs), _preferred(seen, kwargs)
+        del seen
+        if run is not None:
+            return self._act(run, func, *_taken(args), **kwargs)
+        if self.previous is None:
+            return (preferred or wrapped)(*args, **kwargs)
+        consume = getattr(self.previous, "container_function", None)
+        return self.previous(func, *_taken(args), **kwargs) if consume is None else consume(*args, **kwargs)
+
+    def attend(self, func: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The same as a call outside of a compiler's trace."""
+        run = _run_that_acts(args, kwargs)
+        return self._hand_on(func, *args, **kwargs) if run is None else self._act(run, func, *args, **kwargs)
+
+    def _hand_on(self, func: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.previous is not None:
             return self.previous(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        return (_preferred(args, kwargs) or func)(*args, **kwargs)
 
-    def attend(self, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The same outside of a compiler's trace."""
-        run = _run_of(kwargs)
-        if run is None or len(args) < 3:
-            return self._hand_on(func, *args, **kwargs)
-        if not is_self_attention(run, *args[:3], **kwargs):
-            run.record.other_call()
-            return self._hand_on(func, *args, **kwargs)
-        run.begin_self_attention(core.block_index(kwargs["transformer_options"], run.position.first_blocks))
-        if not run.position.active and not run.learns:
-            run.record.dense_call()
-            return self._hand_on(func, *args, **kwargs)
+    def _act(self, run: Run, func: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """PSA, or a dense call that it learns from."""
         call = _read(run, *args, **kwargs)
         if run.learns:
             return self._learn(run, call, func, *args, **kwargs)
-        output = call if isinstance(call, str) else self._sparse(run, call, **kwargs)
+        with core.outside_malloc_graph():
+            output = call if isinstance(call, str) else self._sparse(run, call, **kwargs)
         if isinstance(output, str):
             run.record.fell_back(output)
             return self._hand_on(func, *args, **kwargs)
         return output
 
-    def _learn(
-        self, run: Run, call: _Call | str, func: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
+    def _learn(self, run: Run, call: _Call | str, func: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The dense call, of which PSA measures what it would lose."""
         if isinstance(call, str) and run.position.active:
             run.record.fell_back(call)
@@ -83,7 +94,9 @@ class PSAOverride:
         output = self._hand_on(func, *args, **kwargs)
         if not isinstance(call, str):
             dense = output if kwargs.get("skip_output_reshape") else _by_heads(output, call.q.shape[1])
-            learn(run, call.q, call.k, call.v, dense, prompts=call.prompts, host=self.host, scale=kwargs.get("scale"))
+            seen = run, call.q, call.k, call.v, dense
+            with core.outside_malloc_graph():
+                learn(*seen, prompts=call.prompts, host=self.host, scale=kwargs.get("scale"))
         return output
 
     def _sparse(self, run: Run, call: _Call, **kwargs: Any) -> torch.Tensor | str:
@@ -94,8 +107,32 @@ class PSAOverride:
         return output.transpose(1, 2).flatten(2)
 
 
-def _run_of(kwargs: Mapping[str, Any]) -> Run | None:
-    return (kwargs.get("transformer_options") or {}).get(RUN_KEY)
+def _run_that_acts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run | None:
+    """The run, if PSA computes this call or learns from it; a call that it leaves alone is counted."""
+    run: Run | None = (kwargs.get("transformer_options") or {}).get(RUN_KEY)
+    if run is None or len(args) < 3:
+        return None
+    if not is_self_attention(run, *args[:3], **kwargs):
+        run.record.other_call()
+        return None
+    run.begin_self_attention(core.block_index(kwargs["transformer_options"], run.position.first_blocks))
+    if run.position.active or run.learns:
+        return run
+    run.record.dense_call()
+    return None
+
+
+def _preferred(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dense | None:
+    """What the checkpoint wants a dense call computed with, if anything."""
+    functions = core.preferred_in_block(kwargs.get("transformer_options") or {})
+    if not functions:
+        return None
+    return functions[0 if args[0].shape == args[1].shape else -1]
+
+
+def _taken(args: Sequence[Any]) -> list[Any]:
+    """The arguments with q, k, v taken out of their containers."""
+    return [*(container.take() for container in args[:3]), *args[3:]]
 
 
 def is_self_attention(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> bool:

@@ -110,6 +110,19 @@ def test_with_and_without_psa_in_one_session(model, sample, compiler, keys, firs
     assert calls(psa) == ([(0, LAYERS), *[(LAYERS, 0)] * 3], [], [])
 
 
+def test_compiled_blocks_that_are_patched_into_the_model(model, sample, compiler):
+    """The other way of packs, without ComfyUI's wrapper, which also compiles for a model that is not patched."""
+    clone = model.clone()
+    for key in BLOCKS:
+        clone.add_object_patch(key, torch.compile(clone.get_model_object(key), backend="eager", fullgraph=True))
+    for settings in (PATCH | {"sparsity": 0.0}, PATCH | {"correction": "full"}, PATCH):
+        wanted = patch_model(model, **settings)
+        expected = sample(wanted)
+        psa = patch_model(clone, **settings)
+        assert torch.equal(sample(psa), expected)
+        assert settings["sparsity"] == 0.0 or calls(psa) == calls(wanted)
+
+
 def test_code_that_the_compiler_generates(model, sample, compiler):
     psa = patch_model(model, **PATCH)
     expected = sample(psa)
