@@ -7,12 +7,38 @@ from pathlib import Path
 
 import pytest
 
+from comfyui_psa.workshop.tools.client import Client
+from comfyui_psa.workshop.tools.paths import FRONTEND, comfyui_folder
+from comfyui_psa.workshop.tools.server import ComfyServer
+
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking")
 RENDERERS = ("classic", "nodes2")
 READY = "!!window.app?.canvas?.graph && !!window.LiteGraph?.registered_node_types?.PSAPatch"
 # Settings of a user who has seen the first-run dialogs.
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12", "Comfy.Minimap.Visible": False}
+
+
+@pytest.fixture(scope="session", params=["pinned frontend", "newest frontend"])
+def server(request, tmp_path_factory, server):
+    """The server with the core's own frontend, then with the newest one, which users' frontends become by themselves."""
+    if request.param == "pinned frontend":
+        yield server
+        return
+    files = FRONTEND / "comfyui_frontend_package" / "static"
+    if not files.is_dir():
+        reason = f"no frontend in {FRONTEND}; `python dev.py setup` brings the newest"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("newest")
+    home, log = folder / "home", folder / "server.log"
+    with ComfyServer(comfyui_folder(), home=home, log=log, frontend=files) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def client(server):
+    """A client of that server."""
+    return Client(server.url)
 
 
 @pytest.fixture(scope="module")  # its event loop must not be there while other tests run theirs

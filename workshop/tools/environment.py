@@ -13,7 +13,7 @@ from collections import deque
 from pathlib import Path
 
 from . import comfyui_source
-from .paths import DEV, ROOT, VENV, VENV_PYTHON
+from .paths import DEV, FRONTEND, ROOT, VENV, VENV_PYTHON
 from .terminal import Failure, Phase
 
 OLDEST_PYTHON = (3, 10)
@@ -60,6 +60,9 @@ def _build(comfyui: Path) -> None:
     if comfyui == comfyui_source.COMFYUI:
         comfyui_source.ensure_comfyui(run_pip)
     run_pip("Installing packages", ["install", *(f"--requirement={path}" for path in _requirement_files(comfyui))])
+    # Users' frontends update by themselves, so the browser tests run on the newest as well as on the core's own.
+    newest = ["--no-deps", "--upgrade", f"--target={FRONTEND}", "comfyui-frontend-package"]
+    run_pip("Installing the newest frontend into .dev/frontend", ["install", *newest])
     _stamp().write_text(_fingerprint(comfyui), encoding="utf-8")
 
 
@@ -101,7 +104,8 @@ def _stamp() -> Path:
 
 
 def _stamp_matches(comfyui: Path) -> bool:
-    if not (VENV_PYTHON.exists() and _stamp().exists() and (comfyui / "requirements.txt").exists()):
+    needed = (VENV_PYTHON, FRONTEND, _stamp(), comfyui / "requirements.txt")
+    if not all(path.exists() for path in needed):
         return False
     return _stamp().read_text(encoding="utf-8") == _fingerprint(comfyui)
 

@@ -11,6 +11,7 @@ VENV = DEV / "venv"
 VENV_SCRIPTS = VENV / ("Scripts" if os.name == "nt" else "bin")
 VENV_PYTHON = VENV_SCRIPTS / ("python.exe" if os.name == "nt" else "python")
 COMFYUI = DEV / "ComfyUI"
+FRONTEND = DEV / "frontend"
 HOME = DEV / "home"
 SERVER_LOG = DEV / "server.log"
 OUTPUT = ROOT / "output"

@@ -40,6 +40,7 @@ class ComfyServer:
         port: 0 picks a free one.
         environment: variables to set for the server; None removes one.
         pack: folder of the pack to link into it.
+        frontend: folder of a frontend's files; None for the one that the core pins.
 
     Raises:
         Failure: on entry, if the server dies or does not respond; includes the last lines of the log.
@@ -54,9 +55,10 @@ class ComfyServer:
         *,
         environment: Mapping[str, str | None] = MappingProxyType({}),
         pack: Path = ROOT,
+        frontend: Path | None = None,
     ) -> None:
         self.comfyui, self.home, self.log = comfyui, home, log
-        self.environment, self.pack = environment, pack
+        self.environment, self.pack, self.frontend = environment, pack, frontend
         self.port = port or _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen | None = None
@@ -99,6 +101,7 @@ class ComfyServer:
         command = [sys.executable, str(self.comfyui / "main.py"), "--listen=127.0.0.1", f"--port={self.port}"]
         command += [f"--base-directory={self.home}", f"--database-url=sqlite:///{self.home / 'user' / 'comfyui.db'}"]
         command += ["--disable-auto-launch", "--disable-api-nodes", "--preview-method=none"]
+        command += [f"--front-end-root={self.frontend}"] if self.frontend else []
         # Without the second option, ComfyUI uses chunked attention on a CPU, three times slower than torch's.
         return command if _has_cuda() else [*command, "--cpu", "--use-pytorch-cross-attention"]
 
