@@ -154,7 +154,7 @@ def apply_psa(
         TypeError: not a pipeline or transformer that PSA knows.
         ValueError: an input is wrong; the error says what was given and what is allowed.
     """
-    transformers = _transformers(pipe)
+    transformers = find_transformers(pipe)
     if backend not in BACKENDS:
         raise _error("backend", backend, ", ".join(BACKENDS))
     if correction not in CORRECTIONS:
@@ -211,18 +211,22 @@ def apply_psa(
 
 def remove_psa(pipe: Any) -> bool:
     """Take PSA off a pipeline or transformer; returns whether it was there."""
-    found = [patch for t, _ in _transformers(pipe) if (patch := t.__dict__.get(_ATTRIBUTE)) is not None]
+    found = [patch for t, _ in find_transformers(pipe) if (patch := t.__dict__.get(_ATTRIBUTE)) is not None]
     for patch in found:
         patch.remove()
     return bool(found)
 
 
-def _error(argument: str, given: object, allowed: str) -> ValueError:
-    return ValueError(f"apply_psa, {refusal(argument, given, allowed)}")
+def _error(argument: str, given: object, allowed: str, asked_by: str = "apply_psa") -> ValueError:
+    return ValueError(f"{asked_by}, {refusal(argument, given, allowed)}")
 
 
-def _transformers(pipe: Any) -> list[tuple[Any, Any]]:
-    """The transformers of a pipeline, each with what the pipeline calls: itself, or what torch.compile made of it."""
+def find_transformers(pipe: Any, asked_by: str = "apply_psa") -> list[tuple[Any, Any]]:
+    """The transformers of a pipeline, each with what the pipeline calls: itself, or what torch.compile made of it.
+
+    Raises:
+        TypeError: it has none that PSA knows. asked_by: the function that the error names.
+    """
     candidates = (
         [pipe]
         if isinstance(pipe, torch.nn.Module)
@@ -233,5 +237,5 @@ def _transformers(pipe: Any) -> list[tuple[Any, Any]]:
     found = list({id(one): (one, outermost) for one, outermost in pairs if type(one).__name__ in MODELS}.values())
     if not found:
         allowed = f"a pipeline with {', '.join(MODELS)}"
-        raise TypeError(str(_error("pipe", type(pipe).__name__, allowed)))
+        raise TypeError(str(_error("pipe", type(pipe).__name__, allowed, asked_by)))
     return found

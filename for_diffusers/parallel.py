@@ -53,19 +53,24 @@ def find_parallel(transformer: Any, tokens: int) -> Parallel | None:
     config = _config_of(transformer)
     if config is None or config.ring_degree > 1:
         return None
-    ranks, heads, anything = config.ulysses_degree, transformer.config.num_attention_heads, config.ulysses_anything
-    each = -(-heads // ranks)
-    enough = each * (ranks - 1) < heads  # so that no process is without a head
-    if heads % ranks and not (anything and enough):
-        degrees = ", ".join(str(number) for number in range(2, heads + 1) if heads % number == 0)
-        uneven = f", or {UNEVEN}" if enough else ""
-        allowed = f"a number that divides the {heads} heads of the model"
-        raise _error("ulysses_degree", ranks, allowed, f"choose one of {degrees}{uneven}")
-    if tokens % ranks and not anything:
+    ranks, heads = config.ulysses_degree, transformer.config.num_attention_heads
+    check_heads(heads, ranks, config.ulysses_anything)
+    if tokens % ranks and not config.ulysses_anything:
         allowed = f"a number that divides the {tokens} video tokens"
         raise _error("ulysses_degree", ranks, allowed, f"{UNEVEN}, or sample another length or size")
     mesh = config._ulysses_mesh
     return Parallel(mesh.get_group(), mesh.get_local_rank(), ranks, heads)
+
+
+def check_heads(heads: int, ranks: int, uneven: bool) -> None:
+    """Raise ValueError if so many processes cannot share so many heads. uneven: whether some may have more of them."""
+    each = -(-heads // ranks)
+    enough = each * (ranks - 1) < heads  # so that no process is without a head
+    if heads % ranks and not (uneven and enough):
+        degrees = ", ".join(str(number) for number in range(2, heads + 1) if heads % number == 0)
+        also = f", or {UNEVEN}" if enough else ""
+        allowed = f"a number that divides the {heads} heads of the model"
+        raise _error("ulysses_degree", ranks, allowed, f"choose one of {degrees}{also}")
 
 
 def _config_of(transformer: Any) -> Any:

@@ -45,7 +45,7 @@ def scheduler(kind, solver):
     )
 
 
-def transformer(kind, seed=0, layers=2, text_width=TEXT_WIDTH):
+def transformer(kind, seed=0, layers=2, text_width=TEXT_WIDTH, **changes):
     """A CogVideoXTransformer3DModel of diffusers with random weights that let every part of it count."""
     from diffusers import CogVideoXTransformer3DModel
 
@@ -54,6 +54,7 @@ def transformer(kind, seed=0, layers=2, text_width=TEXT_WIDTH):
         model = CogVideoXTransformer3DModel(
             **{"num_attention_heads": 1, "num_layers": layers, "time_embed_dim": 64, "text_embed_dim": text_width}
             | KINDS[kind]
+            | changes
         ).eval()
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

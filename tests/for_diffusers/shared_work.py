@@ -5,6 +5,7 @@ import itertools
 import logging
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -72,6 +73,26 @@ def wan(
     with SelfAttention() as attention, trouble:
         latents = pipes.run(pipe, steps, size, **(guided if guidance > 1 else {}))
     return {"latents": latents.cpu().float(), "self_attention": attention.shapes} | figures(applied)
+
+
+def cogvideox(*, kind, size, psa=None, parallel=None, psa_first=True, steps=3, heads=4, guidance=1.0, fused=False):
+    """The same of a CogVideoX pipeline. parallel: the arguments of enable_ulysses. fused: with fused projections."""
+    from comfyui_psa.for_diffusers import apply_psa, enable_ulysses
+
+    tiny = helper("tiny_cogvideox")
+    model = tiny.transformer(kind, num_attention_heads=heads)
+    if fused:
+        model.fuse_qkv_projections()
+    pipe = SimpleNamespace(transformer=model, scheduler=tiny.scheduler(kind, "dpm"))
+    applied = apply_psa(pipe, **psa) if psa is not None and psa_first else None
+    if parallel is not None:
+        enable_ulysses(pipe, **parallel)
+    if psa is not None and not psa_first:
+        applied = apply_psa(pipe, **psa)
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    with SelfAttention() as attention:
+        latents = tiny.run_pipeline(model, kind, "dpm", noise, steps, guidance=guidance)
+    return {"latents": latents, "self_attention": attention.shapes} | figures(applied)
 
 
 def refused(**given):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from comfyui_psa.for_diffusers import enable_ulysses
+
 PSA = {"sparsity": 0.6, "min_tokens": 0, "warm_up": 1, "correction": "off"}
 ODD = (1, 16, 3, 20, 36)
 """540 tokens: a last block of 28, and 270 tokens on each rank."""
@@ -50,6 +52,40 @@ def test_two_ranks_make_what_one_makes(start_ranks, work, name):
     if case["psa"] is not None:
         assert alone["sparse"] > 0
         assert not torch.equal(alone["latents"], work.wan(**case | {"psa": None})["latents"])
+
+
+COGVIDEOX = {
+    "dense": {"kind": "5b", "size": (1, 16, 6, 24, 32)},
+    "topk": {"kind": "5b", "size": (1, 16, 6, 24, 32), "psa": PSA, "guidance": 3.0},
+    "fused projections": {"kind": "5b", "size": (1, 16, 5, 20, 26), "psa": PSA, "fused": True},
+    "2B, which has no rotary positions": {"kind": "2b", "size": (1, 16, 6, 24, 32), "psa": PSA | BUDGET},
+    "1.5, correction, guidance": {
+        "kind": "1.5", "size": (1, 16, 6, 24, 32), "psa": PSA | {"correction": "full"}, "steps": 4, "guidance": 3.0,
+    },
+    "unequal parts": {
+        "kind": "5b", "size": (1, 16, 5, 22, 26), "psa": PSA | BUDGET, "heads": 3, "guidance": 3.0,
+        "parallel": {"uneven": True},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow(seconds=30)
+@pytest.mark.parametrize("name", COGVIDEOX)
+def test_cogvideox_with_its_text_in_every_rank(start_ranks, work, name):
+    case = COGVIDEOX[name] | {"parallel": None}
+    alone = work.cogvideox(**case)
+    case["parallel"] = COGVIDEOX[name].get("parallel", {})
+    for psa_first in (True, False)[: 1 if name in ("dense", "unequal parts") else 2]:
+        ranks = start_ranks(2).run(work.__file__, "cogvideox", psa_first=psa_first, **case)
+        for number, rank in enumerate(ranks):
+            assert distance(rank["latents"], alone["latents"]) < 1e-5
+            heads = (case.get("heads", 4) + 1 - number) // 2
+            assert rank["self_attention"] == [(batch, heads, *rest) for batch, _, *rest in alone["self_attention"]]
+            for figure in ("sparse", "dense", "fallbacks"):
+                assert rank.get(figure) == alone.get(figure)
+        assert torch.equal(ranks[0]["latents"], ranks[1]["latents"])
+    if case.get("psa"):
+        assert alone["sparse"] > 0
 
 
 @pytest.mark.parametrize("size", [(1, 16, 3, 34, 30), (1, 16, 5, 22, 26)])
@@ -100,3 +136,34 @@ def test_ring_attention_stays_dense_and_says_what_to_choose(start_ranks, work):
 
 def distance(one, other):
     return float((one - other).norm() / other.norm())
+
+
+def test_enable_ulysses_says_what_is_missing(pipes, tiny, monkeypatch):
+    with pytest.raises(RuntimeError, match="start the script with torchrun"):
+        enable_ulysses(pipes.pipeline(pipes.wan()))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(TypeError, match="enable_ulysses, pipe: 'object' was given"):
+        enable_ulysses(object(), 2)
+    with pytest.raises(ValueError, match=r"a number that divides the 2 heads of the model; choose one of 2$"):
+        enable_ulysses(pipes.wan(), 5, uneven=True)
+    model = tiny.transformer("5b", num_attention_heads=2)
+
+    class Own:
+        pass
+
+    model.set_attn_processor(Own())
+    with pytest.raises(
+        ValueError, match=r"attention processors Own were given; .* CogVideoXAttnProcessor2_0, .*set one"
+    ):
+        enable_ulysses(model, 2)
+    assert model._parallel_config is None
+
+
+def test_shared_attention_takes_no_mask_and_computes_no_gradients():
+    from comfyui_psa.for_diffusers.cogvideox import SharedProcessor
+
+    states = torch.zeros(1, 4, 8)
+    with pytest.raises(ValueError, match="leave it out"):
+        SharedProcessor()(None, states, states, attention_mask=states)
+    with pytest.raises(ValueError, match=r"under torch\.no_grad"):
+        SharedProcessor()(None, states, states)

@@ -1,0 +1,61 @@
+"""Let the processes of torch.distributed share a pipeline's video by Ulysses: diffusers' context parallel in one call.
+
+It only calls `enable_parallelism`, and gives it what diffusers lacks for CogVideoX. PSA works with and without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import cogvideox
+from .apply import find_transformers
+from .parallel import check_heads
+
+
+def enable_ulysses(pipe: Any, degree: int | None = None, *, uneven: bool = False) -> None:
+    """Split the tokens of a pipeline's transformers, and around attention their heads, over several processes.
+
+    Call it in every process, once, after `torch.distributed.init_process_group`; before or after `apply_psa`.
+
+    Args:
+        pipe: a CogVideoX, Wan2.1 or Wan2.2 pipeline, or one of their transformers.
+        degree: number of processes, by default all. The number of heads must be a multiple of it, and so must the
+            number of video tokens.
+        uneven: neither must be, at the cost of a short wait in every attention call (diffusers' `ulysses_anything`).
+
+    Raises:
+        TypeError: not a pipeline or transformer that PSA knows.
+        ValueError: the heads cannot be shared by so many, or a CogVideoX has an attention processor of its own.
+        RuntimeError: there are no processes to share with, or parallelism is enabled already.
+    """
+    import torch.distributed
+    from diffusers import ContextParallelConfig
+
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise RuntimeError(
+            "enable_ulysses needs several processes: start the script with torchrun, and call "
+            "torch.distributed.init_process_group first"
+        )
+    degree = torch.distributed.get_world_size() if degree is None else degree
+    transformers = [transformer for transformer, _ in find_transformers(pipe, "enable_ulysses")]
+    for transformer in transformers:
+        check_heads(transformer.config.num_attention_heads, degree, uneven)
+    for transformer in transformers:
+        if type(transformer).__name__ == "CogVideoXTransformer3DModel":
+            _share_attention(transformer)
+            plan = {"cp_plan": cogvideox.split_plan()}
+        else:
+            plan = {}
+        transformer.enable_parallelism(
+            config=ContextParallelConfig(ulysses_degree=degree, ulysses_anything=uneven), **plan
+        )
+
+
+def _share_attention(transformer: Any) -> None:
+    foreign = {type(one).__name__ for one in transformer.attn_processors.values()} - set(cogvideox.PROCESSORS)
+    if foreign:
+        raise ValueError(
+            f"enable_ulysses, pipe: attention processors {', '.join(sorted(foreign))} were given; allowed: those of "
+            f"diffusers, {', '.join(cogvideox.PROCESSORS)}; set one of them"
+        )
+    transformer.set_attn_processor(cogvideox.SharedProcessor())
