@@ -230,6 +230,8 @@ class TransformerState:
             return
         if output is not None and not call.attentions and not self.off:
             self._stays_dense(call, UNREACHED, len(MODELS[self.family].blocks(transformer)))
+        if len(call.run.record.steps) == 1:
+            call.run.record.look_for_weights(transformer)
         call.run.record.model_call_ended()
         if output is None:
             call.run.release()

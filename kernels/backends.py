@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.autograd import forward_ad
 
+from .config import PyramidConfig
 from .levels import BlockLists
 from .refusal import refusal
 
@@ -74,6 +75,16 @@ def choose_backend(name: str, q: torch.Tensor, precision: str = "auto") -> str:
     if name == "auto":
         reason += "; the torch backend is meant for CPUs and would be slower than dense attention here"
     raise BackendError(reason)
+
+
+def is_tuned(backend: str, q: torch.Tensor, config: PyramidConfig) -> bool:
+    """Whether calls of a backend on tensors like q [B, H, L, D] run with a tile that was measured on their GPU; True
+    for a backend that has no tiles."""
+    if backend != "triton":
+        return True
+    from .gpu.autotune import is_tuned as is_tuned_on_gpu
+
+    return is_tuned_on_gpu(q, config)
 
 
 def video_attention(backend: str) -> Callable[..., BlockLists]:

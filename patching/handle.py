@@ -115,6 +115,7 @@ class CallListener:
         run = options[RUN_KEY] = run.of_worker(core.worker_of(options))
         if not run.record.steps:
             run.plan(core.schedule(options), x.device, core.replaced_forwards(network))
+            run.record.look_for_weights(network)
         call = self.read_call(network, x, context, conds)
         run.begin_model_call(
             core.current_sigma(options),
@@ -128,8 +129,9 @@ class CallListener:
 
 def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]:
     """What a display needs of a finished run: number of steps by kind (see `record.KINDS`), mean sparsity of the sparse
-    calls, share of the whole run's attention that was saved, seconds (median by kind of step, and totals), what stayed
-    dense and why (reason -> calls), why everything stayed dense if it did, and sentences about the run."""
+    calls, share of the whole run's attention that was saved, seconds (median by kind of step, and totals), whether that
+    pays (see `pays.py`), what stayed dense and why (reason -> calls), why everything stayed dense if it did, and
+    sentences about the run."""
     return {
         "run": run.record.began,
         "completed": completed,
@@ -138,6 +140,7 @@ def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]
         "sparsity": report["mean_sparsity"],
         "saved": report["saved"],
         "seconds": median_seconds(report),
+        "pays": report["pays"],
         "time": report["time"],
         "dense": why_dense(run) if completed else None,
         "reasons": dict(run.record.fallbacks),

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..sampling.correction import gigabytes
+from ..sampling.pays import how_it_pays
 from .paint import (
     DENSE,
     GRID,
@@ -61,6 +62,8 @@ def draw_report(
         sheet.text(f"Nothing to show: {report.get('note') or 'no step has run'}.", 17)
         return sheet.cropped()
     sheet.text(headline(report), 17)
+    if report.get("pays") is not None:
+        sheet.text(f"Measured in this run: {how_it_pays(report['pays'])}.", 14)
     sheet.text(_settings(report), 14, QUIET)
     sheet.y += 14
     top = sheet.y

@@ -6,12 +6,13 @@ piece), grids (for every part: grid, sparse_calls, mean sparsity), steps (index,
 seconds, sparsity or null if nothing was sparse, sparse_calls, dense_calls, corrected_calls: how many of the sparse ones
 were corrected, learned_calls: how many of the dense ones measured what PSA would lose, attention_seconds of its sparse
 calls, layers: one sparsity per block), layers (block index -> mean sparsity), shares (pooling factor -> mean share of
-the block pairs), coverage, time (seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks
-(reason, calls), correction (size, where: GPU, CPU or host memory, bytes: the most that were held, corrected_calls,
-learned_calls, without_room: how many losses could not be kept, reason: why there was none or why it ended; null if it
-is off), notes (sentences about the run as a
-whole), level_map (pooling factors of one block's first head, every stride-th row and column, and the share of its
-resolution at which each token was seen).
+the block pairs), coverage, pays (dense, sparse: median seconds of steps that can be compared, times: how many times as
+fast the sparse ones were, why: why that is less than 1.1 times, or null; null if no steps can be compared), time
+(seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks (reason, calls), correction
+(size, where: GPU, CPU or host memory, bytes: the most that were held, corrected_calls, learned_calls, without_room: how
+many losses could not be kept, reason: why there was none or why it ended; null if it is off), notes (sentences about
+the run as a whole), level_map (pooling factors of one block's first head, every stride-th row and column, and the share
+of its resolution at which each token was seen).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 
 from ..kernels.density import coverage_of, level_shares, pair_cost
 from .findings import NONE_ACTIVE
+from .pays import how_it_pays, pays
 from .record import DENSE, KINDS, SPARSE, UNSEEN, LevelMap, Record, Step
 from .run import Run
 
@@ -78,6 +80,7 @@ def make_report(run: Run) -> dict[str, Any]:
         "saved": share_saved(record.steps, sum(values) - _learning_cost(record.steps)),
         "shares": None if shares is None else {str(factor): share for factor, share in shares.items()},
         "coverage": None if shares is None else coverage_of(shares),
+        "pays": pays(record),
         "time": _time(record.steps),
         "grid": list(layouts[0].grid) if layouts else None,
         "grids": [
@@ -121,6 +124,8 @@ def summary(report: dict[str, Any]) -> str:
     others = [f"{count[kind]} {kind}" for kind in KINDS if count[kind] and kind not in (SPARSE, DENSE)]
     if sparse and count[DENSE]:
         others.insert(0, f"the dense ones {seconds[DENSE]:.2f} s")
+    if report.get("pays") is not None:
+        others.insert(1, how_it_pays(report["pays"]))
     if not sparse and not others and not report["fallbacks"] and not report["notes"]:
         return f"{text}: {NONE_ACTIVE}"
     return "; ".join([text, *others])
@@ -132,11 +137,13 @@ def _share(calls: int, report: dict[str, Any]) -> str:
 
 
 def median_seconds(report: dict[str, Any]) -> dict[str, float]:
-    """Kind of step -> median seconds of its steps, for the kinds that occurred."""
+    """Kind of step -> median seconds of its steps, for the kinds that occurred. If sparse and dense steps can be
+    compared, these are the ones that can."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for step in report["steps"]:
         seconds[step["kind"]].append(step["seconds"])
-    return {kind: statistics.median(values) for kind, values in seconds.items()}
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    return medians | {kind: report["pays"][kind] for kind in (DENSE, SPARSE) if report.get("pays") is not None}
 
 
 def share_saved(steps: list[Step], saved: float) -> float:

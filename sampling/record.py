@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..kernels.attention import AttentionResult
+from ..kernels.backends import is_tuned
 from ..kernels.config import PyramidConfig
 from ..kernels.density import coverage_of, level_shares
 from ..kernels.order import TokenLayout, TokenOrder
@@ -119,7 +120,8 @@ class Record:
         began: when, in seconds since the epoch. blocks: number of the model's transformer blocks, if known.
         blocks_are_named: whether the model says which block an attention call belongs to.
         replaced: parts of the model whose forward another node has replaced. layouts: of all model calls.
-        backend, levels: of the sparse calls. level_map, maps: pictures, if any were requested.
+        backend, levels, dtype, device: of the sparse calls. tuned: whether their kernel was tuned for the GPU.
+        level_map, maps: pictures, if any were requested.
         fallbacks: why calls of active steps stayed dense, and how many. notes: sentences about the run as a whole.
     """
 
@@ -142,6 +144,10 @@ class Record:
         self.planned_steps: int | None = None
         self.backend: str | None = None
         self.levels: tuple[int, ...] = ()
+        self.dtype: torch.dtype | None = None
+        self.device: torch.device | None = None
+        self.tuned = True
+        self._weights: set[str] = set()
         self.layouts: list[TokenLayout] = []
         self.level_map: LevelMap | None = None
         self.maps: RunMaps | None = None
@@ -162,6 +168,15 @@ class Record:
         """Called before the first model call: number of steps, device, and which parts of the model were replaced."""
         self.planned_steps, self.replaced = steps, list(replaced)
         self._clock = Clock(device)
+
+    def look_for_weights(self, network: torch.nn.Module) -> None:
+        """Note on which devices the weights of the model are, during or right after a model call."""
+        self._weights |= {weight.device.type for weight in network.parameters()}
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights wait on another device than the one that attends, to be moved when they are needed."""
+        return self.device is not None and bool(self._weights - {self.device.type})
 
     def begin_steps(self, steps: Sequence[tuple[int, float]], position: Position) -> None:
         """Steps begin, as (index, noise level); all but the last one had no model call."""
@@ -231,6 +246,9 @@ class Record:
         self._clock.stop()
         result = results[0]
         self.backend, self.levels = result.backend, result.lists.levels
+        if self.dtype is None:
+            self.dtype, self.device = result.output.dtype, result.output.device
+            self.tuned = is_tuned(result.backend, result.output, config)
         step, block, layout = self.steps[-1], position.block, position.known_layout
         self.density(block, _mean([one.density for one in results]))
         step.grids.append(layout.grid)
@@ -290,6 +308,8 @@ class Record:
     def take_in(self, other: Record) -> None:
         """Add what another worker measured on another device, step by step; all figures then move to the host."""
         self.backend, self.levels = self.backend or other.backend, self.levels or other.levels
+        self.dtype, self.device = self.dtype or other.dtype, self.device or other.device
+        self.tuned &= other.tuned
         self.layouts += [layout for layout in other.layouts if layout not in self.layouts]
         self.notes += [note for note in other.notes if note not in self.notes]
         steps = {step.index: step for step in self.steps}

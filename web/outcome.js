@@ -18,7 +18,8 @@ export function happened(language, { run, note, replaced, stock }) {
     const done = count(Object.entries(run.kinds).filter(([kind]) => kind !== "interrupted"));
     const figures = { sparse, done, steps: run.completed ? done : (run.steps ?? done), saved: percent(run.saved) };
     const what = say(run.completed ? "ran" : "stopped", figures);
-    return { what, bold: say("thisRun", { what }), detail: seconds(say, run), dense: false };
+    const detail = [seconds(say, run), pays(say, run)].filter(Boolean).join(". ");
+    return { what, bold: say("thisRun", { what }), detail, dense: false };
 }
 
 /** The same in one line, for a run whose inputs differ from the node's; "" if nothing is known. */
@@ -33,6 +34,13 @@ function seconds(say, { kinds, seconds }) {
         .map((kind) => say(`${kind}Seconds`, { seconds: rounded(seconds[kind]) }));
     for (const kind of ["skipped", "unseen"]) if (kinds[kind]) parts.push(say(kind, { steps: kinds[kind] }));
     return parts.join(", ");
+}
+
+/** How many times as fast a sparse step is, and why if that is too little; "" if the run cannot tell. */
+function pays(say, { pays }) {
+    if (!pays) return "";
+    if (!pays.why) return say("pays", { times: pays.times.toFixed(1) });
+    return say("paysNot", { times: pays.times.toFixed(2), why: sentences(pays.why) });
 }
 
 /** Seconds with two digits, or whole from 10 on: 0.47, 1.4, 12. */

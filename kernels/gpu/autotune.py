@@ -66,11 +66,21 @@ def choose_tile(device: torch.device, case: Case) -> AttendTile:
     """
     gpu = gpu_of(device)
     built_in = attend_tile(gpu, case.dim)
-    if gpu in ("interpreter", "hip") or gpu in MEASURED or os.environ.get(SWITCH) == "0":
+    if gpu in MEASURED or not _searches(gpu):
         return built_in
     if torch.cuda.is_current_stream_capturing():  # nothing can be timed there
         return built_in
     return _tuned(device, case) or built_in
+
+
+def is_tuned(q: torch.Tensor, config: PyramidConfig) -> bool:
+    """Whether calls on tensors like q [B, H, L, D] have a tile that was measured on their GPU, by us or by a search."""
+    gpu = gpu_of(q.device)
+    return gpu in MEASURED or (_searches(gpu) and _tuned(q.device, Case.of(q, config)) is not None)
+
+
+def _searches(gpu: str) -> bool:
+    return gpu not in ("interpreter", "hip") and os.environ.get(SWITCH) != "0"
 
 
 @functools.lru_cache(maxsize=64)

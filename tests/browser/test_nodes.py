@@ -360,6 +360,14 @@ def test_what_the_server_tells_of_other_ends_is_in_bold(pages):
     told = f"tell('psa.run', {json.dumps(run)})"
     assert headline(told) == ("This run: stopped after 3 of 16 steps, 2 of them sparse, 50 % of the attention saved")
     assert "sparse steps 0.51 s, dense steps 2.0 s" in frontend.picture(node)["text"]
+    assert "times as fast" not in frontend.picture(node)["text"]
+    for why, words in (
+        (None, "dense steps 2.0 s. A sparse step is 4.0 times as fast"),
+        ("the video is short; sample more", "is 3.98 times as fast: the video is short. Sample more"),
+    ):
+        run["pays"] = {"dense": 2.04, "sparse": 0.512, "times": 3.98, "why": why}
+        headline(f"tell('psa.run', {json.dumps(run)})")
+        assert words in frontend.picture(node)["text"]
     replaced = headline(f"tell('psa.replaced', {{ node: '{node}', by: '10' }})")
     assert replaced.startswith("Has no effect: PSA Patch #10 comes after it")
     assert frontend.errors == []

@@ -116,7 +116,34 @@ is out of reach for
 
 … s each][, … corrected (…)][; …]
   The run in one line: how many steps were sparse, their mean sparsity, the backend, the seconds of sparse and of
-  dense steps, and how many calls had the correction.
+  dense steps, how many calls had the correction, and how many times as fast a sparse step was, if the run can tell.
+
+most calls of the sparse steps stayed dense
+  Sparse steps were hardly faster because most of their calls were dense. -> See the reasons in the log or in PSA
+  Report.
+
+the model does not fit the GPU
+  Sparse steps were hardly faster because weights are moved to the GPU in every step. -> Free GPU memory, or load a
+  smaller file of the model (fp8, GGUF).
+
+by plain torch, which saves little
+  Without Triton, PSA computes with torch, which is meant for trying it on a CPU. -> Use a GPU with Triton, and the
+  model in bf16 or fp16.
+
+tokens are so few that dense attention
+  Short sequences leave little to save, and preparing a sparse call takes time too. -> Sample a longer or larger video,
+  or put min_tokens back.
+
+everything but self-attention takes
+  Other layers take most of a step here, and PSA leaves them as they are. -> Sample a longer or larger video, where
+  attention weighs more.
+
+the attention kernel was not tuned
+  The built-in kernel shape is used, which may be slow on this GPU. -> Start without `PSA_AUTOTUNE=0`, or see in the
+  log why tuning failed. On AMD GPUs there is no tuning yet.
+
+sparse attention took about as long
+  Nothing else explains it: this setting saves no time on this GPU. -> Raise sparsity, or set order to raster.
 
 no step is between start_percent and end_percent
   PSA's part of the schedule had no step. -> Lower start_percent, raise end_percent, or sample more steps.
