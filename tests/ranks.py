@@ -80,7 +80,7 @@ def _serve(rank, count, meeting):
     if gpus:
         torch.cuda.set_device(rank)
     else:
-        _stand_in_for_gpus()
+        stand_in_for_gpus()
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus else "gloo",
         init_method=Path(meeting).as_uri(),
@@ -100,7 +100,7 @@ def _serve(rank, count, meeting):
         answers.flush()
 
 
-def _stand_in_for_gpus():
+def stand_in_for_gpus():
     """diffusers divides by the number of GPUs, puts the lengths of unequal parts on one, and gathers unequal parts,
     which gloo cannot."""
     torch.accelerator.device_count = lambda: 1

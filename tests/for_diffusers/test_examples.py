@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,7 +40,7 @@ def written(monkeypatch):
     return videos
 
 
-@pytest.mark.parametrize("path", ["wan21/wan21_1.3b.py", "cogvideo/cogvideo_5b.py"])
+@pytest.mark.parametrize("path", ["wan21/wan21_1.3b.py", "wan21/wan21_14b.py", "cogvideo/cogvideo_5b.py"])
 def test_help_needs_nothing(path):
     out = subprocess.run([sys.executable, SCRIPTS / path, "--help"], capture_output=True, text=True, check=True).stdout
     assert "--use_psa" in out
@@ -105,3 +106,53 @@ def test_the_cogvideo_command_line_runs(monkeypatch, tmp_path, capsys, tiny, wri
     assert "PSA: 14 sparse attention calls" in said  # 10 steps of which 3 are dense, two layers, guidance in one batch
     assert "6 dense" in said
     assert [fps for *_, fps in written] == [16]
+
+
+def example(output, *words, ranks, broken="none"):
+    """The Wan example, on a tiny pipeline, in so many processes that torchrun starts."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command = [
+        *start,
+        Path(__file__).with_name("example_with_stand_ins.py"),
+        SCRIPTS / "wan21" / "wan21_14b.py",
+        broken,
+    ]
+    small = ["--width=256", "--height=256", "--frames=9", "--steps=3", "--min_tokens=0", "--device=cpu"]
+    words = ["--prompt", "your prompt here", *small, f"--output={output}", *words]
+    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow(seconds=60)
+def test_two_processes_make_one_video_together(tmp_path):
+    alone, both = tmp_path / "alone.npy", tmp_path / "both.npy"
+    words = ["--use_psa", "--sparsity=0.6"]
+    one = example(alone, *words, ranks=1)
+    assert one.returncode == 0, one.stderr
+    two = example(both, *words, "--ulysses=2", ranks=2)
+    assert two.returncode == 0, two.stderr
+    assert (np.load(both) == np.load(alone)).all()
+    assert two.stdout.count("9 frames in") == 1
+    assert "PSA (rank 0 of 2, for its heads): 4 sparse attention calls" in two.stdout
+    assert two.stderr.count("  0%|") == one.stderr.count("  0%|") == 1, "one progress bar"
+    assert set(tmp_path.iterdir()) == {alone, both}
+
+
+@pytest.mark.slow(seconds=30)
+def test_the_others_end_with_a_process_that_fails(tmp_path):
+    output = tmp_path / "video.npy"
+    found = example(output, "--use_psa", "--ulysses=2", ranks=2, broken="1")
+    assert found.returncode != 0
+    assert "MemoryError: no room for the prompt" in found.stderr
+    assert "Rank 1 of 2 has failed, see above. No video was written." in found.stderr
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(("ranks", "asked"), [(1, 4), (2, 1)])
+def test_as_many_processes_as_were_asked_for(tmp_path, ranks, asked):
+    found = example(tmp_path / "video.npy", f"--ulysses={asked}", ranks=ranks)
+    assert found.returncode != 0
+    assert (
+        f"--ulysses {asked} needs {asked} processes, and there are {ranks}; start them with: torchrun" in found.stderr
+    )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import make_parser, run
+from common import make_parser, run, together
 
 MODELS = {
     "cogvideo_5b": ("zai-org/CogVideoX-5b", (720, 480, 49), 8),
@@ -21,15 +21,16 @@ def main(words: list[str] | None = None) -> None:
     """Run with the arguments of a command line."""
     parser = make_parser("CogVideoX text to video", model="cogvideo_5b", steps=50, guidance=6.0, size=(0, 0, 0))
     arguments = parser.parse_args(words)
-    import torch
-    from diffusers import CogVideoXPipeline
+    with together(arguments):
+        import torch
+        from diffusers import CogVideoXPipeline
 
-    source, size, fps = MODELS.get(arguments.model, (arguments.model, *MODELS["cogvideo_5b"][1:]))
-    for name, value in zip(("width", "height", "frames"), size, strict=True):
-        setattr(arguments, name, getattr(arguments, name) or value)
-    pipe = CogVideoXPipeline.from_pretrained(source, torch_dtype=torch.bfloat16).to(arguments.device)
-    pipe.vae.enable_tiling()
-    run(pipe, arguments, fps)
+        source, size, fps = MODELS.get(arguments.model, (arguments.model, *MODELS["cogvideo_5b"][1:]))
+        for name, value in zip(("width", "height", "frames"), size, strict=True):
+            setattr(arguments, name, getattr(arguments, name) or value)
+        pipe = CogVideoXPipeline.from_pretrained(source, torch_dtype=torch.bfloat16).to(arguments.device)
+        pipe.vae.enable_tiling()
+        run(pipe, arguments, fps)
 
 
 if __name__ == "__main__":
