@@ -34,6 +34,9 @@ FILE = "comfyui_psa_tile.json"
 
 # No candidate starts that would probably finish later than this, so that the whole search stays under 20 s.
 _SECONDS = 16.0
+# Of these, the last ones are for a look at int8 keys, which nobody asked for.
+_SECONDS_OF_INT8 = 4.0
+_WORTH_SAYING = 1.05
 # About a dozen calls each on the GPUs that we know.
 _WARM_UP_MS, _MEASURED_MS = 5, 20
 # Enough programs for several waves on any GPU; levels and density (about .15) are those of the presets.
@@ -101,11 +104,46 @@ def tune(device: torch.device, case: Case) -> AttendTile | None:
     log.info("PSA tunes its attention kernel for %s, heads of %d, %s: up to 20 s, once per GPU", name, case.dim, kind)
     try:
         with torch.cuda.device(device):
-            run, tiles = _problem(device, case), candidates(gpu_of(device), case, _shared_memory(device))
-            return fastest(tiles, lambda tile: _milliseconds(run, tile))
+            began = time.monotonic()
+            found = _search(device, case, _SECONDS if case.int8 else _SECONDS - _SECONDS_OF_INT8)
     except Exception as failure:  # such as no memory left; the call itself will say so
         log.info("PSA could not tune its attention kernel: %s", failure)
         return None
+    if found is None:
+        return None
+    tile, milliseconds = found
+    if not case.int8 and time.monotonic() - began <= _SECONDS - _SECONDS_OF_INT8:
+        _compare_int8(device, case, milliseconds)
+    return tile
+
+
+def _search(device: torch.device, case: Case, seconds: float) -> tuple[AttendTile, float] | None:
+    run, tiles = _problem(device, case), candidates(gpu_of(device), case, _shared_memory(device))
+    return fastest(tiles, lambda tile: _milliseconds(run, tile), seconds)
+
+
+def _compare_int8(device: torch.device, case: Case, milliseconds: float) -> None:
+    """Log it if int8 keys are faster than the best tile without them, as far as a few tiles can tell.
+
+    Only the user can weigh that against the error of int8 keys, so precision `auto` stays at 16 bits.
+    """
+    int8 = dataclasses.replace(case, int8=True, dim=padded_dim(case.dim, int8=True))
+    try:
+        with torch.cuda.device(device):
+            found = _search(device, int8, _SECONDS_OF_INT8)
+    except Exception as failure:
+        log.debug("PSA could not measure int8 keys: %s", failure)
+        return
+    if found is None or milliseconds < _WORTH_SAYING * found[1]:
+        return
+    log.info(
+        "PSA: on %s the attention kernel is %.2f times as fast with int8 keys (%.2f instead of %.2f ms); precision "
+        "auto stays at 16 bits, set precision to int8 to try it",
+        torch.cuda.get_device_name(device),
+        milliseconds / found[1],
+        found[1],
+        milliseconds,
+    )
 
 
 def candidates(gpu: str, case: Case, shared_memory: int) -> list[AttendTile]:
@@ -133,10 +171,11 @@ def fastest(
     time_of: Callable[[AttendTile], float],
     seconds: float = _SECONDS,
     clock: Callable[[], float] = time.monotonic,
-) -> AttendTile | None:
-    """The fastest tile; tiles that fail are skipped, and none starts that would not finish within `seconds`."""
+) -> tuple[AttendTile, float] | None:
+    """The fastest tile and its time; tiles that fail are skipped, and none starts that would not finish within
+    `seconds`. None if all failed."""
     began, longest = clock(), 0.0
-    best: tuple[float, AttendTile] | None = None
+    best: tuple[AttendTile, float] | None = None
     for tile in tiles:
         start = clock()
         if best is not None and start - began + longest > seconds:
@@ -148,9 +187,9 @@ def fastest(
             continue
         finally:
             longest = max(longest, clock() - start)
-        if best is None or needed < best[0]:
-            best = needed, tile
-    return None if best is None else best[1]
+        if best is None or needed < best[1]:
+            best = tile, needed
+    return best
 
 
 def _problem(device: torch.device, case: Case) -> Callable[[AttendTile], None]:

@@ -48,11 +48,11 @@ def other_gpu(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("place", range(len(TILES)))
 def test_the_fastest_is_taken(place):
-    assert autotune.fastest(TILES, lambda tile: 1.0 if tile == TILES[place] else 2.0) == TILES[place]
+    assert autotune.fastest(TILES, lambda tile: 1.0 if tile == TILES[place] else 2.0) == (TILES[place], 1.0)
 
 
 def test_among_equals_the_first_is_taken():
-    assert autotune.fastest(TILES, lambda tile: 1.0) == TILES[0]
+    assert autotune.fastest(TILES, lambda tile: 1.0) == (TILES[0], 1.0)
 
 
 def test_tiles_that_fail_are_skipped():
@@ -61,7 +61,7 @@ def test_tiles_that_fail_are_skipped():
             raise RuntimeError("out of resources: shared memory")
         return float(tile.rows)
 
-    assert autotune.fastest(TILES, time_of) == AttendTile(32, 4, 2)
+    assert autotune.fastest(TILES, time_of) == (AttendTile(32, 4, 2), 32.0)
     assert autotune.fastest([tile for tile in TILES if tile.stages == 1], time_of) is None
 
 
@@ -74,7 +74,7 @@ def test_no_tile_begins_that_would_end_too_late():
         now[0] += 5.0
         return -float(len(tried))
 
-    assert autotune.fastest(TILES, time_of, 16.0, lambda: now[0]) == TILES[2]
+    assert autotune.fastest(TILES, time_of, 16.0, lambda: now[0]) == (TILES[2], -3.0)
     assert tried == TILES[:3]
 
 
@@ -87,7 +87,7 @@ def test_slow_failures_do_not_end_the_search_before_anything_was_measured():
             raise RuntimeError
         return 1.0
 
-    assert autotune.fastest(TILES, time_of, 16.0, lambda: now[0]) == TILES[2]
+    assert autotune.fastest(TILES, time_of, 16.0, lambda: now[0]) == (TILES[2], 1.0)
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
@@ -226,6 +226,45 @@ def test_a_search_that_cannot_begin_says_so_once_and_raises_nothing(monkeypatch,
         "PSA tunes its attention kernel for Some GPU, heads of 128, bfloat16: up to 20 s, once per GPU",
         "PSA could not tune its attention kernel: no memory left",
     ]
+
+
+@pytest.mark.parametrize(
+    ("sixteen", "eight", "times"), [(2.0, 1.0, "2.00"), (1.06, 1.0, "1.06"), (1.0, 1.0, None), (1.0, 2.0, None)]
+)
+def test_int8_that_is_measured_faster_is_said_with_the_figure(monkeypatch, caplog, sixteen, eight, times):
+    """And it changes nothing: the tile is that of 16 bits."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(autotune, "gpu_of", lambda _: "sm86")
+    monkeypatch.setattr(autotune, "_shared_memory", lambda _: GPUS["sm86"])
+    monkeypatch.setattr(autotune, "_problem", lambda _, case: case)
+    monkeypatch.setattr(autotune, "_milliseconds", lambda case, tile: eight if case.int8 else sixteen)
+    with caplog.at_level("INFO", logger="ComfyUI-PSA"):
+        assert autotune.tune(CUDA, CASE) == attend_tile("sm86", 128)
+        assert autotune.tune(CUDA, dataclasses.replace(CASE, int8=True)) == attend_tile("sm86", 128)
+    said = [record.getMessage() for record in caplog.records if "int8 keys (" in record.getMessage()]
+    if times is None:
+        assert said == []
+    else:
+        assert said == [
+            f"PSA: on Some GPU the attention kernel is {times} times as fast with int8 keys ({eight:.2f} instead of "
+            f"{sixteen:.2f} ms); precision auto stays at 16 bits, set precision to int8 to try it"
+        ]
+
+
+def test_int8_that_cannot_be_measured_costs_nothing(monkeypatch):
+    def problem(_, case):
+        if case.int8:
+            raise torch.OutOfMemoryError("no memory left")
+        return case
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(autotune, "gpu_of", lambda _: "sm86")
+    monkeypatch.setattr(autotune, "_shared_memory", lambda _: GPUS["sm86"])
+    monkeypatch.setattr(autotune, "_problem", problem)
+    monkeypatch.setattr(autotune, "_milliseconds", lambda *_: 1.0)
+    assert autotune.tune(CUDA, CASE) == attend_tile("sm86", 128)
 
 
 @pytest.mark.parametrize(("dim", "int8", "expected"), [(80, False, 128), (16, False, 16), (8, True, 32)])
