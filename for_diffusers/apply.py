@@ -217,7 +217,7 @@ def remove_psa(pipe: Any) -> bool:
     return bool(found)
 
 
-def _error(argument: str, given: object, allowed: str, asked_by: str = "apply_psa") -> ValueError:
+def _error(argument: str, given: object, allowed: str, *, asked_by: str = "apply_psa") -> ValueError:
     return ValueError(f"{asked_by}, {refusal(argument, given, allowed)}")
 
 
@@ -237,5 +237,5 @@ def find_transformers(pipe: Any, asked_by: str = "apply_psa") -> list[tuple[Any,
     found = list({id(one): (one, outermost) for one, outermost in pairs if type(one).__name__ in MODELS}.values())
     if not found:
         allowed = f"a pipeline with {', '.join(MODELS)}"
-        raise TypeError(str(_error("pipe", type(pipe).__name__, allowed, asked_by)))
+        raise TypeError(str(_error("pipe", type(pipe).__name__, allowed, asked_by=asked_by)))
     return found

@@ -95,6 +95,25 @@ def cogvideox(*, kind, size, psa=None, parallel=None, psa_first=True, steps=3, h
     return {"latents": latents, "self_attention": attention.shapes} | figures(applied)
 
 
+def yunchang(*, layer, grid, text):
+    """This process' part of the attention of a layer of yunchang."""
+    import yunchang
+    from yunchang.kernels import AttnType
+
+    from comfyui_psa.for_diffusers import LocalAttention
+
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    attention = LocalAttention(grid, 0.6, text_before=text)
+    if layer == "UlyssesAttention":
+        shared = yunchang.UlyssesAttention(torch.distributed.group.WORLD, attn_type=AttnType.TORCH_MATH)
+        shared.attn_fn = attention
+    else:
+        yunchang.set_seq_parallel_pg(ranks, 1, rank, ranks)
+        shared = yunchang.LongContextAttention(attn_type="psa", attn_processor=attention)
+    whole = helper("for_diffusers/test_local").tensors(text, heads=4)
+    return {"output": shared(*whole.chunk(ranks, 2)[rank]), "sparse_calls": attention.sparse_calls}
+
+
 def refused(**given):
     """What the error of such a run says."""
     try:

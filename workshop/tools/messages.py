@@ -71,6 +71,8 @@ _KNOWN_BY_CLASS = {
     "DownloadError": ("PSA LoRA Download", "mend that and run again"),
 }
 """Kind of error -> what it is listed under, and what to do where it does not say so itself."""
+_CALLED = {"for_diffusers/local.py": "LocalAttention", "for_diffusers/parallel.py": "enable_parallelism"}
+"""Files of for_diffusers whose errors name another call than apply_psa."""
 _LEAST_WORDS = 4
 _MOST_CHOICES = 3
 _PLACEHOLDER = re.compile(r"%[-+ 0#]*\d*(?:\.\d+)?[a-zA-Z]")
@@ -189,7 +191,7 @@ class Product:
             words |= {"allowed": "an entry of its menu", "do": "choose one of those that the error names"}
         node, do = _KNOWN_BY_CLASS.get(name, ("", ""))
         if module.file.startswith("for_diffusers/"):
-            node, do = "apply_psa", "pass a value that is allowed"
+            node, do = _CALLED.get(module.file, "apply_psa"), "pass a value that is allowed"
         elif module.file == "choices/levels.py":
             node = "PSA Pyramid"
         words.setdefault("do", do.format(**words))

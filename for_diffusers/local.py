@@ -1,0 +1,118 @@
+"""PSA for engines that share the heads themselves, such as xDiT and yunchang: a function for their attention.
+
+Before it, the engine has exchanged tokens for heads, so it gets [B, L, H, D]: all tokens, some heads. It knows no
+steps: the script sets `sparse`, and there is no correction. Pipelines of diffusers need none of this, see `ulysses.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..choices.presets import load_presets
+from ..choices.settings import MOST_SPARSITY, PatchInputs
+from ..kernels.attention import pyramid_sparse_attention
+from ..kernels.backends import gradient_reason
+from ..kernels.config import ConfigError
+from ..kernels.order import TokenLayout
+from ..kernels.refusal import refusal
+from ..sampling.self_attention import own_words
+
+log = logging.getLogger("ComfyUI-PSA")
+
+
+class LocalAttention:
+    """Attention of q, k, v [B, L, H, D] as yunchang and xDiT call it.
+
+    Attributes:
+        sparse: whether calls are sparse; set it to False for the first steps, and to True for the others.
+        sparse_calls: how many were.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int, int],
+        sparsity: float = PatchInputs.sparsity,
+        preset: str = "module-default",
+        *,
+        text_before: int = 0,
+        text_after: int = 0,
+        backend: str = PatchInputs.backend,
+        **changes: Any,
+    ) -> None:
+        """
+        Args:
+            grid: (time, height, width) of the video in tokens, as the latent divided by the model's patch size.
+            sparsity: share of the attention work that is saved, above 0, at most 0.97.
+            preset: a name from `choices.presets.load_presets`.
+            text_before, text_after: tokens before and after the video's in the sequence.
+            backend: auto, triton or torch.
+            changes: other fields of `kernels.config.PyramidConfig`, such as block_kv. In budget mode, every process
+                meets the sparsity with its own heads.
+
+        Raises:
+            ValueError: an input is wrong; the error says what was given and what is allowed.
+        """
+        presets = load_presets()
+        if preset not in presets:
+            raise _error("preset", preset, ", ".join(presets), "pass one of them")
+        if not 0 < sparsity <= MOST_SPARSITY:
+            raise _error("sparsity", sparsity, f"above 0, at most {MOST_SPARSITY}", "pass a number within it")
+        try:
+            self._config = presets[preset].config(sparsity, **changes)
+        except (ConfigError, TypeError) as error:
+            raise ValueError(f"LocalAttention, {error}") from error
+        self._layout = TokenLayout(grid, text_before, text_after)
+        self._backend = backend
+        self._failed = False
+        self.sparse, self.sparse_calls = True, 0
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: Any,
+        dropout_p: float = 0.0,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        **__: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The output [B, L, H, D], and zeros [B, H, L] instead of the sums that only ring attention needs.
+
+        Cross-attention, causal attention, dropout, gradients and `sparse` set to False are computed dense.
+
+        Raises:
+            ValueError: the tokens are not those of the grid, for example because ring attention has split the keys.
+        """
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        output = None
+        if q.shape == k.shape:
+            if q.shape[2] != self._layout.length:
+                given = f"{self._layout.grid}, with text {self._layout.length} tokens"
+                allowed = f"that of the {q.shape[2]} tokens of a call"
+                raise _error("grid", given, allowed, "correct it, or share by Ulysses alone, without ring attention")
+            if self.sparse and not (causal or dropout_p or self._failed or gradient_reason(q, k, v)):
+                output = self._sparse(q, k, v, softmax_scale)
+        if output is None:
+            output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale)
+        return output.transpose(1, 2), q.new_zeros(q.shape[:3], dtype=torch.float32)
+
+    def _sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor | None:
+        try:
+            result = pyramid_sparse_attention(
+                q, k, v, self._config, layout=self._layout, scale=scale, backend=self._backend
+            )
+        except Exception as error:  # whatever fails, the engine goes on with dense attention
+            self._failed = True
+            log.warning("PSA: LocalAttention stays dense from here on: %s", own_words(error) or "no reason was given")
+            return None
+        self.sparse_calls += 1
+        return result.output
+
+
+def _error(argument: str, given: object, allowed: str, do: str) -> ValueError:
+    return ValueError(f"LocalAttention, {refusal(argument, given, allowed)}; {do}")

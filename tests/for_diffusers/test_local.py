@@ -1,0 +1,83 @@
+"""LocalAttention against our own call and dense attention, alone and in yunchang's layers with two processes."""
+
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from comfyui_psa.choices.presets import load_presets
+from comfyui_psa.for_diffusers import LocalAttention
+from comfyui_psa.kernels.attention import pyramid_sparse_attention
+from comfyui_psa.kernels.order import TokenLayout
+
+GRID = (3, 12, 16)
+
+
+def tensors(text=0, heads=2, length=None):
+    shape = (3, 1, (length or 576) + text, heads, 64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
+
+
+def dense(q, k, v, **given):
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), **given).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (9, 0), (0, 7)])
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_it_is_our_own_call(before, after, scale):
+    q, k, v = tensors(before + after)
+    attention = LocalAttention(GRID, 0.6, text_before=before, text_after=after)
+    output, _ = attention(q, k, v, softmax_scale=scale, window_size=(-1, -1), deterministic=False)
+    config = load_presets()["module-default"].config(0.6)
+    ours = pyramid_sparse_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), config, layout=TokenLayout(GRID, before, after), scale=scale
+    )
+    assert torch.equal(output, ours.output.transpose(1, 2))
+    assert attention.sparse_calls == 1
+    assert not torch.allclose(output, dense(q, k, v, scale=scale), atol=1e-3)
+
+
+@pytest.mark.parametrize("why", ["warm-up", "cross-attention", "causal", "gradients"])
+def test_what_it_leaves_dense(why):
+    attention = LocalAttention(GRID, 0.6)
+    q, k, v = tensors()
+    attention.sparse = why != "warm-up"
+    if why == "cross-attention":
+        k, v = k[:, :50], v[:, :50]
+    q.requires_grad_(why == "gradients")
+    output, _ = attention(q, k, v, causal=why == "causal")
+    assert torch.equal(output, dense(q, k, v, is_causal=why == "causal"))
+    assert attention.sparse_calls == 0
+    assert output.requires_grad == (why == "gradients")
+
+
+def test_wrong_inputs_say_what_is_allowed():
+    for given in ({"preset": "moon"}, {"sparsity": 0.99}, {"block_kv": 17}, {"moon": 1}):
+        with pytest.raises(ValueError, match=f"LocalAttention, .*{next(iter(given))}"):
+            LocalAttention(GRID, **given)
+    with pytest.raises(ValueError, match=r"grid: .*576 tokens.* was given; allowed: that of the 288 tokens"):
+        LocalAttention(GRID, 0.6)(*tensors(length=288))
+
+
+def test_a_failure_is_logged_once_and_stays_dense(caplog):
+    attention = LocalAttention(GRID, 0.6, backend="triton")
+    q, k, v = tensors()
+    for _ in range(2):
+        assert torch.equal(attention(q, k, v)[0], dense(q, k, v))
+    if not torch.cuda.is_available():
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert "stays dense from here on: the Triton kernel" in line
+
+
+@pytest.mark.slow(seconds=30)
+@pytest.mark.parametrize("layer", ["UlyssesAttention", "LongContextAttention"])
+def test_two_processes_of_yunchang(start_ranks, work, layer):
+    """The layers of yunchang, which xDiT's are made of, on halves of the tokens."""
+    if importlib.util.find_spec("yunchang") is None:
+        pytest.skip("yunchang is not installed")
+    attention = LocalAttention(GRID, 0.6, text_before=4)
+    expected, _ = attention(*tensors(4, heads=4))
+    for rank, half in enumerate(start_ranks(2).run(work.__file__, "yunchang", layer=layer, grid=GRID, text=4)):
+        assert torch.equal(half["output"], expected[:, 290 * rank : 290 * (rank + 1)])
+        assert half["sparse_calls"] == 1
