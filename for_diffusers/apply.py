@@ -98,8 +98,8 @@ class _Patch:
             outermost.register_forward_pre_hook(Untraced(state.begin_call, _OUTSIDE), with_kwargs=True),
             outermost.register_forward_hook(Untraced(state.end_call, _OUTSIDE), always_call=True),
         ]
-        for index, block in enumerate(MODELS[state.family].blocks(transformer)):
-            self._parts.append(InterceptedForward(block.attn1, state, index))
+        for index, attention in enumerate(MODELS[state.family].attentions(transformer)):
+            self._parts.append(InterceptedForward(attention, state, index))
         transformer.__dict__[_ATTRIBUTE] = self
 
     def remove(self) -> None:
@@ -129,8 +129,9 @@ def apply_psa(
     """Let a diffusers pipeline attend with PSA. Calling it again replaces the earlier settings.
 
     Args:
-        pipe: a CogVideoX, Wan2.1 or Wan2.2 pipeline (both experts are patched), or one of their transformers. They may
-            be compiled, before or after; with fullgraph=True either before, by torch.compile, or only their blocks.
+        pipe: a pipeline with a transformer that PSA knows, see docs/diffusers.md, or the transformer (of Wan2.2, both
+            experts are patched). They may be compiled, before or after; with fullgraph=True either before, by
+            torch.compile, or only their blocks.
         sparsity: share of the attention work that is saved in the sparse steps, 0 to 0.97; 0 keeps every call dense.
         preset: a name from `choices.presets.load_presets`, or auto.
         warm_up: how many of the first steps stay dense: a share of the steps (a float) or their number (an int). A

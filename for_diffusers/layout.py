@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from ..choices.settings import AUTO_PRESETS
 from ..kernels.order import TokenLayout
+
+_SIZES = ("num_frames", "height", "width")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,20 +23,64 @@ class TransformerFamily:
 
     Attributes:
         preset: name of the preset that `auto` takes, from the transformer.
-        blocks: its transformer blocks, each with its self-attention as `attn1`.
+        attentions: its modules of self-attention over the video, in the order of the blocks' numbers.
         read_call: layout and timestep of a call, from the transformer and the call's arguments.
     """
 
     preset: Callable[[Any], str]
-    blocks: Callable[[Any], Sequence[Any]]
+    attentions: Callable[[Any], Sequence[Any]]
     read_call: Callable[[Any, Sequence[Any], Mapping[str, Any]], tuple[TokenLayout, torch.Tensor]]
 
 
 def _read_wan(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
     """forward(hidden_states [B, C, T, H, W], timestep, encoder_hidden_states, ...)."""
     latent, timestep = (_argument(args, kwargs, n, name) for n, name in enumerate(("hidden_states", "timestep")))
-    sizes = zip(latent.shape[2:], transformer.config.patch_size, strict=True)
-    return TokenLayout(tuple(size // patch for size, patch in sizes)), timestep
+    return TokenLayout(_grid(latent.shape[2:], transformer.config.patch_size)), timestep
+
+
+def _read_vace(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
+    """As Wan, with control_hidden_states [B, 96, T, H, W]. Reference images are the first frames; of their control, all
+    is blank but the image itself (the first 16 channels)."""
+    layout, timestep = _read_wan(transformer, args, kwargs)
+    control = _argument(args, kwargs, 4, "control_hidden_states")
+    blank = (control[:, 16:, : layout.grid[0] - 1] == 0).all(dim=(0, 1, 3, 4))
+    return _leading(layout.grid, int(blank.to(torch.int32).cumprod(0).sum())), timestep
+
+
+def _read_animate(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
+    """As Wan; the first frame is the reference."""
+    layout, timestep = _read_wan(transformer, args, kwargs)
+    return _leading(layout.grid, 1), timestep
+
+
+def _read_ltx(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
+    """forward(hidden_states [B, L, C], encoder_hidden_states, timestep, encoder_attention_mask, num_frames, height,
+    width, ...): sizes of the grid. Conditions that are not the first frame come before it."""
+    tokens, timestep = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 2, "timestep")
+    frames, height, width = (_argument(args, kwargs, 4 + n, name) for n, name in enumerate(_SIZES))
+    before = tokens.shape[1] - frames * height * width
+    if before < 0:
+        raise ValueError("fewer tokens than the grid has")
+    return TokenLayout((frames, height, width), before), timestep
+
+
+def _read_ltx2(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
+    """forward(hidden_states [B, L, C], audio_hidden_states, encoder_hidden_states, audio_encoder_hidden_states,
+    timestep, ..., num_frames, height, width, ...): sizes of the grid. Conditions come after it."""
+    tokens, timestep = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 4, "timestep")
+    frames, height, width = (_argument(args, kwargs, 10 + n, name) for n, name in enumerate(_SIZES))
+    after = tokens.shape[1] - frames * height * width
+    if after < 0:
+        raise ValueError("fewer tokens than the grid has")
+    return TokenLayout((frames, height, width), after=after), timestep
+
+
+def _read_kandinsky(
+    transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[TokenLayout, torch.Tensor]:
+    """forward(hidden_states [B, T, H, W, C], encoder_hidden_states, timestep, ...)."""
+    latent, timestep = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 2, "timestep")
+    return TokenLayout(_grid(latent.shape[1:4], transformer.config.patch_size)), timestep
 
 
 def _read_cogvideox(
@@ -48,16 +95,41 @@ def _read_cogvideox(
     return TokenLayout(grid, before=text.shape[1]), timestep
 
 
+def _grid(sizes: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
+    time, height, width = (size // patch for size, patch in zip(sizes, patch_size, strict=True))
+    return time, height, width
+
+
+def _leading(grid: tuple[int, int, int], frames: int) -> TokenLayout:
+    """A grid whose first `frames` are references."""
+    return TokenLayout((grid[0] - frames, *grid[1:]), before=frames * grid[1] * grid[2])
+
+
 def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
     return args[position] if len(args) > position else kwargs[name]
 
 
+def _attn1(*stacks: str) -> Callable[[Any], Sequence[Any]]:
+    return lambda transformer: [block.attn1 for stack in stacks for block in getattr(transformer, stack)]
+
+
+def _default(_: Any) -> str:
+    return AUTO_PRESETS[0]
+
+
 MODELS = {
-    "WanTransformer3DModel": TransformerFamily(lambda _: "module-default", lambda t: t.blocks, _read_wan),
+    "WanTransformer3DModel": TransformerFamily(_default, _attn1("blocks"), _read_wan),
+    "WanVACETransformer3DModel": TransformerFamily(_default, _attn1("blocks", "vace_blocks"), _read_vace),
+    "WanAnimateTransformer3DModel": TransformerFamily(_default, _attn1("blocks"), _read_animate),
+    "LTXVideoTransformer3DModel": TransformerFamily(_default, _attn1("transformer_blocks"), _read_ltx),
+    "LTX2VideoTransformer3DModel": TransformerFamily(_default, _attn1("transformer_blocks"), _read_ltx2),
+    "Kandinsky5Transformer3DModel": TransformerFamily(
+        _default, lambda t: [block.self_attention for block in t.visual_transformer_blocks], _read_kandinsky
+    ),
     "CogVideoXTransformer3DModel": TransformerFamily(
         lambda t: "cogvideox-5b" if t.config.patch_size_t is None else "cogvideox1.5-5b",
-        lambda t: t.transformer_blocks,
+        _attn1("transformer_blocks"),
         _read_cogvideox,
     ),
 }
-"""By class name, so that diffusers is not imported to ask. Other Wan classes (VACE, Animate) are not supported."""
+"""By class name, so that diffusers is not imported to ask."""

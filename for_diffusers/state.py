@@ -160,7 +160,7 @@ class TransformerState:
                     reason = NO_STEPS
                 reason = dense_reason(transformer) or reason
                 parallel = find_parallel(transformer, layout.video)
-        blocks = len(MODELS[self.family].blocks(transformer))
+        blocks = len(MODELS[self.family].attentions(transformer))
         run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")), blocks)
         run.begin_model_call(0.0 if steps is None else steps.now, layout, ())
         if run.position.in_last_step:
@@ -229,7 +229,7 @@ class TransformerState:
         if call is None:
             return
         if output is not None and not call.attentions and not self.off:
-            self._stays_dense(call, UNREACHED, len(MODELS[self.family].blocks(transformer)))
+            self._stays_dense(call, UNREACHED, len(MODELS[self.family].attentions(transformer)))
         if len(call.run.record.steps) == 1:
             call.run.record.look_for_weights(transformer)
         call.run.record.model_call_ended()

@@ -1,0 +1,192 @@
+"""Every transformer of diffusers that `apply_psa` knows, tiny and random: where its tokens lie, and that PSA with
+nothing left out computes what dense computes. Wan and CogVideoX have files of their own.
+
+As in tests/patching/test_families.py, changing one input changes exactly the queries that it makes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from comfyui_psa.for_diffusers import apply_psa, state
+
+GRID = (3, 14, 16)
+FRAME = 14 * 16
+TIME = torch.tensor([900.0])
+
+
+def text(pipes, width, tokens=13):
+    return pipes.normal(1, tokens, width, seed=2)
+
+
+def wan_size(frames=GRID[0]):
+    return 1, 16, frames, 28, 32
+
+
+WAN = {"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 64, "text_dim": 32}
+LTX = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_attention_heads": 2,
+    "cross_attention_dim": 128,
+    "num_layers": 2,
+    "caption_channels": 32,
+}
+
+
+def vace(pipes, latent, references=0):
+    control = pipes.normal(1, 96, latent.shape[2], 28, 32, seed=3)
+    control[:, 16:, :references] = 0
+    return {
+        "hidden_states": latent, "timestep": TIME, "encoder_hidden_states": text(pipes, 32),
+        "control_hidden_states": control,
+    }  # fmt: skip
+
+
+def animate(pipes, latent):
+    return {
+        "hidden_states": latent,
+        "timestep": TIME,
+        "encoder_hidden_states": text(pipes, 32),
+        "encoder_hidden_states_image": pipes.normal(1, 9, 48, seed=5),
+        "pose_hidden_states": pipes.normal(1, 16, latent.shape[2] - 1, 28, 32, seed=3),
+        "face_pixel_values": pipes.normal(1, 3, 9, 64, 64, seed=4),
+    }
+
+
+def ltx(pipes, latent, before=0):
+    tokens = latent.flatten(2).transpose(1, 2)
+    return {
+        "hidden_states": torch.cat([pipes.normal(1, before, 16, seed=6), tokens], 1),
+        "encoder_hidden_states": text(pipes, 32),
+        "timestep": TIME,
+        "encoder_attention_mask": torch.ones(1, 13),
+        "num_frames": GRID[0],
+        "height": GRID[1],
+        "width": GRID[2],
+        **({"video_coords": pipes.normal(1, 3, before + tokens.shape[1], seed=8)} if before else {}),
+    }
+
+
+def ltx2(pipes, latent, after=0):
+    tokens = latent.flatten(2).transpose(1, 2)
+    return {
+        "hidden_states": torch.cat([tokens, pipes.normal(1, after, 16, seed=6)], 1),
+        "audio_hidden_states": pipes.normal(1, math.prod(GRID), 16, seed=7),  # as many tokens as the video
+        "encoder_hidden_states": text(pipes, 32),
+        "audio_encoder_hidden_states": text(pipes, 32),
+        "timestep": TIME,
+        "num_frames": GRID[0],
+        "height": GRID[1],
+        "width": GRID[2],
+        "audio_num_frames": math.prod(GRID),
+        **({"video_coords": pipes.normal(1, 3, tokens.shape[1] + after, 2, seed=8)} if after else {}),
+    }
+
+
+def kandinsky(pipes, latent):
+    return {
+        "hidden_states": latent.permute(0, 2, 3, 4, 1),
+        "encoder_hidden_states": text(pipes, 32),
+        "timestep": TIME,
+        "pooled_projections": pipes.normal(1, 16, seed=3),
+        "visual_rope_pos": tuple(torch.arange(size) for size in GRID),
+        "text_rope_pos": torch.arange(13),
+    }
+
+
+@dataclasses.dataclass
+class Case:
+    """name, sizes: of the class; inputs: from a latent of `size`; before, grid, after: where the tokens lie; calls: of
+    self-attention over the video in a forward."""
+
+    name: str
+    sizes: dict
+    inputs: Callable
+    size: tuple
+    before: int = 0
+    grid: tuple = GRID
+    after: int = 0
+    calls: int = 2
+    given: dict = dataclasses.field(default_factory=dict)
+
+
+VACE = WAN | {"vace_layers": [0], "vace_in_channels": 96}
+ANIMATE = WAN | {
+    "in_channels": None, "latent_channels": 16, "image_dim": 48, "added_kv_proj_dim": 256, "motion_encoder_size": 64,
+    "motion_style_dim": 16, "motion_dim": 4, "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16,
+    "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2,
+    "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16, "32": 16, "64": 16},
+}  # fmt: skip
+LTX2 = LTX | {
+    "attention_head_dim": 128, "cross_attention_dim": 256, "audio_in_channels": 16, "audio_out_channels": 16,
+    "audio_num_attention_heads": 2, "audio_attention_head_dim": 64, "audio_cross_attention_dim": 128,
+}  # fmt: skip
+KANDINSKY = {
+    "in_visual_dim": 16, "out_visual_dim": 16, "in_text_dim": 32, "in_text_dim2": 16, "time_dim": 32, "model_dim": 128,
+    "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 2,
+}  # fmt: skip
+PACKED = (1, 16, *GRID)
+CASES = [
+    Case("WanVACETransformer3DModel", VACE, vace, wan_size(), calls=3),
+    Case("WanVACETransformer3DModel", VACE, vace, wan_size(4), before=FRAME, calls=3, given={"references": 1}),
+    Case("WanAnimateTransformer3DModel", ANIMATE, animate, (1, 36, 4, 28, 32), before=FRAME),
+    Case("LTXVideoTransformer3DModel", LTX | {"attention_head_dim": 64}, ltx, PACKED),
+    Case("LTXVideoTransformer3DModel", LTX | {"attention_head_dim": 64}, ltx, PACKED, before=21, given={"before": 21}),
+    Case("LTX2VideoTransformer3DModel", LTX2, ltx2, PACKED),
+    Case("LTX2VideoTransformer3DModel", LTX2, ltx2, PACKED, after=21, given={"after": 21}),
+    Case("Kandinsky5Transformer3DModel", KANDINSKY, kandinsky, wan_size()),
+]
+
+
+def load(case):
+    import diffusers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(diffusers, case.name)(**case.sizes).eval()
+        for parameter in model.parameters():
+            parameter.data = 0.1 * torch.randn_like(parameter) * min(1.0, (256 / max(1, parameter[0].numel())) ** 0.5)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{n}" for n, case in enumerate(CASES)])
+def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case, pipes, monkeypatch):
+    model = load(case)
+    seen = []
+    real = state.attend
+
+    def spy(run, q, *args, **kwargs):
+        seen.append((q[0].clone(), run.position.layout))
+        return real(run, q, *args, **kwargs)
+
+    monkeypatch.setattr(state, "attend", spy)
+    latent = pipes.normal(*case.size, seed=1)
+
+    def run(latent=latent):
+        with torch.no_grad():
+            return model(**case.inputs(pipes, latent, **case.given), return_dict=False)[0]
+
+    stock = run()
+    applied = apply_psa(model, **pipes.FULL)
+    assert pipes.close(run(), stock, 1e-5)
+    assert {(layout.before, layout.grid, layout.after) for _, layout in seen} == {(case.before, case.grid, case.after)}
+    assert (applied.sparse_calls, applied.dense_calls) == (len(seen), 0) == (case.calls, 0)
+    queries = seen[0][0]
+    patch = case.size[3] // GRID[1]
+    leading = case.size[2] - case.grid[0]
+    for t, y, x in ((0, 1, 1), (1, 5, 7), (case.grid[0] - 1, case.size[3] - 1, case.size[4] - 1)):
+        changed = latent.clone()
+        changed[0, :, leading + t, y, x] += 1.0
+        seen.clear()
+        run(changed)
+        place = case.before + (t * case.grid[1] + y // patch) * case.grid[2] + x // patch
+        assert (queries != seen[0][0]).any(-1).any(0).nonzero().flatten().tolist() == [place]
+
+    applied = apply_psa(model, 0.5, mode="topk", **pipes.SETTINGS)
+    assert torch.isfinite(run()).all()
+    assert (applied.sparse_calls, applied.fallbacks) == (case.calls, {})
+    assert not pipes.close(run(), stock, 1e-5)
