@@ -111,3 +111,25 @@ def test_two_gpus_make_what_one_makes(pipes, start_ranks, work, psa):
         assert pipes.close(rank["latents"], alone["latents"], 1e-3)
         assert rank.get("sparse") == alone.get("sparse")
         assert not rank.get("fallbacks")
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("correction", ["full", "off"])
+def test_compiled_blocks_and_cuda_graphs(pipes, mode, correction):
+    """CUDA graphs are recorded in the second run and repeated in the third."""
+
+    def prepared():
+        pipe = pipes.pipeline(pipes.wan().to("cuda", torch.float16))
+        return pipe, apply_psa(pipe, 0.9, min_tokens=0, warm_up=1, correction=correction)
+
+    (eager, wanted), (pipe, applied) = prepared(), prepared()
+    expected = pipes.run(eager, 5).float()
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, mode=mode)
+    for number in (1, 2, 3):
+        assert pipes.close(pipes.run(pipe, 5).float(), expected, 5e-3)
+        assert (applied.sparse_calls, applied.dense_calls) == (
+            number * wanted.sparse_calls,
+            number * wanted.dense_calls,
+        )
+    assert not applied.fallbacks
+    torch._dynamo.reset()

@@ -19,13 +19,13 @@ pytestmark = [
     ),
 ]
 PATCH = {
-    "sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
+    "sparsity": 0.9, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
     "correction": "full",
 }  # fmt: skip
 LAYERS = 3
 BLOCKS = [f"diffusion_model.blocks.{block}" for block in range(LAYERS)]
-ROUNDING = 2e-2
-"""Relative error of a bfloat16 model whose sums are taken in another order."""
+ROUNDING = 4e-3
+"""Relative error of a float16 model whose sums are taken in another order; what PSA changes here is over 1.7e-2."""
 
 
 @pytest.fixture
@@ -63,11 +63,11 @@ def test_every_step_is_as_without_a_compiler(tiny_wan, compiler, keys, how, corr
     """Dense, learning, sparse and corrected steps, several runs in turn with the model without PSA."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-    model = tiny_wan.load("t2v", torch.bfloat16, num_layers=LAYERS)
+    model = tiny_wan.load("t2v", torch.float16, num_layers=LAYERS)
     psa = patch_model(model, **PATCH | {"correction": correction})
     expected, stock = tiny_wan.sample(psa, steps=6), tiny_wan.sample(model, steps=6)
     wanted = calls(psa)
-    assert error(stock, expected) > ROUNDING, "PSA shows in the result"
+    assert error(stock, expected) > 3 * ROUNDING, "PSA shows in the result"
     for clone in (psa, model):
         set_torch_compile_wrapper(model=clone, keys=keys, **how)
     for _ in range(3):  # CUDA graphs are recorded in the second and repeated in the third
@@ -90,7 +90,7 @@ def test_inductor_and_cuda_graphs_by_hand(compiler):
     @torch.compile(mode="reduce-overhead", fullgraph=True)
     def network(x):
         q = x * 2
-        return operator(q, q, q, "torch.nn.functional:gelu:0", [], [2], [], "int", -1) * 3
+        return operator(q, q, q, "torch.nn.functional:gelu:0", [], [2], [], "int", -1, "") * 3
 
     x = torch.ones(1, 64, 256, device="cuda", dtype=torch.bfloat16)
     for number in range(1, 6):
