@@ -16,9 +16,9 @@ from ..sampling.findings import find, why_dense
 from ..sampling.maps import RunMaps
 from ..sampling.run import Run, log
 from . import core
-from .layout import CallReader
 from .operator import model_call
 from .override import RUN_KEY, PSAOverride
+from .support import Support
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -98,7 +98,7 @@ class SamplingWrapper:
 class CallListener:
     """Tells the run which step a model call belongs to, and where its tokens are."""
 
-    read_call: CallReader
+    support: Support
     override: PSAOverride
 
     def __call__(
@@ -116,7 +116,9 @@ class CallListener:
         if not run.record.steps:
             run.plan(core.schedule(options), x.device, core.replaced_forwards(network))
             run.record.look_for_weights(network)
-        call = self.read_call(network, x, context, conds)
+            if self.support.assumed:
+                run.record.assume()
+        call = self.support.read_call(network, x, context, conds)
         run.begin_model_call(
             core.current_sigma(options),
             *((None, ()) if isinstance(call, str) else call),

@@ -17,6 +17,7 @@ from ..kernels.broken import KernelError
 from ..kernels.config import ConfigError, PyramidConfig
 from ..kernels.levels import topk_ends
 from ..sampling.correction import Memory
+from ..sampling.findings import NO_PLAIN_GRID
 from ..sampling.run import Run
 from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
 from . import core
@@ -166,10 +167,18 @@ def _read(
         return "the attention call has a mask; bypass the node that sets it to make the call sparse"
     if not kwargs.get("skip_reshape"):
         q, k, v = (_by_heads(x, heads) for x in (q, k, v))
-    reason = decline_reason(run, q, k, v)
+    reason = _wrong_assumption(run, q) or decline_reason(run, q, k, v)
     if reason is not None:
         return reason
     return _Call(q, k, v, core.prompts_of(kwargs.get("transformer_options") or {}, q.shape[0]))
+
+
+def _wrong_assumption(run: Run, q: torch.Tensor) -> str | None:
+    """What is wrong with the layout that was assumed for a model that PSA does not know; None if nothing is."""
+    tokens, expected = q.shape[2], run.position.known_layout.length
+    if not run.record.assumed or tokens == expected:
+        return None
+    return f"self-attention is over {tokens} tokens and not {expected}, {NO_PLAIN_GRID}"
 
 
 def _by_heads(x: torch.Tensor, heads: int) -> torch.Tensor:

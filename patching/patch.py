@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..choices.errors import require_model
-from ..choices.settings import ANY_SPARSITY, PatchSettings, make_settings
+from ..choices.settings import ANY_SPARSITY, AUTO, PatchSettings, make_settings
 from ..sampling.run import log
 from . import core
-from .family import Support, find_family
+from .family import find_family
 from .handle import CallListener, Listener, PatchHandle, SamplingWrapper
 from .operator import note_options
 from .override import PSAOverride
+from .support import Support
 
 KEY = "psa"
 STOCK = "sparsity is 0: the model is the stock one"
@@ -36,7 +37,7 @@ def patch_model(
         InputError: an input is wrong; the error names it.
     """
     require_model(model)
-    family = find_family(model)
+    family = find_family(model, inputs.get("preset", AUTO))
     served: dict[str, Any] = {"auto": family.preset, "blocks": family.blocks} if isinstance(family, Support) else {}
     settings = make_settings(sparsity=sparsity or ANY_SPARSITY, **served, **inputs)
     if isinstance(family, str):
@@ -73,7 +74,7 @@ def apply_patch(
     core.set_override(patched, override)
 
     sampling = SamplingWrapper(settings, family.blocks, handle, on_step, on_end)
-    core.add_wrappers(patched, KEY, sampling=sampling, before_call=CallListener(family.read_call, override))
+    core.add_wrappers(patched, KEY, sampling=sampling, before_call=CallListener(family, override))
     core.wrap_network(patched, KEY, note_options)
     patched.set_attachments(KEY, handle)
     return patched

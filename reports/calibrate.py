@@ -23,9 +23,10 @@ from ..choices.settings import AUTO, AUTO_PRESETS, PatchSettings, check_one_pyra
 from ..choices.user_presets import find_preset, write_preset
 from ..kernels.config import ConfigError
 from ..patching import core
-from ..patching.family import Support, find_family
+from ..patching.family import find_family
 from ..patching.override import RUN_KEY, PSAOverride
 from ..patching.patch import remove_patch
+from ..patching.support import Support
 from ..sampling.run import Run, is_active, log
 from ..sampling.schedule import Schedule
 
@@ -97,23 +98,25 @@ class Measuring:
             return call()
         if not self.dense_seconds:
             call()  # the first call of a shape loads and compiles
-        dense, seconds = _timed(call, x.device)
+        video = _video_of(x)
+        dense, seconds = _timed(call, video.device)
         self.dense_seconds.append(seconds)
         for settings in self.settings:
             sparsity = settings.config.sparsity
             assert sparsity is not None  # each of these settings was made for one
-            run = Run(settings, *self.sigmas, pictured_block=-1, latent_size=tuple(x.shape[2:]), pixels=self.pixels)
-            run.begin_model_call(sigma, *self._place, latent_size=tuple(x.shape[2:]))
+            run = Run(settings, *self.sigmas, pictured_block=-1, latent_size=tuple(video.shape[2:]), pixels=self.pixels)
+            run.begin_model_call(sigma, *self._place, latent_size=tuple(video.shape[2:]))
             options[RUN_KEY] = run
             try:
                 if sparsity not in self.errors:
                     call()
-                output, seconds = _timed(call, x.device)
+                output, seconds = _timed(call, video.device)
             finally:
                 options.pop(RUN_KEY, None)
             if run.record.fallbacks:  # the rest of the run would only waste time
                 raise _stays_dense(run.record.fallbacks)
-            error = (output.float() - dense.float()).norm() / dense.float().norm().clamp_min(1e-12)
+            expected = _video_of(dense).float()
+            error = (_video_of(output).float() - expected).norm() / expected.norm().clamp_min(1e-12)
             self.errors[sparsity].append(float(error))
             self.seconds[sparsity].append(seconds)
         return dense
@@ -156,7 +159,7 @@ def calibrate(
         InputError: an input is wrong, or PSA does not support the model or this size, so nothing could be measured.
     """
     require_model(model, NODE)
-    family = find_family(model)
+    family = find_family(model, preset)
     if isinstance(family, str):
         do = "connect a model that docs/compatibility.md lists"
         raise InputError("model", f"a model that PSA does not support ({family})", "one that it does", NODE, do=do)
@@ -197,6 +200,11 @@ def calibrate(
         proposed = dataclasses.replace(shape, about=about, sparsity=found.sparsity)
         write_preset(save_as, proposed, made=f"{NODE}: {found.note}", node=NODE)
     return found
+
+
+def _video_of(latents: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """The video, if the model samples sound with it."""
+    return latents[0] if isinstance(latents, list) else latents
 
 
 def _stays_dense(fallbacks: Counter[str]) -> InputError:

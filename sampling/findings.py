@@ -8,6 +8,7 @@ from .run import Run
 NONE_ACTIVE = (
     "no step is between start_percent and end_percent; lower start_percent, raise end_percent, or sample more steps"
 )
+NO_PLAIN_GRID = "so this model is no plain grid, and PSA cannot make it sparse; set preset to auto"
 
 
 def find(record: Record) -> list[str]:
@@ -32,6 +33,9 @@ def find(record: Record) -> list[str]:
             "computes all of it; put PSA Patch after that node, or bypass the node if it is Model Sparse Attention, "
             "which always goes first"
         ]
+    if record.assumed:
+        lengths = " or ".join(str(layout.length) for layout in record.layouts)
+        return [f"no self-attention of this model is over {lengths} tokens, {NO_PLAIN_GRID}"]
     return [
         f"no self-attention reached PSA in this run: a node has replaced the model's own forward"
         f"{_named(record.replaced)} with one that computes attention without PSA; changing the order of the nodes does "

@@ -119,7 +119,8 @@ class Record:
     Attributes:
         began: when, in seconds since the epoch. blocks: number of the model's transformer blocks, if known.
         blocks_are_named: whether the model says which block an attention call belongs to.
-        replaced: parts of the model whose forward another node has replaced. layouts: of all model calls.
+        replaced: parts of the model whose forward another node has replaced. layouts: of all model calls; assumed:
+            whether they are an assumption.
         backend, levels, dtype, device: of the sparse calls. tuned: whether their kernel was tuned for the GPU.
         level_map, maps: pictures, if any were requested.
         fallbacks: why calls of active steps stayed dense, and how many. notes: sentences about the run as a whole.
@@ -154,6 +155,7 @@ class Record:
         self.steps: list[Step] = []
         self.fallbacks: Counter[str] = Counter()
         self.notes: list[str] = []
+        self.assumed = False
         self._pictured_block, self._on_step, self._verbose = pictured_block, on_step, verbose
         self._told = set() if told is None else told
         self._clock = Clock()
@@ -183,6 +185,10 @@ class Record:
         for index, sigma in steps:
             self._end_step()
             self.steps.append(Step(index, sigma, time.perf_counter(), active=position.is_active(sigma)))
+
+    def assume(self) -> None:
+        """The layouts are an assumption, which another length of the sequence shows to be wrong."""
+        self.assumed = True
 
     def model_call(self, layout: TokenLayout | None, foreign: bool = False) -> None:
         """A model call begins; foreign: whether another attention override is in front of PSA's."""

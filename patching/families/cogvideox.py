@@ -10,8 +10,8 @@ import torch
 from ...cogvideox.corrections import missing_corrections
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support, Variant
 from ..layout import ModelCall, grid_of
+from ..support import Family, Support, Variant
 
 _PRESETS = {None: "cogvideox-5b", 2: "cogvideox1.5-5b"}
 """By temporal patch size. Our presets share the same levels; they differ in the published presets they go with."""

@@ -9,8 +9,8 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support, Variant
 from ..layout import ModelCall, grid_of
+from ..support import Family, Support, Variant
 
 
 def _read(network: Any, x: torch.Tensor, context: torch.Tensor, conds: Mapping[str, Any]) -> ModelCall:

@@ -9,8 +9,8 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import network_of
-from ..family import Family, Support, Variant
 from ..layout import ModelCall, grid_of
+from ..support import Family, Support, Variant
 
 _TEXT_TOKENS = 256
 """How much of the text Mochi uses if nothing says how long it is."""

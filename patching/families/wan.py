@@ -13,8 +13,8 @@ import torch
 
 from ...kernels.order import TokenLayout
 from ..core import is_causal_wan, network_of
-from ..family import Family, Support, Variant
 from ..layout import CallReader, ModelCall, count, grid_of
+from ..support import Family, Support, Variant
 
 # On the demo model topk 10/5/0/20 is 2 dB closer to dense than the budget mode of the per-size presets
 # (docs/performance.md). `auto` takes it for every size until this is measured on real weights.

@@ -42,7 +42,17 @@ def test_published_numbers(name):
 
 
 def test_every_published_preset_has_one_of_ours():
-    assert set(load_presets()) == {*PUBLISHED, *(name + " (published)" for name in PUBLISHED), "wan-4step-lora"}
+    assert set(load_presets()) == {
+        *PUBLISHED,
+        *(name + " (published)" for name in PUBLISHED),
+        "wan-4step-lora",
+        "generic",
+    }
+
+
+def test_the_generic_preset_has_the_levels_of_the_default():
+    presets = load_presets()
+    assert presets["generic"].config(0.85) == presets["module-default"].config(0.85)
 
 
 def test_the_4_step_preset_says_its_dense_share_in_steps_and_is_the_default_otherwise():

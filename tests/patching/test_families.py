@@ -406,7 +406,7 @@ def test_a_file_in_the_folder_is_a_family(models, tmp_path, monkeypatch):
     from comfyui_psa.patching import families, family
 
     (tmp_path / "toy.py").write_text(
-        "from ..family import Family\nFAMILY = Family('Toy', ('toy',), lambda model, config: 'toys stay dense', ())\n"
+        "from ..support import Family\nFAMILY = Family('Toy', ('toy',), lambda model, config: 'toys stay dense', ())\n"
     )
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
     family.families.cache_clear()

@@ -42,7 +42,7 @@ has no input
   the input in the workflow. The run goes on without it.
 
 so far; this model is
-  The model belongs to another family. -> Connect a model of a family that the line names.
+  The model belongs to another family. -> Connect a model of a family that the line names, or try the preset generic.
 
 this Wan model is autoregressive
   Causal Wan models attend to a cache, frame by frame, and PSA needs the whole video. -> Use an ordinary Wan model.
@@ -60,7 +60,22 @@ this model makes images or sound
 HunyuanImage, which makes images
   HunyuanImage shares its network with HunyuanVideo, but it makes images. -> Connect HunyuanVideo to use PSA.
 
+nobody has tried PSA on this model
+  With the preset generic, PSA takes a video model that it does not know for a plain grid of tokens. -> Compare a video
+  with the dense one. If it looks right, please report the model, so that it gets a family of its own.
+
+does not say what PSA needs to know
+  The preset generic reads the size of patches and the blocks from the model's network, and did not find them. -> Set
+  preset to auto. The model stays dense.
+
 # Staying dense
+
+so this model is no plain grid
+  With the preset generic, PSA assumed that the video is all that self-attention sees. On this model it is not. -> Set
+  preset to auto. The model stays dense.
+
+a single image is sampled
+  With the preset generic, PSA leaves single frames alone: it pays for long videos only. -> Sample more frames.
 
 this prompt is padded
   A text encoder has filled the prompt up to a fixed length, and the model must not see the filling. PSA has no masks.

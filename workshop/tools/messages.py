@@ -26,7 +26,7 @@ PASSED_ON = {
     "loading/tensor_file.py: path, error": [],
     "nodes/base.py: line": ["nodes/values.py:name_unknown"],
     "patching/handle.py: summary(handle.report)": ["sampling/figures.py:summary", "sampling/pays.py:_why"],
-    "patching/patch.py: family.advice": ["cogvideox/corrections.py:missing_corrections"],
+    "patching/patch.py: family.advice": ["cogvideox/corrections.py:missing_corrections", "patching/generic.py"],
     "patching/patch.py: family.name, settings": ["choices/settings.py:__str__"],
     "sampling/record.py: sentence": ["sampling/findings.py"],
     "sampling/record.py: what, reason": [

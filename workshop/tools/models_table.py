@@ -18,7 +18,7 @@ _DEFAULTS = {"name": "", "heads": "128", "before": "-", "grid": "T x H x W", "af
 
 
 def rows(root: Path) -> Iterator[tuple[str, ...]]:
-    """A row for every variant of every family: the family, and the columns of `family.Variant`. The files are read
+    """A row for every variant of every family: the family, and the columns of `support.Variant`. The files are read
     without running them, so that nothing needs to be installed."""
     for path in sorted((root / FAMILIES).glob("[a-z]*.py")):
         calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from comfyui_psa.patching.family import Variant, families
+from comfyui_psa.patching.family import families
+from comfyui_psa.patching.support import Variant
 from comfyui_psa.workshop.tools.models_table import PAGE, page, rows
 from comfyui_psa.workshop.tools.paths import ROOT
 
