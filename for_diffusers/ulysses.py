@@ -12,16 +12,15 @@ from .apply import find_transformers
 from .parallel import check_heads
 
 
-def enable_ulysses(pipe: Any, degree: int | None = None, *, uneven: bool = False) -> None:
-    """Split the tokens of a pipeline's transformers, and around attention their heads, over several processes.
+def enable_ulysses(pipe: Any, *, uneven: bool = False) -> None:
+    """Split the tokens of a pipeline's transformers, and around attention their heads, over all processes.
 
     Call it in every process, once, after `torch.distributed.init_process_group`; before or after `apply_psa`.
 
     Args:
         pipe: a CogVideoX, Wan2.1 or Wan2.2 pipeline, or one of their transformers.
-        degree: number of processes, by default all. The number of heads must be a multiple of it, and so must the
-            number of video tokens.
-        uneven: neither must be, at the cost of a short wait in every attention call (diffusers' `ulysses_anything`).
+        uneven: by default, the number of processes must divide the heads and the video's tokens. With this it need not,
+            at the cost of a short wait in every attention call (diffusers' `ulysses_anything`).
 
     Raises:
         TypeError: not a pipeline or transformer that PSA knows.
@@ -36,7 +35,7 @@ def enable_ulysses(pipe: Any, degree: int | None = None, *, uneven: bool = False
             "enable_ulysses needs several processes: start the script with torchrun, and call "
             "torch.distributed.init_process_group first"
         )
-    degree = torch.distributed.get_world_size() if degree is None else degree
+    degree = torch.distributed.get_world_size()
     transformers = [transformer for transformer, _ in find_transformers(pipe, "enable_ulysses")]
     for transformer in transformers:
         check_heads(transformer.config.num_attention_heads, degree, uneven)

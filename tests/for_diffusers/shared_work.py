@@ -49,22 +49,26 @@ def wan(
     guidance=1.0,
     device="cpu",
     troubled=None,
+    experts=1,
+    by_token=False,
 ):
     """A Wan pipeline's latents, and what PSA did.
 
     Args:
         psa: the arguments of apply_psa; None for dense. parallel: those of ContextParallelConfig; None for one process.
         device: cpu in float32, or cuda in bfloat16, the current one. troubled: the rank that runs out of memory.
+        experts: number of transformers. by_token: with a timestep for every token, as Wan 2.2 5B.
     """
     from diffusers import ContextParallelConfig
 
     from comfyui_psa.for_diffusers import apply_psa
 
-    pipes = helper("tiny_pipelines")
-    model = pipes.wan(heads=heads).to(device, torch.float32 if device == "cpu" else torch.bfloat16)
-    pipe = pipes.pipeline(model)
+    pipes, dtype = helper("tiny_pipelines"), torch.float32 if device == "cpu" else torch.bfloat16
+    models = [pipes.wan(heads=heads, seed=seed).to(device, dtype) for seed in range(experts)]
+    pipe = pipes.pipeline(*models)
+    pipe.register_to_config(expand_timesteps=by_token)
     applied = apply_psa(pipe, **psa) if psa is not None and psa_first else None
-    if parallel is not None:
+    for model in models if parallel is not None else ():
         model.enable_parallelism(config=ContextParallelConfig(**parallel))
     if psa is not None and not psa_first:
         applied = apply_psa(pipe, **psa)
@@ -75,12 +79,25 @@ def wan(
     return {"latents": latents.cpu().float(), "self_attention": attention.shapes} | figures(applied)
 
 
-def cogvideox(*, kind, size, psa=None, parallel=None, psa_first=True, steps=3, heads=4, guidance=1.0, fused=False):
+def cogvideox(
+    *,
+    kind,
+    size,
+    psa=None,
+    parallel=None,
+    psa_first=True,
+    steps=3,
+    heads=4,
+    guidance=1.0,
+    fused=False,
+    device="cpu",
+):
     """The same of a CogVideoX pipeline. parallel: the arguments of enable_ulysses. fused: with fused projections."""
     from comfyui_psa.for_diffusers import apply_psa, enable_ulysses
 
     tiny = helper("tiny_cogvideox")
     model = tiny.transformer(kind, num_attention_heads=heads)
+    model = model.to(device, torch.float32 if device == "cpu" else torch.bfloat16)
     if fused:
         model.fuse_qkv_projections()
     pipe = SimpleNamespace(transformer=model, scheduler=tiny.scheduler(kind, "dpm"))
@@ -89,10 +106,11 @@ def cogvideox(*, kind, size, psa=None, parallel=None, psa_first=True, steps=3, h
         enable_ulysses(pipe, **parallel)
     if psa is not None and not psa_first:
         applied = apply_psa(pipe, **psa)
-    noise = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device, model.dtype)
+    text = {name: tiny.text(seed).to(device, model.dtype) for name, seed in (("positive", 5), ("negative", 6))}
     with SelfAttention() as attention:
-        latents = tiny.run_pipeline(model, kind, "dpm", noise, steps, guidance=guidance)
-    return {"latents": latents, "self_attention": attention.shapes} | figures(applied)
+        latents = tiny.run_pipeline(model, kind, "dpm", noise, steps, guidance=guidance, **text)
+    return {"latents": latents.cpu().float(), "self_attention": attention.shapes} | figures(applied)
 
 
 def yunchang(*, layer, grid, text):

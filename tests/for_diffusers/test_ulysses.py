@@ -19,6 +19,8 @@ CASES = {
     "semantic": {"psa": PSA | {"order": "semantic"}},
     "hybrid, odd length": {"psa": PSA | {"order": "hybrid"}, "size": ODD},
     "random samples": {"psa": PSA | {"importance": "sampled"}},
+    "two experts": {"psa": PSA, "experts": 2, "steps": 4},
+    "a timestep for every token": {"psa": PSA | {"correction": "full"}, "steps": 4, "by_token": True},
     "similarity cap": {"psa": PSA | {"similarity_cap": {2: 0.7, 4: 0.6}}},
     "falling, levels kept": {"psa": PSA | {"falling": 0.3, "reuse_steps": 2}, "steps": 4},
     "budget": {"psa": PSA | BUDGET},
@@ -88,6 +90,15 @@ def test_cogvideox_with_its_text_in_every_rank(start_ranks, work, name):
         assert alone["sparse"] > 0
 
 
+@pytest.mark.slow(seconds=60)
+def test_four_ranks_make_what_one_makes(start_ranks, work):
+    case = {"psa": PSA | BUDGET | {"correction": "full"}, "steps": 4}
+    alone = work.wan(**case)
+    for rank in start_ranks(4).run(work.__file__, "wan", parallel={"ulysses_degree": 4}, **case):
+        assert torch.equal(rank["latents"], alone["latents"])
+        assert {shape[1] for shape in rank["self_attention"]} == {1}
+
+
 @pytest.mark.parametrize("size", [(1, 16, 3, 34, 30), (1, 16, 5, 22, 26)])
 def test_unequal_parts(start_ranks, work, size):
     """765 and 715 tokens, 5 heads: one rank has 3 of them."""
@@ -142,11 +153,12 @@ def test_enable_ulysses_says_what_is_missing(pipes, tiny, monkeypatch):
     with pytest.raises(RuntimeError, match="start the script with torchrun"):
         enable_ulysses(pipes.pipeline(pipes.wan()))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 5)
     with pytest.raises(TypeError, match="enable_ulysses, pipe: 'object' was given"):
-        enable_ulysses(object(), 2)
+        enable_ulysses(object())
     with pytest.raises(ValueError, match=r"a number that divides the 2 heads of the model; choose one of 2$"):
-        enable_ulysses(pipes.wan(), 5, uneven=True)
-    model = tiny.transformer("5b", num_attention_heads=2)
+        enable_ulysses(pipes.wan(), uneven=True)
+    model = tiny.transformer("5b", num_attention_heads=5)
 
     class Own:
         pass
@@ -155,7 +167,7 @@ def test_enable_ulysses_says_what_is_missing(pipes, tiny, monkeypatch):
     with pytest.raises(
         ValueError, match=r"attention processors Own were given; .* CogVideoXAttnProcessor2_0, .*set one"
     ):
-        enable_ulysses(model, 2)
+        enable_ulysses(model)
     assert model._parallel_config is None
 
 

@@ -102,7 +102,7 @@ def run(pipe: Any, arguments: argparse.Namespace, fps: int) -> None:
         diffusers.utils.logging.set_verbosity_error()
         logging.getLogger("ComfyUI-PSA").setLevel(logging.ERROR)
     if arguments.ulysses > 1:
-        enable_ulysses(pipe, arguments.ulysses, uneven=arguments.uneven)
+        enable_ulysses(pipe, uneven=arguments.uneven)
     applied = None
     if arguments.use_psa:
         warm_up = 0 if arguments.no_warmup else arguments.warmup
