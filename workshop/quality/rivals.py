@@ -106,4 +106,5 @@ def rivals() -> list[Setting]:
         sol("Sol-Attn, tiles", tau, order="tiles")
         sol("Sol-Attn, a logit per query", tau, tail="row")
         sol("Sol-Attn, no mean rows", tau, tail="none")
+        sol("Sol-Attn, curve, no mean rows", tau, order="curve", tail="none")
     return found
