@@ -200,6 +200,7 @@ KINDS = {
         audio=(1, 32, 2, 10),
     ),
 }
+KINDS["ltx 2 silent"] = dataclasses.replace(KINDS["ltx 2"], audio=())
 KINDS["kandinsky 5 pro"] = dataclasses.replace(
     KINDS["kandinsky 5 lite"], sizes=KINDS["kandinsky 5 lite"].sizes | {"axes_dims": (32, 48, 48)}
 )
