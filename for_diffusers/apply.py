@@ -23,7 +23,7 @@ from .interception import InterceptedForward
 from .layout import MODELS
 from .operator import Untraced
 from .schedule import Schedule
-from .state import TransformerState
+from .state import TransformerState, unseen_backend
 
 _ATTRIBUTE = "_psa_applied"
 _OUTSIDE = (
@@ -100,6 +100,8 @@ class _Patch:
         ]
         for index, attention in enumerate(MODELS[state.family].attentions(transformer)):
             self._parts.append(InterceptedForward(attention, state, index))
+            if (reason := unseen_backend(attention)) is not None:
+                state.tell(reason)
         transformer.__dict__[_ATTRIBUTE] = self
 
     def remove(self) -> None:

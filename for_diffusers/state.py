@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
@@ -43,6 +44,8 @@ UNREACHED = (
 )
 
 
+_SEEN_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
+"""diffusers' attention backends that go through scaled_dot_product_attention."""
 _MOST_CALLS = 64
 """Most calls that one run may have at a timestep; a loop that stays at one timestep must not pile up figures."""
 
@@ -216,6 +219,11 @@ class TransformerState:
         if run is not None:
             run.release()
 
+    def tell(self, reason: str) -> None:
+        """Log why calls will stay dense, once; runs do not repeat it."""
+        if not self.off:
+            Record(told=self._told).tell(reason)
+
     def forget(self) -> None:
         """PSA is taken off: keep only the totals."""
         with self._lock:
@@ -340,9 +348,28 @@ def _given(call: Call, query: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def unseen_backend(attention: torch.nn.Module) -> str | None:
+    """Why PSA cannot see the calls of a self-attention module, if its attention backend already tells."""
+    backend = _backend_of(attention)
+    return None if backend is None or backend in _SEEN_BACKENDS else _unseen_reason(attention)
+
+
+def _backend_of(attention: torch.nn.Module) -> str | None:
+    """The name of a module's attention backend: its own, or the one that diffusers uses everywhere; None if it has no
+    choice of backends."""
+    processor = getattr(attention, "processor", None)
+    if not hasattr(processor, "_attention_backend"):
+        return None
+    backend = processor._attention_backend
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if backend is None and dispatch is not None:
+        backend, _ = dispatch._AttentionBackendRegistry.get_active_backend()
+    return None if backend is None else str(getattr(backend, "value", backend))
+
+
 def _unseen_reason(attention: torch.nn.Module) -> str:
-    backend = getattr(getattr(attention, "processor", None), "_attention_backend", None)
-    named = "" if backend is None else f" (attention backend: {getattr(backend, 'value', backend)})"
+    backend = _backend_of(attention)
+    named = "" if backend is None else f" (attention backend: {backend})"
     return (
         f"the self-attention does not go through torch's scaled_dot_product_attention{named}, so PSA cannot see it; "
         "choose a backend that does, such as pipe.transformer.set_attention_backend('native'), or remove your "

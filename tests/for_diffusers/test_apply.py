@@ -215,3 +215,36 @@ def test_wrong_input_says_what_is_allowed_and_changes_nothing(pipes, arguments, 
 def test_other_models_are_named():
     with pytest.raises(TypeError, match="pipe: 'Linear' was given; allowed: a pipeline with WanTransformer3DModel"):
         apply_psa(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("sparsity", "told"), [(0.6, 1), (0.0, 0)])
+def test_a_backend_that_psa_cannot_see_is_named_at_once(pipes, caplog, sparsity, told):
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    model = pipes.wan()
+    for block in model.blocks:
+        block.attn1.processor._attention_backend = AttentionBackendName.FLEX
+    with caplog.at_level("WARNING"):
+        apply_psa(model, sparsity, **pipes.SETTINGS)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == told
+    assert all("attention backend: flex" in line and "set_attention_backend('native')" in line for line in lines)
+
+
+def test_a_backend_for_all_models_is_named_too(pipes, caplog):
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.FLEX)
+    try:
+        with caplog.at_level("WARNING"):
+            apply_psa(pipes.wan(), 0.6, **pipes.SETTINGS)
+    finally:
+        _AttentionBackendRegistry.set_active_backend(active)
+    assert "attention backend: flex" in caplog.text
+
+
+def test_backends_that_psa_sees_are_not_mentioned(pipes, caplog):
+    with caplog.at_level("WARNING"):
+        apply_psa(pipes.wan(), 0.6, **pipes.SETTINGS)
+    assert caplog.text == ""
