@@ -19,6 +19,7 @@ from ..levels import BlockLists
 from ..order import TokenOrder
 from ..pyramid import Pyramid
 from .attend_tile import careful_tile, edge_tile, fast_tile, tile_logits
+from .delta import lost_rows, passed
 from .int8 import quantise_queries_triton
 from .order import load_rows
 from .tiles import AttendTile, attend_tile, gpu_of, padded_dim
@@ -129,20 +130,6 @@ def _attend_level(
 
 
 @triton.jit
-def _lost(delta, head, position, exists, dims, length, HEAD_DIM: tl.constexpr):
-    """What a `Delta` gives back to the tokens at `position` of a head: float32 [ROWS, DIM]."""
-    values_ptr, scales_ptr, group = delta
-    row = head.to(tl.int64) * tl.cdiv(length, group) + position // group
-    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    code = tl.load(values_ptr + row[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0).to(tl.uint16)
-    # Moved by one bit, the exponent and fraction of float8_e4m3 are those of a float16 that is 2^8 times too small. No
-    # GPU before compute capability 8.9 converts them itself.
-    half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
-    scale = tl.load(scales_ptr + row, mask=exists, other=0.0) * 256.0
-    return half.to(tl.float16, bitcast=True).to(tl.float32) * scale[:, None]
-
-
-@triton.jit
 def _store_output(half, base_ptr, to_ptr, delta, head, first, length_q, stride, write, HEAD_DIM: tl.constexpr):
     """Write weighted values / weights [ROWS, DIM] to the rows of queries first..first + ROWS of a head.
 
@@ -157,7 +144,7 @@ def _store_output(half, base_ptr, to_ptr, delta, head, first, length_q, stride, 
         place = tl.load(to_ptr + position, mask=exists, other=0)
     rows = acc / tl.where(total > 0, total, 1.0)[:, None]
     if delta is not None:
-        rows += _lost(delta, head, position, exists, dims, length_q, HEAD_DIM)
+        rows += lost_rows(delta, head, position, exists, dims, length_q, HEAD_DIM)
     mask = (exists & write)[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(base_ptr + place[:, None] * stride + dims[None, :], rows.to(base_ptr.dtype.element_ty), mask=mask)
 
@@ -376,9 +363,6 @@ def attend_triton(
     best = lists.best
     if best is None:  # the levels were given: any block of the finest level will do
         best = lists.blocks[..., 0].contiguous()
-    lost = None
-    if delta is not None:
-        lost = delta.values.view(torch.uint8).contiguous(), delta.scales.contiguous(), delta.group
     for careful in (False, True):
         descriptors: tuple[object | None, object | None] = (None, None)
         bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows
@@ -388,7 +372,7 @@ def attend_triton(
             q, q8, None if keys is None else (keys, values, pyramid.scales),
             *(descriptors if None not in descriptors else (None, None)), coarse, extra,
             (lists.blocks, best, lists.ends, rows), again, out, None if index is None else (index, index),
-            lost,
+            passed(delta),
             q.stride()[:3], _strides(keys), _strides(values), _strides(coarse and coarse[0]),
             _strides(extra and extra[0]), out.stride()[:3],
             heads, length_q, pyramid.length, length_q if index is not None and index.ndim > 1 else 0,

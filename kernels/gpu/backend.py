@@ -125,8 +125,9 @@ def _attend_part(
         attend_triton(q, *inputs, out, order=query_order, delta=delta, uneven=uneven, tile=tile)
     else:
         ordered = apply_order_triton(q, query_order)
-        attend_triton(ordered, *inputs, ordered, delta=delta, uneven=uneven, tile=tile)
-        undo_order_triton(ordered, query_order, out)
+        attend_triton(ordered, *inputs, ordered, uneven=uneven, tile=tile)
+        # Added here, it costs what it takes to read; added by the kernel above, its loops would lose registers.
+        undo_order_triton(ordered, query_order, out, delta)
 
 
 def _parts(q: torch.Tensor, *, whole: bool) -> Iterator[tuple[slice, slice]]:

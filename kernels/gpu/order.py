@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..delta import Delta
 from ..order import TokenOrder
+from .delta import lost_rows, passed
 
 _ROWS = 64
 
@@ -31,12 +33,13 @@ def load_rows(
 
 @triton.jit(do_not_specialize=["heads", "length", "length_index"])
 def _move(
-    x_ptr, index_ptr, out_ptr, stride_xb, stride_xh, stride_xl, stride_ob, stride_oh, stride_ol,
+    x_ptr, index_ptr, out_ptr, delta, stride_xb, stride_xh, stride_xl, stride_ob, stride_oh, stride_ol,
     heads, length, length_index, UNDO: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Rows from ROWS * program_id(0) of head program_id(1): out[i] = x[index[i]], or out[index[i]] = x[i] to undo.
 
-    length_index: entries of the index from one head to the next; 0 if all heads share one.
+    delta: added to the rows, None for nothing. length_index: entries of the index from one head to the next; 0 if all
+    heads share one.
     """
     head = tl.program_id(1).to(tl.int64)
     ordered = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -50,7 +53,9 @@ def _move(
     x_ptr += (head // heads) * stride_xb + (head % heads) * stride_xh
     out_ptr += (head // heads) * stride_ob + (head % heads) * stride_oh
     rows = tl.load(x_ptr + source[:, None] * stride_xl + dims[None, :], mask=mask, other=0)
-    tl.store(out_ptr + target[:, None] * stride_ol + dims[None, :], rows, mask=mask)
+    if delta is not None:
+        rows = rows.to(tl.float32) + lost_rows(delta, head, ordered, exists, dims, length, HEAD_DIM)
+    tl.store(out_ptr + target[:, None] * stride_ol + dims[None, :], rows.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def apply_order_triton(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
@@ -62,17 +67,17 @@ def apply_order_triton(x: torch.Tensor, order: TokenOrder) -> torch.Tensor:
     return out
 
 
-def undo_order_triton(x: torch.Tensor, order: TokenOrder, out: torch.Tensor) -> None:
-    """Write x [B, H, L, D] from this order to `out` in raster order."""
+def undo_order_triton(x: torch.Tensor, order: TokenOrder, out: torch.Tensor, delta: Delta | None = None) -> None:
+    """Write x [B, H, L, D] from this order to `out` in raster order, with `delta` added."""
     assert order.index is not None  # the raster order moves nothing, so nothing is undone
-    _launch(x, order.index, out, undo=True)
+    _launch(x, order.index, out, delta, undo=True)
 
 
-def _launch(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, *, undo: bool) -> None:
+def _launch(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, delta: Delta | None = None, *, undo: bool) -> None:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
     _move[(triton.cdiv(length, _ROWS), batch * heads)](
-        x, index.contiguous(), out, *x.stride()[:3], *out.stride()[:3], heads, length,
+        x, index.contiguous(), out, passed(delta), *x.stride()[:3], *out.stride()[:3], heads, length,
         length if index.ndim > 1 else 0, UNDO=undo, ROWS=_ROWS, HEAD_DIM=dim, DIM=triton.next_power_of_2(dim),
         num_warps=4,
     )  # fmt: skip
