@@ -4,41 +4,75 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..kernels.delta import GAMMA, GROUPS
+from ..kernels.config import PyramidConfig
+from ..kernels.delta import GROUPS
 from ..kernels.semantic import SEMANTIC_ORDERS
 
 AUTO, OFF = "auto", "off"
 CORRECTIONS = (AUTO, *GROUPS, OFF)
 """What the input `correction` may be: how much memory a correction gets, as a share of one row per token."""
-
-
-LEAST_STEPS_TO_KEEP = 6
-"""With few steps the levels change too much from one to the next (`docs/quality.md`)."""
+FEW_STEPS = 9
+"""With fewer sparse steps than this, attention changes too much from one to the next to keep anything for long: levels
+are chosen in every step, and less of the loss is given back."""
+LEAST_STEPS_TO_RENEW = 13
+"""With fewer sparse steps, losses do not grow old enough for their renewal to pay."""
+RENEWALS = ((4, 0.5), (8, 0.2))
+"""One block in how many is renewed, and the least density for that. A renewal costs a dense call, so of little work it
+takes too much. These limits are measured (`docs/quality.md`)."""
+GAMMA_OF_FEW_STEPS, GAMMA_WITHOUT_RENEWAL, GAMMA_WITH_RENEWAL = 0.8, 0.9, 1.0
+"""The older a loss, the less of it is still true. Renewed ones are given back in full."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Correction:
-    """How a run corrects its sparse calls.
+    """How a run corrects its sparse calls. None leaves a choice to the run's steps and density, see `decided`.
 
     Attributes:
         size: one of `GROUPS`, or auto for the finest that fits the memory.
         gamma: share of what was lost that is given back.
-        keep_levels: True keeps the levels that the loss was measured with, False chooses levels in every step, None
-            decides by the number of steps.
-        renew: in every sparse step one block in so many is dense and measures its loss again; 0 for none, None decides
-            by the density (`kernels/falling.py`).
+        keep_levels: whether sparse calls use the levels that the loss was measured with, or choose them in every step.
+        renew: in every sparse step one block in so many is dense and measures its loss again; 0 for none.
     """
 
     size: str = AUTO
-    gamma: float = GAMMA
+    gamma: float | None = None
     keep_levels: bool | None = None
     renew: int | None = None
 
-    def keeps_levels(self, sparse_steps: int | None) -> bool:
-        """Whether a run with so many sparse steps, None if that is not known, keeps its levels."""
-        if self.keep_levels is not None:
-            return self.keep_levels
-        return sparse_steps is None or sparse_steps >= LEAST_STEPS_TO_KEEP
+    def decided(self, config: PyramidConfig, falling: float, sparse_steps: int | None) -> DecidedCorrection:
+        """The same for a run with so many sparse steps; None if that is not known, which counts as many.
+
+        With a density that falls, levels and losses are those of one step only.
+        """
+        few = sparse_steps is not None and sparse_steps < FEW_STEPS
+        renew = self.renew
+        if renew is None:
+            renew = _renewal(config, sparse_steps)
+        if falling:
+            renew = 0
+        keep_levels = not falling and (not few if self.keep_levels is None else self.keep_levels)
+        gamma = self.gamma
+        if gamma is None:
+            gamma = GAMMA_WITH_RENEWAL if renew else GAMMA_OF_FEW_STEPS if few else GAMMA_WITHOUT_RENEWAL
+        return DecidedCorrection(gamma, keep_levels, renew)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecidedCorrection:
+    """A `Correction` in one run; see there."""
+
+    gamma: float
+    keep_levels: bool
+    renew: int
+
+
+def _renewal(config: PyramidConfig, sparse_steps: int | None) -> int:
+    """One block in how many is renewed in a sparse step; 0 for none. Renewals must save more than they cost."""
+    if config.sparsity is None or (sparse_steps is not None and sparse_steps < LEAST_STEPS_TO_RENEW):
+        return 0
+    # Not 1 - sparsity >= least: rounding makes 1 - 0.8 less than 0.2.
+    fits = (renew for renew, least in RENEWALS if 1 / renew <= config.sparsity <= 1 - least)
+    return next(fits, 0)
 
 
 OURS = Correction()

@@ -16,7 +16,6 @@ import torch
 from .order import TokenOrder
 from .pyramid import pool
 
-GAMMA = 0.95
 GROUPS = {"full": 1, "half": 2, "quarter": 4, "eighth": 8}
 """Size of a correction -> how many neighbouring tokens share one row of it."""
 
@@ -49,7 +48,7 @@ class Delta:
 
 
 def measure_delta(
-    dense: torch.Tensor, sparse: torch.Tensor, order: TokenOrder, group: int = 1, gamma: float = GAMMA
+    dense: torch.Tensor, sparse: torch.Tensor, order: TokenOrder, group: int = 1, gamma: float = 1.0
 ) -> Delta:
     """gamma * (dense - sparse) as it is stored. A difference that is not finite counts as 0.
 

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from .config import ConfigError, PyramidConfig
 
 MOST_FALLING = 0.8
-LEAST_DENSITY_TO_RENEW, USUAL_RENEWAL = 0.2, 8
-"""Renewing one block in 8 costs an eighth of a dense step: of little work it takes too much."""
 
 
 def config_at(config: PyramidConfig, falling: float, place: float) -> PyramidConfig:
@@ -47,19 +45,6 @@ def check_falling(falling: float, config: PyramidConfig) -> None:
         except ConfigError as error:
             allowed = f"less: one step would need a sparsity of {error.given:.3f}, which may be {error.allowed}"
             raise ConfigError("falling", falling, allowed, "lower falling") from error
-
-
-def renewal(config: PyramidConfig, asked: int | None = None) -> int:
-    """One block in how many is dense in a sparse step, to measure again what it loses (`delta.py`); 0 for none.
-
-    asked: this number, None for ours.
-    """
-    if asked is not None:
-        return asked
-    # Not 1 - sparsity < least: rounding makes 1 - 0.8 less than 0.2.
-    if config.sparsity is None or config.sparsity > 1 - LEAST_DENSITY_TO_RENEW:
-        return 0
-    return USUAL_RENEWAL if config.sparsity >= 1 / USUAL_RENEWAL else 0
 
 
 def renews(step: int, block: int, renew: int) -> bool:

@@ -65,7 +65,10 @@ class Position:
 
     def for_worker(self) -> Position:
         """A position in the same run for another worker."""
-        return Position(*self._bounds, self._latent_size, self._pixels)
+        position = Position(*self._bounds, self._latent_size, self._pixels)
+        if self._schedule.levels:
+            position.plan([*self._schedule.levels, 0.0])
+        return position
 
     def plan(self, sigmas: list[float] | None) -> None:
         """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known."""

@@ -13,11 +13,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 
-from ..choices.correction import reason_against
+from ..choices.correction import OURS, reason_against
 from ..choices.settings import PatchSettings
 from ..kernels.attention import AttentionResult
 from ..kernels.config import PyramidConfig
-from ..kernels.falling import config_at, renewal, renews, with_renewals
+from ..kernels.falling import config_at, renews, with_renewals
 from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
 from .correction import LossStore
@@ -42,6 +42,7 @@ class Run:
 
     Attributes:
         config: the settings of the attention at the step of the current model call.
+        correction: how its sparse calls are corrected, if they are.
         learns: whether the current self-attention call is dense and measures what PSA would lose.
     """
 
@@ -102,14 +103,18 @@ class Run:
         """Nothing has been learned yet."""
         correction = self.settings.correction
         self.losses = LossStore(correction)
-        self._renew = 0
         if correction is not None:
             self.losses.reason = reason_against(self.settings.config.order)
-            # With a density that falls, levels and losses are those of one step only.
-            self._renew = 0 if self.settings.falling else renewal(self.settings.config, correction.renew)
+        self._decide()
         self.learns = False
         self._sparse_steps = 0
         self._learning_step: int | None = None
+
+    def _decide(self) -> None:
+        """How to correct depends on the number of steps, which is known once the run is planned."""
+        settings = self.settings
+        correction = settings.correction or OURS
+        self.correction = correction.decided(settings.config, settings.falling, self.position.sparse_steps)
 
     def plan(self, sigmas: list[float] | None, device: torch.device, replaced: Sequence[str] = ()) -> None:
         """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known.
@@ -119,6 +124,7 @@ class Run:
         """
         self.record.tell_once(self.losses.reason)
         self.position.plan(sigmas)
+        self._decide()
         self.record.plan(self.position.planned_steps, device, replaced)
 
     def begin_model_call(
@@ -179,25 +185,17 @@ class Run:
             return position.before_sparse_part
         if position.step == self._learning_step:
             return True
-        return renews(self._sparse_steps, position.block, self._renew)
+        return renews(self._sparse_steps, position.block, self.correction.renew)
 
     @property
     def _renewed_share(self) -> float:
         """Share of the calls in all sparse steps that are dense to renew a loss."""
-        steps, blocks = self.position.sparse_steps, self.record.blocks
-        if not self._renew or not steps or not blocks:
-            return 1 / self._renew if self._renew else 0.0
+        steps, blocks, renew = self.position.sparse_steps, self.record.blocks, self.correction.renew
+        if not renew or not steps or not blocks:
+            return 1 / renew if renew else 0.0
         sparse = range(1 if self._learning_step is None else 2, steps + 1)
-        turns = [renews(step, block, self._renew) for step in sparse for block in range(blocks)]
+        turns = [renews(step, block, renew) for step in sparse for block in range(blocks)]
         return sum(turns) / len(turns) if turns else 0.0
-
-    @property
-    def keeps_levels(self) -> bool:
-        """Whether sparse calls use the levels that their loss was measured with."""
-        correction = self.settings.correction
-        if correction is None or self.settings.falling:
-            return False
-        return correction.keeps_levels(self.position.sparse_steps)
 
     def calls_of_step(self, rows: int) -> int:
         """About how many calls a step has, over all blocks and prompts, for calls of `rows` prompts each."""

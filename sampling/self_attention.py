@@ -149,13 +149,13 @@ def learn(
                 _refuse(run, q, error, host)
                 break
             densities.append(result.density)
-            lists = result.lists.packed() if run.keeps_levels else None
+            lists = result.lists.packed() if run.correction.keep_levels else None
             sparse = result.output[:, :, video]
             if losses.size is None:
                 losses.choose_size(sparse, lists, run.calls_of_step(q.shape[0]) * run.kept.groups, host.memory)
             if losses.size is None:
                 break
-            group, gamma = GROUPS[losses.size], losses.settings.gamma
+            group, gamma = GROUPS[losses.size], run.correction.gamma
             delta = measure_delta(some_dense[:, :, video], sparse, result.query_order, group, gamma)
             if not losses.put(piece.place, Loss(lists, delta)) and losses.without_room == 1:
                 run.record.note([_PART_WITHOUT_ROOM])

@@ -193,6 +193,18 @@ def loops(comfyui):
 
 
 @pytest.fixture
+def in_short_runs(monkeypatch):
+    """Runs of few steps already do what long ones do: losses are renewed and levels kept from 6 sparse steps on."""
+    from comfyui_psa.choices import correction
+
+    monkeypatch.setattr(correction, "FEW_STEPS", 6)
+    monkeypatch.setattr(correction, "LEAST_STEPS_TO_RENEW", 6)
+    monkeypatch.setattr(correction, "RENEWALS", ((8, 0.2),))
+    for name in ("GAMMA_OF_FEW_STEPS", "GAMMA_WITHOUT_RENEWAL", "GAMMA_WITH_RENEWAL"):
+        monkeypatch.setattr(correction, name, 0.95)
+
+
+@pytest.fixture
 def losses(monkeypatch):
     """References to the tensors of every loss that is ever held."""
     from comfyui_psa.sampling.correction import LossStore

@@ -7,7 +7,7 @@ from comfyui_psa.choices.errors import InputError
 from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.choices.settings import make_settings
 from comfyui_psa.kernels.config import ORDERS
-from comfyui_psa.kernels.falling import renewal, renews, with_renewals
+from comfyui_psa.kernels.falling import renews, with_renewals
 from comfyui_psa.kernels.semantic import SEMANTIC_ORDERS
 
 INPUTS = {"sparsity": 0.75, "preset": "auto"}
@@ -46,16 +46,29 @@ def config(sparsity, **changes):
     return PRESETS["module-default"].config(sparsity, **changes)
 
 
+def decided(sparsity, steps=None, falling=0.0, **correction):
+    return Correction(**correction).decided(config(sparsity), falling, steps)
+
+
 @pytest.mark.parametrize("percent", range(5, 97))
 def test_renewal_wants_a_fifth_of_the_work_left_and_more_saved_than_it_costs(percent):
-    assert bool(renewal(config(percent / 100))) == (12.5 <= percent <= 80)
-    assert renewal(config(percent / 100), 5) == 5
+    expected = 4 if 25 <= percent <= 50 else 8 if 12.5 <= percent <= 80 else 0
+    assert decided(percent / 100).renew == decided(percent / 100, 13).renew == expected
+    assert decided(percent / 100, 12).renew == decided(percent / 100, falling=0.3).renew == 0
+    assert decided(percent / 100, 3, renew=5).renew == 5
+    assert decided(percent / 100, renew=0).renew == 0
 
 
 def test_levels_as_written_are_not_renewed():
     written = [PRESETS[name].config(0.5) for name in WITHOUT if not PRESETS[name].is_scaled]
     assert written
-    assert {renewal(config) for config in written} == {0}
+    assert {Correction().decided(config, 0.0, None).renew for config in written} == {0}
+
+
+def test_the_older_a_loss_the_less_is_given_back():
+    assert decided(0.7, 30).gamma > decided(0.85, 30).gamma > decided(0.7, 5).gamma == decided(0.85, 8).gamma
+    assert decided(0.7, 10).gamma == decided(0.7, 30, renew=0).gamma == decided(0.7, 30, falling=0.3).gamma
+    assert decided(0.7, 30, gamma=0.5).gamma == decided(0.7, 3, gamma=0.5).gamma == 0.5
 
 
 def test_blocks_take_turns():
@@ -80,9 +93,10 @@ def test_the_others_keep_half_of_their_work():
 
 
 def test_few_steps_choose_their_levels():
-    assert [Correction().keeps_levels(steps) for steps in (1, 5, 6, 50, None)] == [False, False, True, True, True]
-    assert Correction(keep_levels=True).keeps_levels(1)
-    assert not Correction(keep_levels=False).keeps_levels(50)
+    assert [decided(0.7, steps).keep_levels for steps in (1, 8, 9, 50, None)] == [False, False, True, True, True]
+    assert decided(0.7, 1, keep_levels=True).keep_levels
+    assert not decided(0.7, 50, keep_levels=False).keep_levels
+    assert not decided(0.7, 50, falling=0.3, keep_levels=True).keep_levels
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -14,6 +14,8 @@ from comfyui_psa.for_diffusers import apply_psa
 from comfyui_psa.kernels.attention import pyramid_sparse_attention
 from comfyui_psa.kernels.order import TokenLayout
 
+pytestmark = pytest.mark.usefixtures("in_short_runs")
+
 PSA = {"sparsity": 0.6, "min_tokens": 0, "correction": "full", "warm_up": 2}
 
 

@@ -7,6 +7,8 @@ import torch
 from comfyui_psa.choices.correction import Correction
 from comfyui_psa.patching.patch import KEY, patch_model
 
+pytestmark = pytest.mark.usefixtures("in_short_runs")
+
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 
 
@@ -60,6 +62,24 @@ def test_a_run_is_that_of_the_loop(model, sample, loops, case):
     per_call = 1 if arguments.get("cfg", 1.0) == 1.0 else 2
     assert sum(by_step(psa)) * per_call * arguments.get("size", (1,))[0] == rows
     assert report(psa)["fallbacks"] == report(psa)["notes"] == []
+
+
+DECISIONS = {
+    "long": ({}, 20, {"renew": 8, "gamma": 1.0}),
+    "long, half of the work": ({"sparsity": 0.5}, 20, {"renew": 4, "gamma": 1.0}),
+    "long, little work": ({"sparsity": 0.85}, 20, {"gamma": 0.9}),
+    "shorter": ({}, 13, {"gamma": 0.9}),
+    "short": ({}, 8, {"keep": False, "gamma": 0.8}),
+}
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_what_a_run_does_follows_from_its_steps_and_density(model, sample, loops, monkeypatch, case):
+    monkeypatch.undo()  # the limits that users have
+    changes, steps, settings = DECISIONS[case]
+    patch = PATCH | {"correction": "full"} | changes
+    expected, _ = loops.looped(model, sample, patch, {"steps": steps}, **settings)
+    assert distance(sample(patch_model(model, **patch), steps=steps), expected) < 2e-5
 
 
 def test_all_of_the_loss_is_given_back_at_gamma_1(model, sample, loops, monkeypatch):

@@ -18,6 +18,7 @@ from comfyui_psa.patching.patch import KEY, patch_model
 from comfyui_psa.sampling.correction import Memory
 
 pytestmark = [
+    pytest.mark.usefixtures("in_short_runs"),
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]

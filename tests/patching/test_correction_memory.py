@@ -13,6 +13,8 @@ from comfyui_psa.sampling.correction import LossStore, Memory
 from comfyui_psa.sampling.record import Record
 from comfyui_psa.sampling.run import Run
 
+pytestmark = pytest.mark.usefixtures("in_short_runs")
+
 PATCH = {
     "sparsity": 0.85, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
     "correction": "full",

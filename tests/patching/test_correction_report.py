@@ -7,6 +7,8 @@ from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.patching.patch import KEY, patch_model
 from comfyui_psa.sampling import self_attention
 
+pytestmark = pytest.mark.usefixtures("in_short_runs")
+
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 WIDE = {"steps": 14, "size": (1, 16, 3, 32, 48)}  # 18 blocks of keys
 

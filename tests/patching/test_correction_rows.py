@@ -9,6 +9,8 @@ import torch
 from comfyui_psa.patching import core
 from comfyui_psa.patching.patch import KEY, patch_model
 
+pytestmark = pytest.mark.usefixtures("in_short_runs")
+
 PATCH = {
     "sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
     "correction": "full",

@@ -10,10 +10,11 @@ from collections import defaultdict
 import torch
 import torch.nn.functional as F
 
+from ...choices.correction import Correction
 from ...choices.settings import PatchSettings
 from ...kernels.attention import AttentionResult, pyramid_sparse_attention
-from ...kernels.delta import GAMMA, Delta, measure_delta
-from ...kernels.falling import renewal, renews
+from ...kernels.delta import Delta, measure_delta
+from ...kernels.falling import renews
 from ...kernels.levels import BlockLists
 from ...kernels.order import TokenLayout, make_order
 from .attention import Calls
@@ -26,7 +27,7 @@ Place = tuple[int, int]
 class Corrected:
     """Attention of one run with the product's correction. Begins with at least one dense step.
 
-    gamma: as in `Correction`; renew: one block in so many is dense in a sparse step, None for the product's choice.
+    gamma, renew: as in `Correction`.
     """
 
     def __init__(
@@ -34,17 +35,19 @@ class Corrected:
         settings: PatchSettings,
         schedule: Schedule,
         grid: tuple[int, int, int],
-        gamma: float = GAMMA,
+        gamma: float | None = None,
         renew: int | None = None,
     ) -> None:
         self.settings, self.grid, self.blocks = settings, grid, schedule.blocks
         self.active = schedule.active(settings.start_percent, settings.end_percent)
         self.first, self.steps = self.active.index(True), len(self.active)
-        self.gamma, self.renew = gamma, renew or 0
+        self.gamma, self.renew = gamma or 0.0, renew or 0
         if self.first < self.least_dense_steps:
             raise ValueError(f"{self.first} dense steps are too few to learn from; raise start_percent")
-        if renew is None:
-            self.renew = renewal(dataclasses.replace(settings.config, sparsity=1 - self._density()))
+        decided = Correction(gamma=gamma, renew=renew).decided(
+            dataclasses.replace(settings.config, sparsity=1 - self._density()), 0.0, sum(self.active)
+        )
+        self.gamma, self.renew = decided.gamma, decided.renew
         self.config = dataclasses.replace(settings.config, sparsity=1 - self._density())
         self.step = self._block = 0
         self.lists: dict[Place, BlockLists] = {}

@@ -26,11 +26,15 @@ def corrections() -> list[Setting]:
     ask("eighth", node={"correction": "eighth"})
     for renew in (0, 4, 6, 8, 12):
         ask(f"renew {renew}", renew=renew)
+    for renew in (0, 4):
+        ask(f"eighth, renew {renew}", *COMPUTES[1:], node={"correction": "eighth"}, renew=renew)
     for size in ("half", "quarter"):
         ask(size, *COMPUTES[:2], node={"correction": size})
-    for gamma in (0.8, 0.9, 1.0):
-        ask(f"gamma {gamma}", *COMPUTES[:3], gamma=gamma)
-    ask("levels chosen in every step", keep_levels=False, renew=0)
+    for renew in (0, 8):
+        for gamma in (0.7, 0.8, 0.9, 0.95, 1.0):
+            ask(f"renew {renew}, gamma {gamma}", *COMPUTES[:3], gamma=gamma, renew=renew)
+        ask(f"renew {renew}, levels chosen in every step", keep_levels=False, renew=renew)
+        ask(f"renew {renew}, levels kept", keep_levels=True, renew=renew)
     for start in (0.10, 0.15, 0.20):
         ask(f"from {start:.2f}", 0.30, *COMPUTES[:3], node={"start_percent": start})
         ask(f"from {start:.2f}, renew 8", *COMPUTES[:3], node={"start_percent": start}, renew=8)

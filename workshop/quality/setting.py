@@ -13,7 +13,7 @@ from typing import Any
 
 from ...choices.correction import OFF
 from ...choices.settings import PatchInputs, PatchSettings, make_settings, parse_blocks
-from ...kernels.falling import renewal, renews
+from ...kernels.falling import renews
 from ...patching.family import find_family
 from ...sampling.run import is_active
 
@@ -90,13 +90,15 @@ def resolve(setting: Setting, schedule: Schedule, backend: str, compute: float |
     if correction is not None:
         correction = dataclasses.replace(correction, **setting.correction)
     if compute is not None:
-        renew = 0
+        sparse_steps = sum(schedule.active(inputs["start_percent"], inputs["end_percent"]))
+        decided, renew = correction, None if correction is None else 0
         for _ in range(2):  # how often losses are renewed depends on the sparsity, which depends on that a little
-            density = density_for(compute, inputs, schedule, setting.prototype, None if correction is None else renew)
+            density = density_for(compute, inputs, schedule, setting.prototype, renew)
             settings = make_settings(**inputs | {"sparsity": 1 - density}, blocks=schedule.blocks)
-            renew = 0 if correction is None or settings.falling else renewal(settings.config, correction.renew)
-        if correction is not None:
-            correction = dataclasses.replace(correction, renew=renew)
+            if correction is not None:
+                choice = correction.decided(settings.config, settings.falling, sparse_steps)
+                decided, renew = dataclasses.replace(correction, **dataclasses.asdict(choice)), choice.renew
+        correction = decided
     config = dataclasses.replace(settings.config, **setting.config)
     return dataclasses.replace(settings, config=config, correction=correction)
 
