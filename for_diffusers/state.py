@@ -357,7 +357,7 @@ def unseen_backend(attention: torch.nn.Module) -> str | None:
 def _backend_of(attention: torch.nn.Module) -> str | None:
     """The name of a module's attention backend: its own, or the one that diffusers uses everywhere; None if it has no
     choice of backends."""
-    processor = getattr(attention, "processor", None)
+    processor: Any = getattr(attention, "processor", None)
     if not hasattr(processor, "_attention_backend"):
         return None
     backend = processor._attention_backend
