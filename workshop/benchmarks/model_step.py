@@ -64,15 +64,20 @@ def _measure(arguments: argparse.Namespace, dtype: str) -> None:
         model = _corrected(model)
     dense = None
     for name, patched in _methods(model, arguments):
+        if name == "dense" and arguments.no_dense:
+            continue
         types = _query_types(patched, arguments)  # also compiles and warms up
         if types != {getattr(torch, dtype)}:
             raise RuntimeError(f"{name}: attention received queries in {types} instead of {dtype}")
         if arguments.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         runs = [_sample(patched, arguments, arguments.steps) for _ in range(arguments.runs)]
-        first, seconds = statistics.median(run[0] for run in runs), [second for run in runs for second in run[1:]]
+        first, seconds = (
+            statistics.median(run[0] for run in runs),
+            [second for run in runs for second in run[1:] or run],
+        )
         median = statistics.median(seconds)
-        dense = dense or median
+        dense = dense or (median if name == "dense" else float("nan"))
         memory = torch.cuda.max_memory_allocated() / 1e9 if arguments.device == "cuda" else 0.0
         sparsity, fallbacks = _report(patched)
         figures = f"{median:8.3f} {min(seconds):8.3f} {first:8.3f} {dense / median:8.2f} {sparsity:>9} {memory:6.1f}"
@@ -94,6 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.85, 0.9])
     types = ["bfloat16", "float16"]
     parser.add_argument("--dtype", choices=types, nargs="+", default=types, help="the model's type; default: both")
+    parser.add_argument("--no-dense", action="store_true", help="only the sparse methods, without their gain")
     corrections = ["auto", "full", "half", "quarter", "eighth", "off", "host"]
     parser.add_argument("--correction", choices=corrections, nargs="+", default=["auto"])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -24,23 +24,25 @@ def corrections() -> list[Setting]:
     ask("uncorrected", node={"correction": "off"})
     ask("default")
     ask("eighth", node={"correction": "eighth"})
-    for renew in (0, 4, 6, 8, 12):
-        ask(f"renew {renew}", renew=renew)
-    for renew in (0, 4):
-        ask(f"eighth, renew {renew}", *COMPUTES[1:], node={"correction": "eighth"}, renew=renew)
-    for size in ("half", "quarter"):
-        ask(size, *COMPUTES[:2], node={"correction": size})
+    lean, middle, half, most = COMPUTES
+    for renew in (0, 4, 6, 8):
+        ask(f"renew {renew}", *(COMPUTES if renew in (0, 8) else COMPUTES[2:]), renew=renew)
     for renew in (0, 8):
-        for gamma in (0.7, 0.8, 0.9, 0.95, 1.0):
-            ask(f"renew {renew}, gamma {gamma}", *COMPUTES[:3], gamma=gamma, renew=renew)
-        ask(f"renew {renew}, levels chosen in every step", keep_levels=False, renew=renew)
-        ask(f"renew {renew}, levels kept", keep_levels=True, renew=renew)
+        ask(f"eighth, renew {renew}", half, most, node={"correction": "eighth"}, renew=renew)
+    for size in ("half", "quarter"):
+        ask(size, lean, middle, node={"correction": size})
+    for gamma in (0.7, 0.8, 0.95, 1.0):
+        ask(f"renew 0, gamma {gamma}", lean, middle, gamma=gamma, renew=0)
+    for gamma in (0.9, 0.95):
+        ask(f"renew 8, gamma {gamma}", middle, half, gamma=gamma, renew=8)
+    ask("renew 0, levels chosen in every step", keep_levels=False, renew=0)
+    ask("renew 0, levels kept", keep_levels=True, renew=0)
+    ask("renew 8, levels chosen in every step", middle, half, most, keep_levels=False, renew=8)
     for start in (0.10, 0.15, 0.20):
-        ask(f"from {start:.2f}", 0.30, *COMPUTES[:3], node={"start_percent": start})
-        ask(f"from {start:.2f}, renew 8", *COMPUTES[:3], node={"start_percent": start}, renew=8)
+        ask(f"from {start:.2f}", 0.30, lean, middle, half, node={"start_percent": start})
     for falling in (0.3, 0.6):
-        ask(f"falling {falling}, levels chosen", *COMPUTES[:3], node={"falling": falling}, keep_levels=False, renew=0)
-    ask("128/32", *COMPUTES[:3], node={"block_kv": "32"})
-    ask("levels in full and an eighth", *COMPUTES[:3], node={"pyramid": "1: 0.12, 8: 0.25"})
-    ask("sampled importance", *COMPUTES[:2], node={"importance": "sampled"})
+        ask(f"falling {falling}", lean, middle, node={"falling": falling})
+    ask("128/32", lean, middle, half, node={"block_kv": "32"})
+    ask("levels in full and an eighth", lean, middle, half, node={"pyramid": "1: 0.12, 8: 0.25"})
+    ask("sampled importance", lean, middle, node={"importance": "sampled"})
     return found
