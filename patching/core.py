@@ -113,7 +113,8 @@ def _video(x: torch.Tensor, conds: Mapping[str, Any]) -> torch.Tensor:
     if x.ndim == 5 or not shapes:
         return x
     shape = shapes[0][1:]
-    return x[:, 0, : math.prod(shape)].unflatten(1, shape)
+    size = math.prod(shape)
+    return x[:, 0, :size].unflatten(1, shape) if x.shape[-1] >= size else x
 
 
 @contextlib.contextmanager

@@ -32,6 +32,12 @@ class ModelCall(NamedTuple):
     first_blocks: Mapping[str, int] = NO_BLOCKS
 
 
+UNREADABLE = (
+    "PSA cannot read the inputs of this model call, so it does not know where the video is; bypass the node that "
+    "changes them, or report this with the log of ComfyUI started with --verbose DEBUG"
+)
+"""Why a call stays dense whose reader fails."""
+
 CallReader = Callable[..., ModelCall | str]
 """reader(network, x, context, conds): x is the latent [B, C, T, H, W], context [B, L, C]; conds are the other inputs of
 the forward, by ComfyUI's names. Returns the reason if the whole call stays dense."""

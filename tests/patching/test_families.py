@@ -403,6 +403,18 @@ def test_what_psa_cannot_do_stays_dense_and_says_why(row, kind, extra, more, rea
     assert report(sparse)["notes"] == []
 
 
+def test_a_call_that_cannot_be_read_stays_dense_and_ends_no_run(models, tiny_families, monkeypatch):
+    from comfyui_psa.patching.families import cosmos_predict2
+
+    model = models("cosmos")
+    stock = tiny_families.sample(model, "cosmos")
+    sparse = psa(model, sparsity=0.5, **INPUTS)
+    monkeypatch.setattr(cosmos_predict2, "grid_of", lambda *_: [].pop())
+    assert torch.equal(tiny_families.sample(sparse, "cosmos"), stock)
+    (found,) = report(sparse)["fallbacks"]
+    assert found["reason"].startswith("PSA cannot read the inputs of this model call")
+
+
 def test_a_file_in_the_folder_is_a_family(models, tmp_path, monkeypatch):
     from comfyui_psa.patching import families, family
 

@@ -77,6 +77,10 @@ so this model is no plain grid
 a single image is sampled
   With the preset generic, PSA leaves single frames alone: it pays for long videos only. -> Sample more frames.
 
+PSA cannot read the inputs of this model call
+  An input has a shape that PSA does not expect: from a node that changes it, or from a newer ComfyUI. -> Bypass that
+  node, update the pack, or report it with the error, which ComfyUI shows when it is started with --verbose DEBUG.
+
 this prompt is padded
   A text encoder has filled the prompt up to a fixed length, and the model must not see the filling. PSA has no masks.
   -> Encode the prompt with ComfyUI's own text node. It does not pad.

@@ -34,6 +34,7 @@ PASSED_ON = {
         "sampling/correction.py",
         "choices/correction.py",
         "patching/override.py",
+        "patching/layout.py",
         "for_diffusers/state.py",
         "for_diffusers/parallel.py:dense_reason",
         "kernels/backends.py",
