@@ -7,13 +7,16 @@ tokens of some of the heads, so PSA computes a call as always. Only budget mode 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..kernels.config import PyramidConfig
 from ..kernels.levels import SharedHeads, no_counts
+from ..kernels.order import TokenLayout
 from ..kernels.refusal import refusal
+from .cogvideox import SharedProcessor
 
 UNEVEN = "enable parallelism with ulysses_anything=True, which allows unequal parts"
 
@@ -44,17 +47,27 @@ def dense_reason(transformer: Any) -> str | None:
     )
 
 
-def find_parallel(transformer: Any, tokens: int) -> Parallel | None:
-    """How processes share a transformer in a call on so many video tokens; None if they do not, or by ring attention.
+def find_parallel(transformer: Any, attentions: Sequence[Any], layout: TokenLayout) -> Parallel | None:
+    """How processes share a transformer in a call on these tokens; None if they do not, or by ring attention.
+
+    Args:
+        attentions: its self-attention modules.
 
     Raises:
-        ValueError: diffusers cannot share this call; the error says what to choose.
+        ValueError: diffusers cannot share this call, or would compute it wrongly; the error says what to choose.
     """
     config = _config_of(transformer)
     if config is None or config.ring_degree > 1:
         return None
     ranks, heads = config.ulysses_degree, transformer.config.num_attention_heads
     check_heads(heads, ranks, config.ulysses_anything)
+    alone = {type(one.processor).__name__ for one in attentions if not hasattr(one.processor, "_parallel_config")}
+    if alone:
+        allowed = "one that shares its attention; this one would see only a part of the video"
+        do = "keep diffusers' own, and call enable_ulysses after anything that changes it"
+        raise _error("attention processor", ", ".join(sorted(alone)), allowed, do)
+    whole_text = any(isinstance(one.processor, SharedProcessor) for one in attentions)
+    tokens = layout.video if whole_text else layout.length
     if tokens % ranks and not config.ulysses_anything:
         allowed = f"a number that divides the {tokens} video tokens"
         raise _error("ulysses_degree", ranks, allowed, f"{UNEVEN}, or sample another length or size")

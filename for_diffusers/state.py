@@ -162,7 +162,7 @@ class TransformerState:
                 if steps is None and self.schedule is not None and (self.schedule.warm_up or self.settings.falling):
                     reason = NO_STEPS
                 reason = dense_reason(transformer) or reason
-                parallel = find_parallel(transformer, layout.video)
+                parallel = find_parallel(transformer, MODELS[self.family].attentions(transformer), layout)
         blocks = len(MODELS[self.family].attentions(transformer))
         run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")), blocks)
         run.begin_model_call(0.0 if steps is None else steps.now, layout, ())

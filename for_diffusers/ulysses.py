@@ -11,6 +11,10 @@ from . import cogvideox
 from .apply import find_transformers
 from .parallel import check_heads
 
+_COGVIDEOX = "CogVideoXTransformer3DModel"
+SHARED = ("WanTransformer3DModel", _COGVIDEOX)
+"""By class name. diffusers has a plan for LTX, too, but fails at the mask of its text (0.42.1), and none for others."""
+
 
 def enable_ulysses(pipe: Any, *, uneven: bool = False) -> None:
     """Split the tokens of a pipeline's transformers, and around attention their heads, over all processes.
@@ -24,7 +28,8 @@ def enable_ulysses(pipe: Any, *, uneven: bool = False) -> None:
 
     Raises:
         TypeError: not a pipeline or transformer that PSA knows.
-        ValueError: the heads cannot be shared by so many, or a CogVideoX has an attention processor of its own.
+        ValueError: processes cannot share this transformer, its heads cannot be shared by so many, or a CogVideoX has
+            an attention processor of its own.
         RuntimeError: there are no processes to share with, or parallelism is enabled already.
     """
     import torch.distributed
@@ -38,23 +43,28 @@ def enable_ulysses(pipe: Any, *, uneven: bool = False) -> None:
     degree = torch.distributed.get_world_size()
     transformers = [transformer for transformer, _ in find_transformers(pipe, "enable_ulysses")]
     for transformer in transformers:
+        _check(transformer)
         check_heads(transformer.config.num_attention_heads, degree, uneven)
     for transformer in transformers:
-        if type(transformer).__name__ == "CogVideoXTransformer3DModel":
-            _share_attention(transformer)
+        plan = {}
+        if type(transformer).__name__ == _COGVIDEOX:
+            transformer.set_attn_processor(cogvideox.SharedProcessor())
             plan = {"cp_plan": cogvideox.split_plan()}
-        else:
-            plan = {}
-        transformer.enable_parallelism(
-            config=ContextParallelConfig(ulysses_degree=degree, ulysses_anything=uneven), **plan
+        config = ContextParallelConfig(ulysses_degree=degree, ulysses_anything=uneven)
+        transformer.enable_parallelism(config=config, **plan)
+
+
+def _check(transformer: Any) -> None:
+    name = type(transformer).__name__
+    if name not in SHARED:
+        raise ValueError(
+            f"enable_ulysses, pipe: {name} was given; allowed: {', '.join(SHARED)}; make a video on each GPU instead"
         )
-
-
-def _share_attention(transformer: Any) -> None:
+    if name != _COGVIDEOX:
+        return
     foreign = {type(one).__name__ for one in transformer.attn_processors.values()} - set(cogvideox.PROCESSORS)
     if foreign:
         raise ValueError(
             f"enable_ulysses, pipe: attention processors {', '.join(sorted(foreign))} were given; allowed: those of "
             f"diffusers, {', '.join(cogvideox.PROCESSORS)}; set one of them"
         )
-    transformer.set_attn_processor(cogvideox.SharedProcessor())

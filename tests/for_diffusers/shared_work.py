@@ -113,6 +113,32 @@ def cogvideox(
     return {"latents": latents.cpu().float(), "self_attention": attention.shapes} | figures(applied)
 
 
+def own_processors(*, fused):
+    """What is said of attention processors that share nothing, set after enable_ulysses."""
+    from comfyui_psa.for_diffusers import apply_psa, enable_ulysses
+
+    settings = {"sparsity": 0.6, "min_tokens": 0, "warm_up": 0}
+    if fused:
+        tiny = helper("tiny_cogvideox")
+        model = tiny.transformer("5b", num_attention_heads=2)
+        enable_ulysses(model)
+        model.fuse_qkv_projections()
+        given = torch.zeros(1, 6, 16, 24, 32), tiny.text(), torch.tensor([900.0])
+    else:
+        pipes = helper("tiny_pipelines")
+        model = pipes.wan()
+        enable_ulysses(model)
+        model.blocks[1].attn1.processor = lambda *_: None
+        given = pipes.normal(*pipes.SIZE), torch.tensor([900.0]), pipes.normal(1, 13, 4096)
+    apply_psa(model, **settings)
+    try:
+        with torch.no_grad():
+            model(*given)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def yunchang(*, layer, grid, text):
     """This process' part of the attention of a layer of yunchang."""
     import yunchang

@@ -1,9 +1,14 @@
 """diffusers' context parallel (Ulysses) in two processes on a CPU: the video that one makes, to the last bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from comfyui_psa.for_diffusers import enable_ulysses
+from comfyui_psa.for_diffusers.cogvideox import SharedProcessor
+from comfyui_psa.for_diffusers.parallel import find_parallel
+from comfyui_psa.kernels.order import TokenLayout
 
 PSA = {"sparsity": 0.6, "min_tokens": 0, "warm_up": 1, "correction": "off"}
 ODD = (1, 16, 3, 20, 36)
@@ -90,6 +95,13 @@ def test_cogvideox_with_its_text_in_every_rank(start_ranks, work, name):
         assert alone["sparse"] > 0
 
 
+@pytest.mark.parametrize(("fused", "name"), [(True, "FusedCogVideoXAttnProcessor2_0"), (False, "function")])
+def test_processors_that_share_nothing_are_refused(start_ranks, work, fused, name):
+    for said in start_ranks(2).run(work.__file__, "own_processors", fused=fused):
+        assert said.startswith(f"enable_parallelism, attention processor: '{name}' was given; allowed: one that shares")
+        assert said.endswith("call enable_ulysses after anything that changes it")
+
+
 @pytest.mark.slow(seconds=60)
 def test_four_ranks_make_what_one_makes(start_ranks, work):
     case = {"psa": PSA | BUDGET | {"correction": "full"}, "steps": 4}
@@ -125,6 +137,23 @@ def test_what_cannot_be_shared_says_what_to_choose(start_ranks, work, parallel, 
         assert said.startswith(f"enable_parallelism, ulysses_degree: 2 was given; allowed: a number that {words}")
 
 
+@pytest.mark.parametrize(("keeps_text", "before", "fits"), [(False, 0, False), (False, 1, True), (True, 1, False)])
+def test_the_tokens_that_must_divide_are_those_that_are_split(keeps_text, before, fits):
+    """75 video tokens, and one before them that is split with them, or whole in every process."""
+    mesh = SimpleNamespace(get_group=lambda: None, get_local_rank=lambda: 0)
+    config = SimpleNamespace(ring_degree=1, ulysses_degree=2, ulysses_anything=False, _ulysses_mesh=mesh)
+    transformer = SimpleNamespace(
+        _parallel_config=SimpleNamespace(context_parallel_config=config), config=SimpleNamespace(num_attention_heads=4)
+    )
+    processor = SharedProcessor() if keeps_text else SimpleNamespace(_parallel_config=config)
+    given = transformer, [SimpleNamespace(processor=processor)], TokenLayout((3, 5, 5), before)
+    if fits:
+        assert find_parallel(*given).ranks == 2
+    else:
+        with pytest.raises(ValueError, match="divides the 75 video tokens"):
+            find_parallel(*given)
+
+
 def test_a_rank_that_goes_its_own_way_does_not_stop_the_others(start_ranks, work):
     """One runs out of memory, computes some calls in two parts and some dense: the sums of a budget still meet."""
     case = {"psa": PSA | BUDGET, "steps": 4, "guidance": 3.0}
@@ -149,6 +178,12 @@ def distance(one, other):
     return float((one - other).norm() / other.norm())
 
 
+def vace():
+    from diffusers import WanVACETransformer3DModel
+
+    return WanVACETransformer3DModel(num_attention_heads=5, num_layers=1, ffn_dim=64, text_dim=32, vace_layers=[0])
+
+
 def test_enable_ulysses_says_what_is_missing(pipes, tiny, monkeypatch):
     with pytest.raises(RuntimeError, match="start the script with torchrun"):
         enable_ulysses(pipes.pipeline(pipes.wan()))
@@ -158,6 +193,8 @@ def test_enable_ulysses_says_what_is_missing(pipes, tiny, monkeypatch):
         enable_ulysses(object())
     with pytest.raises(ValueError, match=r"a number that divides the 2 heads of the model; choose one of 2$"):
         enable_ulysses(pipes.wan(), uneven=True)
+    with pytest.raises(ValueError, match=r"WanVACETransformer3DModel was given; allowed: WanTransformer3DModel, CogV"):
+        enable_ulysses(SimpleNamespace(transformer=vace()))
     model = tiny.transformer("5b", num_attention_heads=5)
 
     class Own:
@@ -172,8 +209,6 @@ def test_enable_ulysses_says_what_is_missing(pipes, tiny, monkeypatch):
 
 
 def test_shared_attention_takes_no_mask_and_computes_no_gradients():
-    from comfyui_psa.for_diffusers.cogvideox import SharedProcessor
-
     states = torch.zeros(1, 4, 8)
     with pytest.raises(ValueError, match="leave it out"):
         SharedProcessor()(None, states, states, attention_mask=states)
