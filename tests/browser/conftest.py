@@ -21,7 +21,7 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12"
 
 @pytest.fixture(scope="session", params=["pinned frontend", "newest frontend"])
 def server(request, tmp_path_factory, server):
-    """The server with the core's own frontend, then with the newest one, which users' frontends become by themselves."""
+    """The server with the core's own frontend, then the newest one, which users' frontends become by themselves."""
     if request.param == "pinned frontend":
         yield server
         return
