@@ -14,6 +14,7 @@ import torch
 from ..choices.settings import AUTO_PRESETS
 from ..kernels.order import TokenLayout
 
+_MASK = "encoder_attention_mask"
 _SIZES = ("num_frames", "height", "width")
 
 
@@ -24,12 +25,16 @@ class TransformerFamily:
     Attributes:
         preset: name of the preset that `auto` takes, from the transformer.
         attentions: its modules of self-attention over the video, in the order of the blocks' numbers.
-        read_call: layout and timestep of a call, from the transformer and the call's arguments.
+        read_call: layout and timestep of a call, from the transformer and the call's arguments; or the reason why the
+            call stays dense.
+        padded: whether self-attention has a mask that hides padding at the end of its sequence, and nothing else. The
+            layout ends where the padding begins.
     """
 
     preset: Callable[[Any], str]
     attentions: Callable[[Any], Sequence[Any]]
-    read_call: Callable[[Any, Sequence[Any], Mapping[str, Any]], tuple[TokenLayout, torch.Tensor]]
+    read_call: Callable[[Any, Sequence[Any], Mapping[str, Any]], tuple[TokenLayout, torch.Tensor] | str]
+    padded: bool = False
 
 
 def _read_wan(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
@@ -95,6 +100,24 @@ def _read_cogvideox(
     return TokenLayout(grid, before=text.shape[1]), timestep
 
 
+def _read_hunyuan_15(
+    transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[TokenLayout, torch.Tensor] | str:
+    """forward(hidden_states [B, C, T, H, W], timestep, encoder_hidden_states, encoder_attention_mask [B, L],
+    timestep_r, encoder_hidden_states_2, encoder_attention_mask_2 [B, L], image_embeds [B, L, C], ...). After the grid
+    come the start image, unless it is blank, the glyphs and the text, and then the padding of all three."""
+    latent, timestep = (_argument(args, kwargs, n, name) for n, name in enumerate(("hidden_states", "timestep")))
+    masks = (_argument(args, kwargs, 3, _MASK), _argument(args, kwargs, 6, f"{_MASK}_2"))
+    image = _argument(args, kwargs, 7, "image_embeds")
+    after = sum(mask.bool().sum(1) for mask in masks) + (0 if (image == 0).all() else image.shape[1])
+    lengths = set(after.tolist())
+    if len(lengths) > 1:
+        return "the prompts in one call of the model have different lengths; call it once for each prompt"
+    config = transformer.config
+    patch = (config.patch_size_t, config.patch_size, config.patch_size)
+    return TokenLayout(_grid(latent.shape[2:], patch), after=lengths.pop()), timestep
+
+
 def _grid(sizes: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
     time, height, width = (size // patch for size, patch in zip(sizes, patch_size, strict=True))
     return time, height, width
@@ -125,6 +148,9 @@ MODELS = {
     "LTX2VideoTransformer3DModel": TransformerFamily(_default, _attn1("transformer_blocks"), _read_ltx2),
     "Kandinsky5Transformer3DModel": TransformerFamily(
         _default, lambda t: [block.self_attention for block in t.visual_transformer_blocks], _read_kandinsky
+    ),
+    "HunyuanVideo15Transformer3DModel": TransformerFamily(
+        _default, lambda t: [block.attn for block in t.transformer_blocks], _read_hunyuan_15, padded=True
     ),
     "CogVideoXTransformer3DModel": TransformerFamily(
         lambda t: "cogvideox-5b" if t.config.patch_size_t is None else "cogvideox1.5-5b",

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ..choices.settings import PatchSettings
 from ..kernels.backends import NO_GRADIENTS, BackendError
@@ -153,11 +154,14 @@ class TransformerState:
         layout, timestep, steps, reason, parallel = None, None, None, None, None
         if not self.off:
             try:
-                layout, timestep = MODELS[self.family].read_call(transformer, args, kwargs)
+                found = MODELS[self.family].read_call(transformer, args, kwargs)
             except Exception:  # the transformer itself says what it needs
                 log.debug("PSA: a call that cannot be read", exc_info=True)
-                reason = UNREADABLE
+                found = UNREADABLE
+            if isinstance(found, str):
+                reason = found
             else:
+                layout, timestep = found
                 steps = None if self.schedule is None else self.schedule.find(timestep)
                 if steps is None and self.schedule is not None and (self.schedule.warm_up or self.settings.falling):
                     reason = NO_STEPS
@@ -279,7 +283,9 @@ class TransformerState:
         if not run.position.active:
             self._stays_dense(call, None)
             return None
-        masked = attn_mask is not None or is_causal or bool(dropout_p)
+        tokens = query.shape[2]
+        (query, key, value), masked = self._without_padding(run, (query, key, value), attn_mask)
+        masked |= is_causal or bool(dropout_p)
         found: torch.Tensor | str | None
         found = _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)
         if found is None and not run.learns:
@@ -288,7 +294,7 @@ class TransformerState:
             self._stays_dense(call, found)
             return None
         call.end_budget()
-        return found
+        return found if found.shape[2] == tokens else F.pad(found, (0, 0, 0, tokens - found.shape[2]))
 
     def learn(
         self,
@@ -305,10 +311,21 @@ class TransformerState:
     ) -> None:
         """Called with the output of each call that stayed dense: measure what PSA would have lost, if it is time to."""
         run = call.run
-        masked = attn_mask is not None or is_causal or bool(dropout_p)
+        (query, key, value, dense), masked = self._without_padding(run, (query, key, value, dense), attn_mask)
+        masked |= is_causal or bool(dropout_p)
         if run.learns and not (_decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)):
             learn(run, query, key, value, dense, scale=scale, **_given(call, query))
         call.end_budget()
+
+    def _without_padding(
+        self, run: Run, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None
+    ) -> tuple[tuple[torch.Tensor, ...], bool]:
+        """Tensors [B, H, L, D] without the padding at their end, which a mask only hides; whether there is another
+        mask. What is computed for the padding itself is never used."""
+        layout = run.position.layout
+        if mask is None or layout is None or not MODELS[self.family].padded:
+            return tensors, mask is not None
+        return tuple(x[:, :, : layout.length] for x in tensors), False
 
     def _stays_dense(self, call: Call, reason: str | None, calls: int = 1) -> None:
         """Count calls that stay dense, and log the reason once. In the warm-up, a reason means no step is sparse."""

@@ -16,7 +16,7 @@ SIZE = {"width": 160, "height": 160, "length": 9}
 GRID = [3, 10, 10]
 IMAGE, VIDEO, STILLS = ["image", 0], ["video", 0], ["stills", 0]
 
-# kind of `tiny_wan`, node and its inputs, sparse calls of a step. Rows of the table "Wan variants" in
+# kind of `tiny_wan`, node and its inputs, sparse calls of a step. Rows of the table of models in
 # docs/compatibility.md.
 CASES = {
     "T2V": ("t2v", None, {}, 2),

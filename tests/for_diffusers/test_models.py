@@ -98,6 +98,21 @@ def kandinsky(pipes, latent):
     }
 
 
+def hunyuan(pipes, latent, image=True):
+    """13 of 20 tokens of the text and 5 of 8 glyphs are no padding; the padding is not at the end of all of them."""
+    mask, glyphs = torch.zeros(1, 20), torch.zeros(1, 8)
+    mask[:, :13] = glyphs[:, 3:] = 1
+    return {
+        "hidden_states": latent,
+        "timestep": TIME,
+        "encoder_hidden_states": text(pipes, 32, 20),
+        "encoder_attention_mask": mask,
+        "encoder_hidden_states_2": pipes.normal(1, 8, 16, seed=3),
+        "encoder_attention_mask_2": glyphs,
+        "image_embeds": pipes.normal(1, 9, 48, seed=5) * image,
+    }
+
+
 @dataclasses.dataclass
 class Case:
     """name, sizes: of the class; inputs: from a latent of `size`; before, grid, after: where the tokens lie; calls: of
@@ -129,6 +144,10 @@ KANDINSKY = {
     "in_visual_dim": 16, "out_visual_dim": 16, "in_text_dim": 32, "in_text_dim2": 16, "time_dim": 32, "model_dim": 128,
     "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 2,
 }  # fmt: skip
+HUNYUAN = {
+    "in_channels": 16, "out_channels": 16, "num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 2,
+    "num_refiner_layers": 1, "text_embed_dim": 32, "text_embed_2_dim": 16, "image_embed_dim": 48,
+}  # fmt: skip
 PACKED = (1, 16, *GRID)
 CASES = [
     Case("WanVACETransformer3DModel", VACE, vace, wan_size(), calls=3),
@@ -138,6 +157,8 @@ CASES = [
     Case("LTXVideoTransformer3DModel", LTX | {"attention_head_dim": 64}, ltx, PACKED, before=21, given={"before": 21}),
     Case("LTX2VideoTransformer3DModel", LTX2, ltx2, PACKED),
     Case("LTX2VideoTransformer3DModel", LTX2, ltx2, PACKED, after=21, given={"after": 21}),
+    Case("HunyuanVideo15Transformer3DModel", HUNYUAN, hunyuan, PACKED, after=13 + 5 + 9),
+    Case("HunyuanVideo15Transformer3DModel", HUNYUAN, hunyuan, PACKED, after=13 + 5, given={"image": False}),
     Case("Kandinsky5Transformer3DModel", KANDINSKY, kandinsky, wan_size()),
 ]
 
@@ -190,3 +211,16 @@ def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case
     assert torch.isfinite(run()).all()
     assert (applied.sparse_calls, applied.fallbacks) == (case.calls, {})
     assert not pipes.close(run(), stock, 1e-5)
+
+
+def test_prompts_of_different_lengths_in_one_call_stay_dense(pipes):
+    case = next(case for case in CASES if case.inputs is hunyuan)
+    model = load(case)
+    one = case.inputs(pipes, pipes.normal(*case.size, seed=1))
+    both = {name: torch.cat([value, value]) for name, value in one.items()}
+    both["encoder_attention_mask"][1, 5:] = 0
+    with torch.no_grad():
+        stock = model(**both, return_dict=False)[0]
+        applied = apply_psa(model, 0.5, mode="topk", **pipes.SETTINGS)
+        assert torch.equal(model(**both, return_dict=False)[0], stock)
+    assert [reason[:35] for reason in applied.fallbacks] == ["the prompts in one call of the model "[:35]]

@@ -81,6 +81,10 @@ PSA cannot read the inputs of this model call
   An input has a shape that PSA does not expect: from a node that changes it, or from a newer ComfyUI. -> Bypass that
   node, update the pack, or report it with the error, which ComfyUI shows when it is started with --verbose DEBUG.
 
+the prompts in one call of the model have different lengths
+  diffusers' HunyuanVideo 1.5 is given several prompts at once, and a mask hides the padding of each. -> Call the
+  transformer once for each prompt, as diffusers' pipeline does.
+
 this prompt is padded
   A text encoder has filled the prompt up to a fixed length, and the model must not see the filling. PSA has no masks.
   -> Encode the prompt with ComfyUI's own text node. It does not pad.

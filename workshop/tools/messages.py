@@ -35,6 +35,7 @@ PASSED_ON = {
         "choices/correction.py",
         "patching/override.py",
         "patching/layout.py",
+        "for_diffusers/layout.py:_read_hunyuan_15",
         "for_diffusers/state.py",
         "for_diffusers/parallel.py:dense_reason",
         "kernels/backends.py",
