@@ -134,6 +134,7 @@ def _store_output(half, base_ptr, to_ptr, delta, head, first, length_q, stride, 
     """Write weighted values / weights [ROWS, DIM] to the rows of queries first..first + ROWS of a head.
 
     to_ptr: the head's index of output rows, None if queries are in order. delta: added to the rows, None for nothing.
+    write: [1], whether to write at all.
     """
     _, total, acc = half
     position = first + tl.arange(0, acc.shape[0])
@@ -145,19 +146,22 @@ def _store_output(half, base_ptr, to_ptr, delta, head, first, length_q, stride, 
     rows = acc / tl.where(total > 0, total, 1.0)[:, None]
     if delta is not None:
         rows += lost_rows(delta, head, position, exists, dims, length_q, HEAD_DIM)
-    mask = (exists & write)[:, None] & (dims < HEAD_DIM)[None, :]
+    mask = exists[:, None] & write[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(base_ptr + place[:, None] * stride + dims[None, :], rows.to(base_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _is_right(half, least, LEAST: tl.constexpr):
-    """1 if all sums are finite and no sum of weights is below `least`, otherwise 0: a scalar."""
+    """1 if all sums are finite and no sum of weights is below `least`, otherwise 0: [1].
+
+    Not a scalar: on compute capability 10.0 Triton 3.6 fails to compile a scalar that is made of an accumulator.
+    """
     _, total, acc = half
     summed = total < float("inf")
     if LEAST > 0:
         summed &= total >= least
     right = (tl.abs(acc) < float("inf")) & summed[:, None]
-    return tl.min(tl.min(right.to(tl.int32), 1), 0)
+    return tl.min(tl.min(right.to(tl.int32), 1)[:, None], 0)
 
 
 @triton.jit
@@ -303,13 +307,13 @@ def _attend(
             least += (end - start) * (BLOCK_KV // FACTORS[level]) * LEAST
         start = end
 
-    write = 1
+    write = tl.full([1], 1, tl.int32)
     if not CAREFUL:
         # A block that must be computed again is not written: its output could overwrite its queries.
         write = _is_right(half_a, least, LEAST)
         if HALVES:
             write = tl.minimum(write, _is_right(half_b, least, LEAST))
-        tl.store(again_ptr + row, 1 - write)
+        tl.store(again_ptr + row + tl.arange(0, 1), 1 - write)
     if order is not None:
         to_ptr = order[1] + head_index * length_order
     out_base = _head_of(out_ptr, stride_out, b, h)

@@ -23,7 +23,7 @@ from comfyui_psa.kernels.gpu import autotune, cache
 CASE = autotune.Case(dim=128, block_q=128, block_kv=64, dtype=torch.bfloat16, int8=False)
 CUDA = torch.device("cuda", 0)
 TILES = [AttendTile(rows, 4, stages) for rows, stages in itertools.product((32, 64, 128), (1, 2))]
-GPUS = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448, "sm120": 101_376}
+GPUS = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448, "sm100": 232_448, "sm120": 101_376}
 
 
 @pytest.fixture

@@ -18,9 +18,12 @@ TARGETS = {
     "sm86": (GPUTarget("cuda", 86, 32), 101_376),
     "sm89": (GPUTarget("cuda", 89, 32), 101_376),
     "sm90": (GPUTarget("cuda", 90, 32), 232_448),
+    "sm100": (GPUTarget("cuda", 100, 32), 232_448),
     "sm120": (GPUTarget("cuda", 120, 32), 101_376),
+    "gfx90a": (GPUTarget("hip", "gfx90a", 64), 65_536),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 65_536),
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65_536),
+    "gfx1201": (GPUTarget("hip", "gfx1201", 32), 65_536),
 }
 INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "length_order", "n_q", "n_k", "blocks"}
 INTEGERS |= {"coarse_rows", "length_extra", "n_listed"}
@@ -117,6 +120,13 @@ def test_attend(gpu, dim, kind, tmp_path):
 @pytest.mark.parametrize("more", [{"careful": True}, {"extra": True}, {"uneven": True}, {"kept": True}], ids=str)
 def test_attend_with(more):
     attend_for("sm86", 64, "fp16", **more)
+
+
+@pytest.mark.slow(seconds=60)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("gpu", TARGETS)
+def test_attend_with_a_correction(gpu, dim):
+    attend_for(gpu, dim, "bf16", kept=True)
 
 
 def test_the_attention_kernel_has_no_more_than_35_parameters():
@@ -218,3 +228,25 @@ def test_the_sequence_length_is_no_compile_time_constant():
         lengths = [p for p in kernel.params if p.name in INTEGERS]
         assert lengths
         assert all(p.do_not_specialize and not p.is_constexpr for p in lengths), kernel
+
+
+@pytest.mark.parametrize(
+    ("capability", "declined"), [((7, 0), True), ((7, 5), True), ((8, 0), False), ((12, 0), False)]
+)
+def test_older_gpus_are_declined_with_the_reason(monkeypatch, capability, declined):
+    """Turing has no bfloat16 and no asynchronous copies; the user's own attention computes there."""
+    import torch
+
+    from comfyui_psa.kernels.backends import BackendError, choose_backend
+
+    class Tensor:
+        is_cuda, dtype, shape, device = True, torch.float16, (1, 2, 300, 128), torch.device("cuda", 0)
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    for backend in ("auto", "triton"):
+        if declined:
+            with pytest.raises(BackendError, match=r"needs an NVIDIA GPU of compute capability 8\.0 or newer"):
+                choose_backend(backend, Tensor())
+        else:
+            assert choose_backend(backend, Tensor()) == "triton"
