@@ -168,11 +168,13 @@ def test_queries_of_eight_bits(gpu):
     compile_for(gpu, _quantise, pointers, {"BLOCK": 128, "HEAD_DIM": 128, "DIM": 128, "ORDERED": True}, num_warps=4)
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["plain", "with a correction"])
 @pytest.mark.parametrize("gpu", TARGETS)
-def test_order(gpu):
+def test_order(gpu, kept):
     from comfyui_psa.kernels.gpu.order import _move
 
     pointers = {"x_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*bf16"}
+    pointers["delta"] = ("*u8", "*fp32", "i32") if kept else None
     compile_for(gpu, _move, pointers, {"UNDO": True, "ROWS": 64, "HEAD_DIM": 128, "DIM": 128}, num_warps=4)
 
 
