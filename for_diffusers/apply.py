@@ -19,11 +19,12 @@ from ..kernels.backends import BACKENDS
 from ..kernels.config import ConfigError
 from ..kernels.falling import check_falling
 from ..kernels.refusal import refusal
+from .attention_backends import unseen_backend
 from .interception import InterceptedForward
 from .layout import MODELS
 from .operator import Untraced
 from .schedule import Schedule
-from .state import TransformerState, unseen_backend
+from .state import TransformerState
 
 _ATTRIBUTE = "_psa_applied"
 _OUTSIDE = (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
@@ -26,6 +25,7 @@ from ..sampling.record import Record
 from ..sampling.run import Run
 from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
 from . import memory, operator
+from .attention_backends import unseen_reason
 from .layout import MODELS
 from .parallel import Parallel, SharedBudget, dense_reason, find_parallel
 from .schedule import Schedule, Steps
@@ -45,8 +45,6 @@ UNREACHED = (
 )
 
 
-_SEEN_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
-"""diffusers' attention backends that go through scaled_dot_product_attention."""
 _MOST_CALLS = 64
 """Most calls that one run may have at a timestep; a loop that stays at one timestep must not pile up figures."""
 
@@ -256,7 +254,7 @@ class TransformerState:
         """Called after a self-attention module. seen: whether it called `attend` meanwhile."""
         call.attentions += 1
         if not seen and not self.off:
-            self._stays_dense(call, call.reason or _unseen_reason(attention))
+            self._stays_dense(call, call.reason or unseen_reason(attention))
 
     def attend(
         self,
@@ -363,35 +361,6 @@ def _given(call: Call, query: torch.Tensor) -> dict[str, Any]:
         "host": DIFFUSERS,
         "shared": None if call.budget is None else call.budget.heads,
     }
-
-
-def unseen_backend(attention: torch.nn.Module) -> str | None:
-    """Why PSA cannot see the calls of a self-attention module, if its attention backend already tells."""
-    backend = _backend_of(attention)
-    return None if backend is None or backend in _SEEN_BACKENDS else _unseen_reason(attention)
-
-
-def _backend_of(attention: torch.nn.Module) -> str | None:
-    """The name of a module's attention backend: its own, or the one that diffusers uses everywhere; None if it has no
-    choice of backends."""
-    processor: Any = getattr(attention, "processor", None)
-    if not hasattr(processor, "_attention_backend"):
-        return None
-    backend = processor._attention_backend
-    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
-    if backend is None and dispatch is not None:
-        backend, _ = dispatch._AttentionBackendRegistry.get_active_backend()
-    return None if backend is None else str(getattr(backend, "value", backend))
-
-
-def _unseen_reason(attention: torch.nn.Module) -> str:
-    backend = _backend_of(attention)
-    named = "" if backend is None else f" (attention backend: {backend})"
-    return (
-        f"the self-attention does not go through torch's scaled_dot_product_attention{named}, so PSA cannot see it; "
-        "choose a backend that does, such as pipe.transformer.set_attention_backend('native'), or remove your "
-        "own attention processor"
-    )
 
 
 def _failure(run: Run, error: Exception) -> str:

@@ -37,6 +37,7 @@ PASSED_ON = {
         "patching/layout.py",
         "for_diffusers/layout.py:_read_hunyuan_15",
         "for_diffusers/state.py",
+        "for_diffusers/attention_backends.py",
         "for_diffusers/parallel.py:dense_reason",
         "kernels/backends.py",
         "kernels/broken.py",
