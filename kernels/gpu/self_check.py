@@ -8,10 +8,10 @@ change. Where the cache cannot be written, every process checks once.
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 import logging
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -29,9 +29,9 @@ log = logging.getLogger("ComfyUI-PSA")
 FILE = "comfyui_psa_check.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What makes calls run other code of ours: kernels are compiled, and launches chosen, by these.
+class Kind(NamedTuple):
+    """What makes calls run other code of ours: kernels are compiled, and launches chosen, by these. A tuple, since one
+    is made in every call.
 
     Attributes:
         ranking: how levels are chosen; None if they are given.
