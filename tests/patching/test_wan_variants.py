@@ -230,6 +230,24 @@ def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case
     assert (out - stock).norm() / stock.norm() > 1e-5
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_sizes_that_nothing_divides(models, tiny_wan, seed):
+    from comfyui_psa.patching.patch import KEY, patch_model
+
+    draw = torch.Generator().manual_seed(seed)
+    frames, height, width = (int(torch.randint(*limits, (), generator=draw)) for limits in ((3, 7), (21, 34), (21, 34)))
+    size = (1, 16, frames, height, width)
+    inputs = {"preset": "auto", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "mode": "topk"}
+    stock = tiny_wan.sample(models("t2v"), size=size)
+    full = patch_model(models("t2v"), sparsity=0.01, pyramid="1: 1.0", **inputs)
+    assert (tiny_wan.sample(full, size=size) - stock).norm() / stock.norm() < 1e-5, size
+    sparse = patch_model(models("t2v"), sparsity=0.4, **inputs)
+    assert torch.isfinite(tiny_wan.sample(sparse, size=size)).all(), size
+    for patched in (full, sparse):
+        report = patched.get_attachment(KEY).report
+        assert report["fallbacks"] == report["notes"] == [], size
+
+
 def test_the_face_attention_of_animate_never_reaches_psa(models, tiny_wan):
     from comfyui_psa.patching.patch import KEY, patch_model
 
