@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from ..kernels.config import PyramidConfig
 from ..kernels.delta import GROUPS
@@ -14,11 +15,11 @@ CORRECTIONS = (AUTO, *GROUPS, OFF)
 FEW_STEPS = 9
 """With fewer sparse steps than this, attention changes too much from one to the next to keep anything for long: levels
 are chosen in every step, and less of the loss is given back."""
-LEAST_STEPS_TO_RENEW = 13
-"""With fewer sparse steps, losses do not grow old enough for their renewal to pay."""
-RENEWALS = ((4, 0.5), (8, 0.2))
-"""One block in how many is renewed, and the least density for that. A renewal costs a dense call, so of little work it
-takes too much. These limits are measured (`docs/quality.md`)."""
+RENEWALS = ((4, 0.5, 13), (8, 0.2, 13))
+"""One block in how many is renewed, and what that takes: a density, for a renewal costs a dense call, and a number of
+sparse steps, in which losses grow old enough. All of these limits are measured (`docs/quality.md`)."""
+COARSE_RENEWALS = ((4, 0.5, 13), (8, 0.2, 25))
+"""The same for an eighth of the memory, where a new loss is worth less."""
 GAMMA_OF_FEW_STEPS, GAMMA_WITHOUT_RENEWAL, GAMMA_WITH_RENEWAL = 0.8, 0.9, 1.0
 """The older a loss, the less of it is still true. Renewed ones are given back in full."""
 
@@ -47,7 +48,7 @@ class Correction:
         few = sparse_steps is not None and sparse_steps < FEW_STEPS
         renew = self.renew
         if renew is None:
-            renew = _renewal(config, sparse_steps)
+            renew = _renewal(COARSE_RENEWALS if self.size == "eighth" else RENEWALS, config, sparse_steps)
         if falling:
             renew = 0
         keep_levels = not falling and (not few if self.keep_levels is None else self.keep_levels)
@@ -66,13 +67,14 @@ class DecidedCorrection:
     renew: int
 
 
-def _renewal(config: PyramidConfig, sparse_steps: int | None) -> int:
+def _renewal(renewals: Sequence[tuple[int, float, int]], config: PyramidConfig, sparse_steps: int | None) -> int:
     """One block in how many is renewed in a sparse step; 0 for none. Renewals must save more than they cost."""
-    if config.sparsity is None or (sparse_steps is not None and sparse_steps < LEAST_STEPS_TO_RENEW):
-        return 0
-    # Not 1 - sparsity >= least: rounding makes 1 - 0.8 less than 0.2.
-    fits = (renew for renew, least in RENEWALS if 1 / renew <= config.sparsity <= 1 - least)
-    return next(fits, 0)
+    for renew, density, steps in renewals:
+        # Not 1 - sparsity >= density: rounding makes 1 - 0.8 less than 0.2.
+        dense_enough = config.sparsity is not None and 1 / renew <= config.sparsity <= 1 - density
+        if dense_enough and (sparse_steps is None or sparse_steps >= steps):
+            return renew
+    return 0
 
 
 OURS = Correction()

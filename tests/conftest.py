@@ -198,8 +198,8 @@ def in_short_runs(monkeypatch):
     from comfyui_psa.choices import correction
 
     monkeypatch.setattr(correction, "FEW_STEPS", 6)
-    monkeypatch.setattr(correction, "LEAST_STEPS_TO_RENEW", 6)
-    monkeypatch.setattr(correction, "RENEWALS", ((8, 0.2),))
+    monkeypatch.setattr(correction, "RENEWALS", ((8, 0.2, 6),))
+    monkeypatch.setattr(correction, "COARSE_RENEWALS", ((8, 0.2, 6),))
     for name in ("GAMMA_OF_FEW_STEPS", "GAMMA_WITHOUT_RENEWAL", "GAMMA_WITH_RENEWAL"):
         monkeypatch.setattr(correction, name, 0.95)
 

@@ -57,6 +57,8 @@ def test_renewal_wants_a_fifth_of_the_work_left_and_more_saved_than_it_costs(per
     assert decided(percent / 100, 12).renew == decided(percent / 100, falling=0.3).renew == 0
     assert decided(percent / 100, 3, renew=5).renew == 5
     assert decided(percent / 100, renew=0).renew == 0
+    eighth = [decided(percent / 100, steps, size="eighth").renew for steps in (12, 13, 24, 25, None)]
+    assert eighth == [0, *[expected if expected == 4 else 0] * 2, expected, expected]
 
 
 def test_levels_as_written_are_not_renewed():

@@ -59,6 +59,7 @@ def test_losses_on_the_host_give_the_same_latents(model, sample, monkeypatch):
     import comfy.model_management as management
 
     here = patch_model(model, **PATCH)
+    sample(here, steps=12, cfg=3.0)  # a process's first run may differ from all others in the last bits
     expected = sample(here, steps=12, cfg=3.0)
     pinned = management.TOTAL_PINNED_MEMORY
     on_the_host(monkeypatch)
