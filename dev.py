@@ -13,6 +13,7 @@
     python dev.py workflows    regenerate workflows/*.json and locales/en after changing a node's schema
     python dev.py docs     write the lists of messages in docs/troubleshooting.md, and the table of models in
                            docs/compatibility.md, again after changing them
+    python dev.py registry --address URL --tag v1.2.3    complete pyproject.toml for a release to ComfyUI's registry
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; only needs huggingface-hub
 
 Needs only Python 3.10 or newer; the first run installs the rest into .dev/ (a few minutes, about 8 GB).
@@ -44,7 +45,7 @@ def main() -> int:
     if rest and arguments.command not in ("test", "bench", "quality"):
         _parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
-        alone = arguments.command in ("weights", "docs")
+        alone = arguments.command in ("weights", "docs", "registry")
         comfyui = None if alone else ensure_environment(arguments.comfyui or chosen_comfyui())
         return COMMANDS[arguments.command](arguments, comfyui, rest)
     except Failure as failure:
@@ -85,6 +86,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--seed", type=int, default=0, help="the same seed gives the same cases")
         if name == "soak":
             command.add_argument("--prompts", type=int, default=50, help="prompts after the warm-up")
+        if name == "registry":
+            command.add_argument("--address", required=True, help="of the repository, https://HOST/OWNER/NAME")
+            command.add_argument("--tag", required=True, help="of the version, such as v0.2.0")
         if name == "weights":
             command.add_argument("--to", type=Path, default=ROOT / "weights", help="an existing folder to use instead")
     return parser
@@ -120,6 +124,16 @@ def _docs(*_: object) -> int:
     try:
         for page in (troubleshooting, models_table):
             print(f"Written: {page.write_page(ROOT)}")
+    except LookupError as error:
+        raise Failure(str(error)) from error
+    return 0
+
+
+def _registry(arguments: argparse.Namespace, *_: object) -> int:
+    from workshop.tools.registry import complete
+
+    try:
+        print(f"Written: {complete(ROOT, arguments.address, arguments.tag)}")
     except LookupError as error:
         raise Failure(str(error)) from error
     return 0
@@ -207,6 +221,7 @@ COMMANDS = {
     "setup": _setup,
     "workflows": _workflows,
     "docs": _docs,
+    "registry": _registry,
     "weights": _weights,
 }
 
