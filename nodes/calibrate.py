@@ -39,7 +39,7 @@ class PSACalibrate(PSANode):
                 "in three of its steps, and proposes the sparsity that meets the target. Use your own model, prompt "
                 "and size; it takes about as long as 30 dense steps."
             ),
-            search_aliases=["PSA tune", "find sparsity", "sparsity benchmark", "PSA preset"],
+            search_aliases=["PSA tune", "find sparsity", "sparsity benchmark", "PSA preset", "稀疏度校准"],
             inputs=[
                 io.Model.Input("model", tooltip="A loaded video model that PSA Patch supports, without PSA Patch."),
                 io.Conditioning.Input("positive", tooltip="A prompt like the ones you use."),
@@ -59,7 +59,7 @@ class PSACalibrate(PSANode):
                     default=0.15,
                     min=0.001,
                     max=20.0,
-                    step=0.01,
+                    step=0.001,
                     tooltip=(
                         "error: a relative distance; 0.15 gave 28.7 dB on the demo model, 0.09 is close to dense. "
                         "speed-up: a factor; 2.0 halves the time of a step."

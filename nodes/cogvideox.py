@@ -30,7 +30,7 @@ class PSACogVideoXLoader(PSANode):
                 "single .safetensors file, and corrects positions and noise schedule to match diffusers. The result "
                 "is an ordinary model for LoRA, PSA Patch and every sampler."
             ),
-            search_aliases=["cogvideo", "cogvideox", "diffusers folder"],
+            search_aliases=["cogvideo", "cogvideox", "diffusers folder", "加载 CogVideoX"],
             inputs=[
                 io.Combo.Input(
                     "checkpoint",
@@ -77,7 +77,7 @@ class PSACogVideoXFix(PSANode):
                 "Corrects positions and noise schedule of a CogVideoX model from another loader to match diffusers. "
                 "Not needed after PSA CogVideoX Loader. Do not add ModelSamplingDiscrete or VOIDSampler to it."
             ),
-            search_aliases=["cogvideo", "cogvideox", "rope", "v prediction", "zero snr"],
+            search_aliases=["cogvideo", "cogvideox", "rope", "v prediction", "zero snr", "修正 CogVideoX"],
             inputs=[io.Model.Input("model", tooltip="A CogVideoX model, 1.0 or 1.5, any size.")],
             outputs=[io.Model.Output()],
         )
@@ -101,7 +101,7 @@ class PSACogVideoXSigmas(PSANode):
                 "Noise levels of diffusers' trailing timesteps (999, 749, 499, 249 for 4 steps), for any number of "
                 "steps. For Custom Sampler, together with PSA CogVideoX Sampler."
             ),
-            search_aliases=["cogvideo", "trailing", "timesteps", "scheduler"],
+            search_aliases=["cogvideo", "trailing", "timesteps", "scheduler", "调度器"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from PSA CogVideoX Loader or PSA CogVideoX Fix."),
                 io.Int.Input(
@@ -145,7 +145,7 @@ class PSACogVideoXSampler(PSANode):
                 "diffusers' CogVideoXDPMScheduler or CogVideoXDDIMScheduler, for Custom Sampler. The 4-step LoRA "
                 "needs dpm: no other sampler gives the same result."
             ),
-            search_aliases=["cogvideo", "dpm", "ddim", "4 steps"],
+            search_aliases=["cogvideo", "dpm", "ddim", "4 steps", "采样器"],
             inputs=[
                 io.Combo.Input(
                     "solver",
@@ -178,7 +178,7 @@ class PSACogVideoXImageToVideo(PSANode):
             accept_all_inputs=True,
             category="model/conditioning/cogvideox",
             description="Conditioning and empty latent for the CogVideoX image-to-video models (5B-I2V, 1.5-5B-I2V).",
-            search_aliases=["cogvideo", "i2v", "start image"],
+            search_aliases=["cogvideo", "i2v", "start image", "图生视频"],
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt."),

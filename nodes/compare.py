@@ -24,7 +24,17 @@ class PSACompare(PSANode):
                 "Two videos (or batches of images) of the same size, side by side with their difference, and how "
                 "similar they are. Give it the video with PSA and the one without, sampled from the same seed."
             ),
-            search_aliases=["PSNR", "SSIM", "LPIPS", "video difference", "side by side", "compare videos"],
+            search_aliases=[
+                "PSNR",
+                "SSIM",
+                "LPIPS",
+                "video difference",
+                "side by side",
+                "compare videos",
+                "video quality",
+                "视频对比",
+                "视频质量",
+            ],
             inputs=[
                 io.Image.Input("images_a", tooltip="The first video, for example from the unpatched model."),
                 io.Image.Input("images_b", tooltip="The second video: the same size and number of frames."),

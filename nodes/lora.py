@@ -28,7 +28,16 @@ class PSALoraLoader(PSANode):
                 "scale from its alpha tensors or its metadata. A LoRA that matches nothing in the model is an error. "
                 "You can chain several."
             ),
-            search_aliases=["lora", "diffusers lora", "peft", "cogvideox lora", "4 steps"],
+            search_aliases=[
+                "lora",
+                "wan lora",
+                "diffusers lora",
+                "peft",
+                "cogvideox lora",
+                "lightx2v",
+                "4 steps",
+                "加载 LoRA",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A CogVideoX or Wan model."),
                 io.Combo.Input(
@@ -78,7 +87,7 @@ class PSALoraDownload(PSANode):
                 "4-step LoRA for CogVideoX-5B. An interrupted download goes on where it stopped. Press R afterwards, "
                 "and the LoRA menus list it."
             ),
-            search_aliases=["huggingface", "BLADE", "4-step lora", "download lora"],
+            search_aliases=["huggingface", "BLADE", "4-step lora", "download lora", "下载 LoRA"],
             is_output_node=True,
             not_idempotent=True,
             inputs=[

@@ -51,7 +51,25 @@ class PSAPatch(PSANode):
                 "(after any LoRA) and the sampler. Supports Wan with VACE, Animate and the others, HunyuanVideo, LTX, "
                 "CogVideoX, Kandinsky 5, Cosmos Predict 2, Mochi, MiniMax H3; other models stay dense."
             ),
-            search_aliases=["pyramid sparse attention", "sparse attention", "PSA", "speed up video", "wan speed"],
+            # What people type who look for what this node does, the names of other ways to it among them.
+            search_aliases=[
+                "pyramid sparse attention",
+                "sparse attention",
+                "PSA",
+                "speed up video",
+                "wan speed",
+                "wan faster",
+                "faster video",
+                "accelerate",
+                "optimize attention",
+                "sage attention",
+                "teacache",
+                "radial attention",
+                "稀疏注意力",
+                "视频加速",
+                "加速采样",
+                "优化",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="A loaded video model: Wan, HunyuanVideo, LTX, CogVideoX and others."),
                 io.Float.Input(
@@ -203,8 +221,8 @@ class PSAPatch(PSANode):
                     optional=True,
                     advanced=True,
                     tooltip=(
-                        "Give sparse steps back what sparsity lost in the last dense step: much closer to dense. full: "
-                        "1 byte per number, 3 GB for Wan 1.3B at 720p; half to eighth: less. auto: what fits."
+                        "Give back what sparsity lost in the last dense step: much closer to dense. full: 3 GB of "
+                        "memory for Wan 1.3B at 720p; half to eighth: less. auto: what fits."
                     ),
                 ),
             ],

@@ -51,7 +51,7 @@ class PSAPyramid(PSANode):
                 "the finest. Connect it to psa_pyramid of PSA Patch, where it is used instead of the preset. The "
                 "rest is dropped, or with tail seen as one mean row per block."
             ),
-            search_aliases=["pyramid levels", "sparse attention levels", "PSA levels", "PSA preset"],
+            search_aliases=["pyramid levels", "sparse attention levels", "PSA levels", "PSA preset", "注意力金字塔"],
             inputs=[
                 _slider(
                     "full",

@@ -25,7 +25,14 @@ class PSAReport(PSANode):
                 "step and layer, seconds, where the model looked at which resolution, which calls stayed dense and "
                 "why. Connect the sampler's latent, so that it runs after the sampler."
             ),
-            search_aliases=["PSA statistics", "sparsity report", "PSA picture", "attention map", "sparsity heat map"],
+            search_aliases=[
+                "PSA statistics",
+                "sparsity report",
+                "PSA picture",
+                "attention map",
+                "sparsity heat map",
+                "注意力图",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model from PSA Patch, the one that the sampler used."),
                 io.Latent.Input("samples", tooltip="The sampler's output; passed on unchanged."),

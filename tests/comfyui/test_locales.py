@@ -8,6 +8,7 @@ import pytest
 from comfyui_psa.workshop.tools.locales import english
 from comfyui_psa.workshop.tools.paths import LOCALES
 
+LONGEST_TOOLTIP = 160
 LANGUAGES = sorted(folder.name for folder in LOCALES.iterdir() if folder.is_dir())
 
 
@@ -48,6 +49,12 @@ def test_tooltips_are_translated_and_keep_their_numbers(definitions, language):
         # Numbers with a decimal point are figures that were measured or defaults: they are the same in every language.
         numbers = set(re.findall(r"\d+\.\d+", text))
         assert numbers == set(re.findall(r"\d+\.\d+", found[path])), path
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_tooltips_are_short_enough_to_be_read_while_pointing(language):
+    long = {path: len(text) for path, text in leaves(read(language)) if path[-1] == "tooltip"}
+    assert {path: length for path, length in long.items() if length > LONGEST_TOOLTIP} == {}
 
 
 def test_the_server_hands_them_out(client):

@@ -72,6 +72,44 @@ def test_every_input_is_explained(definitions, node):
     assert [spec.name for spec in inputs_of(definitions[node]) if not spec.options.get("tooltip")] == []
 
 
+SEARCHED = {
+    "PSAPatch": [
+        "wan faster",
+        "accelerate",
+        "optimize",
+        "sage attention",
+        "teacache",
+        "radial attention",
+        "稀疏",
+        "加速",
+    ],
+    "PSALoraLoader": ["lightx2v", "wan lora"],
+    "PSACompare": ["quality"],
+}
+"""What somebody types who does not know the names of this pack."""
+
+
+@pytest.mark.parametrize("node", [node for node in NODES if node != "PSADemoScene"])
+def test_a_search_in_either_language_finds_every_node(definitions, node):
+    aliases = definitions[node]["search_aliases"]
+    assert len(set(aliases)) == len(aliases)
+    assert any(alias.isascii() for alias in aliases)
+    assert any("\u4e00" <= letter <= "\u9fff" for alias in aliases for letter in alias)
+    assert [words for words in SEARCHED.get(node, []) if not any(words in alias for alias in aliases)] == []
+
+
+def test_every_limit_and_default_can_be_read_in_its_field(definitions):
+    """ComfyUI shows a number with as many decimals as its step has: 0.001 in steps of 0.01 would be shown as 0.00."""
+    for node in NODES:
+        for spec in inputs_of(definitions[node]):
+            step = spec.options.get("step")
+            if step is None or not isinstance(step, float):
+                continue
+            decimals = max(0, -math.floor(math.log10(step)))
+            shown = [spec.options[name] for name in ("min", "max", "default")]
+            assert [round(value, decimals) for value in shown] == shown, (node, spec.name)
+
+
 def test_the_everyday_inputs_come_first_and_the_rest_is_folded_away(definitions):
     specs = list(inputs_of(definitions["PSAPatch"]))
     everyday = [spec.name for spec in specs if not spec.options.get("advanced") and spec.required]
