@@ -48,6 +48,8 @@ def run_demo(comfyui: Path, steps: int | None, sparsity: float | None) -> None:
     with Phase("Comparing the videos"):
         measured = write_results(RESULTS, videos, samplers_of(prompt), result, psa_report)
     print(f"\n{measured.summary()}\n")
+    if measured.warning:
+        print(f"{measured.warning}\n")
     for name in ("report.html", "report.png", "side_by_side.mp4", "dense.webp", "psa.webp", "figures.json"):
         print(f"  {RESULTS / name}")
 

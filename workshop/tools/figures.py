@@ -59,6 +59,26 @@ class Figures:
         """Median seconds per sparse step of the PSA run, without step 0."""
         return _median([self.psa_seconds[step] for step in self.sparse_steps if step > 0])
 
+    def headline(self) -> str:
+        """The run in a sentence or two: seconds, likeness, and a warning if the seconds cannot be compared."""
+        parts = [
+            f"Sampling took {sum(self.psa_seconds):.1f} s with PSA and {sum(self.dense_seconds):.1f} s without",
+            f"a sparse step {_text(self.psa_sparse_step, '.2f')} s, a dense one {_text(self.dense_step, '.2f')} s",
+            f"PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.3f}",
+        ]
+        return f"{'; '.join(parts)}. {self.warning or ''}".rstrip()
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence if the dense steps of the two runs, which compute the same, took times that differ by a third."""
+        times = [seconds for seconds in (self.dense_step, self.psa_warm_up_step) if seconds]
+        if len(times) < 2 or max(times) < min(times) * 4 / 3:
+            return None
+        return (
+            f"The machine was busy with something else: dense steps took {times[0]:.2f} s in one run and "
+            f"{times[1]:.2f} s in the other, so do not compare the seconds, and run it again."
+        )
+
     def summary(self) -> str:
         """All figures in one line."""
         parts = [

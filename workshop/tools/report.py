@@ -37,6 +37,7 @@ def write_report(
         psa: the frames of the PSA run, uint8 [F, H, W, 3].
     """
     placeholders = {
+        "headline": escape(figures.headline()),
         "subtitle": escape(subtitle),
         "video": _data("video/mp4", video),
         "figures": _figure_rows(figures),
