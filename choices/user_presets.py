@@ -15,7 +15,7 @@ from typing import Any
 from ..kernels.config import IMPORTANCES, MODES, ORDERS, PRECISIONS, REDUCTIONS, ConfigError
 from ..kernels.refusal import refusal, shown
 from .errors import InputError
-from .presets import OWN_SHAPE, Preset, load_presets
+from .presets import OWN_SHAPE, PUBLISHED_SUFFIX, Preset, load_presets
 
 PREFIX = "user/"
 MOST_BYTES = 65536
@@ -53,8 +53,13 @@ def folder() -> Path | None:
 
 
 def preset_names(where: Path | None = None) -> list[str]:
-    """Names of all presets, the pack's own first; the user's include files that turn out to be wrong."""
-    return [*load_presets(), *(PREFIX + path.stem for path in _files(where or folder()))]
+    """Names of all presets, those that a user is likely to want first: made for a case of its own, the user's, with the
+    levels of a published one, the published ones. The user's include files that turn out to be wrong."""
+    presets = load_presets()
+    published = [name for name in presets if name.endswith(PUBLISHED_SUFFIX)]
+    levels_of = [name.removesuffix(PUBLISHED_SUFFIX) for name in published]
+    own = [name for name in presets if name not in (*published, *levels_of)]
+    return [*own, *(PREFIX + path.stem for path in _files(where or folder())), *levels_of, *published]
 
 
 def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -> Preset:
