@@ -17,7 +17,18 @@ from .terminal import Failure
 WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 NOTES = ("Note", "MarkdownNote")
 MODE_MUTED, MODE_BYPASSED = 2, 4
-FILE_INPUTS = ("unet_name", "vae_name", "clip_name", "image", "checkpoint", "lora_name")
+FILE_INPUTS = (
+    "unet_name",
+    "vae_name",
+    "clip_name",
+    "clip_name1",
+    "clip_name2",
+    "text_encoder",
+    "ckpt_name",
+    "image",
+    "checkpoint",
+    "lora_name",
+)
 """Widgets whose choices are whatever files a server has."""
 
 
@@ -31,21 +42,26 @@ class Input:
     required: bool
 
     @property
+    def widget(self) -> str:
+        """The type of its widget: its own, or the one it names if it takes links of several types."""
+        return self.options.get("widgetType") or self.type
+
+    @property
     def is_widget(self) -> bool:
-        return self.type in WIDGET_TYPES and not self.options.get("forceInput")
+        return self.widget in WIDGET_TYPES and not self.options.get("forceInput")
 
     @property
     def choices(self) -> list | None:
         """The allowed values of a combo, otherwise None."""
         found = self.options.get("options")
-        if self.type == "COMFY_DYNAMICCOMBO_V3":
+        if self.widget == "COMFY_DYNAMICCOMBO_V3":
             return [option["key"] for option in found]
-        return found if self.type == "COMBO" else None
+        return found if self.widget == "COMBO" else None
 
     @property
     def companion(self) -> str | None:
         """Value of the extra widget that the frontend adds after this one and saves too, or None."""
-        if self.type == "INT" and (self.options.get("control_after_generate") or self.name in ("seed", "noise_seed")):
+        if self.widget == "INT" and (self.options.get("control_after_generate") or self.name in ("seed", "noise_seed")):
             return "fixed"
         return "image" if self.options.get("image_upload") else None
 
@@ -110,7 +126,7 @@ def widget_values(node: dict, definition: dict) -> dict:
 def default_value(spec: Input) -> object:
     """The value that the frontend gives a new widget."""
     blank = {"INT": 0, "FLOAT": 0.0, "STRING": "", "BOOLEAN": False}
-    return spec.options.get("default", (spec.choices or [None])[0] if spec.choices is not None else blank[spec.type])
+    return spec.options.get("default", (spec.choices or [None])[0] if spec.choices is not None else blank[spec.widget])
 
 
 def _source(links: dict, nodes: dict, link_id: int | None) -> tuple[int, int] | None:
@@ -168,9 +184,9 @@ def _value_problem(value: object, spec: Input) -> str | None:
     if spec.choices is not None:
         allowed = spec.name in FILE_INPUTS or value in spec.choices
         return None if allowed else f"{value!r} is not one of {spec.choices}"
-    types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}[spec.type]
-    if not isinstance(value, types) or (isinstance(value, bool) and spec.type != "BOOLEAN"):
-        return f"{value!r} is not of type {spec.type}"
+    types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}[spec.widget]
+    if not isinstance(value, types) or (isinstance(value, bool) and spec.widget != "BOOLEAN"):
+        return f"{value!r} is not of type {spec.widget}"
     low, high = spec.options.get("min"), spec.options.get("max")
     if (low is not None and value < low) or (high is not None and value > high):
         return f"{value!r} is not between {low} and {high}"

@@ -119,3 +119,27 @@ def test_wrong_links_are_found(workflow):
     problems = find_problems(workflow, DEFINITIONS)
     assert any("required input is not connected" in problem for problem in problems)
     assert any("do not list it" in problem for problem in problems)
+
+
+def test_a_widget_that_links_of_several_types_can_replace(tmp_path):
+    rate = {"widgetType": "FLOAT", "default": 25.0, "min": 1.0}
+    definitions = {
+        "Count": {"input": {"required": {}}, "output": ["INT"]},
+        "Film": {"input": {"required": {"rate": ["FLOAT,INT", rate]}}, "output": []},
+    }
+    canvas = Canvas(definitions)
+    with canvas.group("All"):
+        canvas.add("Film", rate=24.0)
+        canvas.add("Count")
+    canvas.save(tmp_path / "workflow.json")
+    workflow = load_workflow(tmp_path / "workflow.json")
+    film = node_of(workflow, "Film")
+    assert find_problems(workflow, definitions) == []
+    assert graph_to_prompt(workflow, definitions)["1"]["inputs"] == {"rate": 24.0}
+    film["widgets_values"] = [0.5]
+    assert any("not between" in problem for problem in find_problems(workflow, definitions))
+    film["widgets_values"] = [24.0]
+    film["inputs"].append({"name": "rate", "type": "FLOAT,INT", "widget": {"name": "rate"}, "link": 1})
+    workflow["links"].append([1, 2, 0, 1, 0, "INT"])
+    node_of(workflow, "Count")["outputs"][0]["links"] = [1]
+    assert find_problems(workflow, definitions) == []
