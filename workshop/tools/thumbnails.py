@@ -1,24 +1,25 @@
 """The pictures that ComfyUI shows next to the templates: `workflows/NAME.jpg`.
 
 The demo's comes from a run, half dense and half PSA. The other models cannot run without their weights, so they get a
-card with their title and the default pyramid: nothing is shown that was not computed here.
+card with their title and the pyramid that they set: nothing is shown that was not computed here.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from comfyui_psa.choices.picture import patch_figures
 from comfyui_psa.reports.paint import font, level_colour
 
 from .pictures import INK, PAPER, QUIET
+from .workflow import NOTES, load_workflow
 
 SIZE = (512, 384)
-# The default pyramid at sparsity 0.85: share of the block pairs, pooling factor.
-BAR = ((0.10, 1), (0.05, 2), (0.20, 8), (0.65, 0))
+PATCH = ("PSAPatch",)
+"""The node whose first two widgets are sparsity and preset."""
 
 
 def split_frame(dense: np.ndarray, psa: np.ndarray, title: str) -> Image.Image:
@@ -37,8 +38,9 @@ def split_frame(dense: np.ndarray, psa: np.ndarray, title: str) -> Image.Image:
     return picture
 
 
-def card(title: str) -> Image.Image:
-    """A card for a template whose model is not in this repository."""
+def card(title: str, sparsity: float, preset: str) -> Image.Image:
+    """A card for a template whose model is not in this repository: its title, and what its PSA Patch sees and saves."""
+    found = patch_figures({"sparsity": sparsity, "preset": preset})
     picture = Image.new("RGB", SIZE, INK)
     draw = ImageDraw.Draw(picture)
     draw.text((32, 60), "Pyramid Sparse Attention", QUIET, font(20))
@@ -47,11 +49,12 @@ def card(title: str) -> Image.Image:
         draw.text((32, y), line, PAPER, font(34))
         y += 46
     left, right, y = 32, SIZE[0] - 32, 270
-    for share, factor in BAR:
+    for factor, share in found["shares"].items():
         end = left + (SIZE[0] - 64) * share
-        draw.rectangle((left, y, min(end, right), y + 34), fill=level_colour(factor))
+        draw.rectangle((left, y, min(end, right), y + 34), fill=level_colour(int(factor)))
         left = end
-    draw.text((32, y + 50), "85 % of the attention work saved in the sparse steps", PAPER, font(18))
+    saved = f"{100 * found['sparsity']:.0f} % of the attention work saved in the sparse steps"
+    draw.text((32, y + 50), saved, PAPER, font(18))
     return picture
 
 
@@ -61,8 +64,9 @@ def write_cards(folder: Path) -> list[Path]:
     for path in sorted(folder.glob("*.json")):
         target = path.with_suffix(".jpg")
         if not target.exists() and path.stem != "psa_demo":
-            notes = [n for n in json.loads(path.read_text(encoding="utf-8"))["nodes"] if n["type"] == "MarkdownNote"]
-            title = notes[0]["widgets_values"][0].splitlines()[0].lstrip("# ")
-            card(title.split(" (")[0]).save(target, quality=85)
+            nodes = load_workflow(path)["nodes"]
+            note, patch = (next(n["widgets_values"] for n in nodes if n["type"] in kinds) for kinds in (NOTES, PATCH))
+            title = note[0].splitlines()[0].lstrip("# ")
+            card(title.split(" (")[0], *patch[:2]).save(target, quality=85)
             written.append(target)
     return written

@@ -7,7 +7,7 @@ import torch
 from comfyui_psa.demo.scene import Background, Scene, SceneObject, describe
 from comfyui_psa.reports.paint import LEVELS, UNSEEN
 from comfyui_psa.workshop.quality.sheet import Sheet
-from comfyui_psa.workshop.tools import pictures
+from comfyui_psa.workshop.tools import pictures, thumbnails
 
 
 def flat(*colours, size=(40, 80)):
@@ -80,3 +80,14 @@ def test_maps_over_a_video_are_one_a_latent_frame_in_rows_of_five():
     light = [sum(pixel) for row in middles(sheet, range(5), 230, (0, 164), 160) for pixel in row][:7]
     assert light == sorted(light)
     assert light[0] < light[-1]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "preset", "shares"),
+    [(0.85, "auto", (0.10, 0.05, 0, 0.20)), (0.84375, "cogvideox-5b-4step", (0.05, 0.10, 0.10, 0.25))],
+)
+def test_a_templates_card_shows_its_own_pyramid(sparsity, preset, shares):
+    bar = np.asarray(thumbnails.card("A model, a task", sparsity, preset))[287, 32:480]
+    found = [(bar == LEVELS[factor]).all(-1).mean() for factor in (1, 2, 4, 8)]
+    assert found == pytest.approx(shares, abs=0.005)
+    assert (bar == UNSEEN).all(-1).mean() == pytest.approx(1 - sum(shares), abs=0.005)
