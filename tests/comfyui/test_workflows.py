@@ -1,5 +1,9 @@
 """The committed workflows fit the node definitions of a real server and are what `dev.py workflows` writes."""
 
+import importlib.resources
+import json
+import re
+
 import pytest
 from PIL import Image
 
@@ -12,12 +16,55 @@ NAMES = [
     "cogvideox15_i2v_psa",
     "cogvideox5b_psa_4step_lora",
     "cogvideox5b_psa_50step",
+    "hunyuanvideo15_t2v_psa",
+    "ltx2_t2v_psa",
     "psa_demo",
     "wan21_i2v_psa",
     "wan21_t2v_psa",
+    "wan22_a14b_i2v_psa",
     "wan22_a14b_t2v_psa",
+    "wan22_a14b_t2v_psa_4step_lora",
     "wan22_ti2v_5b_psa",
 ]
+
+
+NEED_DOWNLOADS = [name for name in NAMES if name != "psa_demo"]
+STOCK = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
+"""ComfyUI's own templates: which files there are, where, and how much they take together."""
+
+
+def offered(workflow):
+    """The files that a workflow offers to download, {(name, address, folder)}, also those of subgraphs."""
+    graphs = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+    entries = [
+        entry
+        for graph in graphs
+        for node in graph.get("nodes", ())
+        for entry in node.get("properties", {}).get("models") or ()
+    ]
+    return {(entry["name"], entry["url"].split("?")[0], entry["directory"]) for entry in entries}
+
+
+def note_of(workflow):
+    """The text of its note."""
+    (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES)
+    return note
+
+
+def sizes_in(note):
+    """{(folder, name): GB} of a note."""
+    found = re.findall(r"^- `models/(\w+)/`: `(\S+)` \((\d+(?:\.\d+)?) GB\)$", note, re.MULTILINE)
+    return {(folder, name): float(size) for folder, name, size in found}
+
+
+@pytest.fixture(scope="module")
+def stock():
+    """Name of a template of ComfyUI's -> the files that it offers to download."""
+    return {
+        path.name.removesuffix(".json"): offered(json.loads(path.read_text(encoding="utf-8")))
+        for path in STOCK.iterdir()
+        if path.name.endswith(".json") and not path.name.startswith("index")
+    }
 
 
 def test_every_workflow_is_checked_here():
@@ -28,6 +75,8 @@ def test_every_workflow_is_checked_here():
 def test_every_template_has_a_picture(name):
     with Image.open(WORKFLOWS / f"{name}.jpg") as picture:
         assert picture.size == (512, 384)
+        if name in NEED_DOWNLOADS:
+            assert picture.convert("L").crop((490, 0, 512, 384)).getextrema()[1] < 60, "its words run over the edge"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -49,3 +98,74 @@ def test_only_the_sampler_behind_the_patch_takes_the_patched_model(definitions):
     prompt = graph_to_prompt(load_workflow(WORKFLOWS / "psa_demo.json"), definitions)
     models = [prompt[e["inputs"]["model"][0]]["class_type"] for e in prompt.values() if e["class_type"] == "KSampler"]
     assert sorted(models) == ["ModelSamplingSD3", "PSAPatch"]
+
+
+@pytest.mark.parametrize("name", NEED_DOWNLOADS)
+def test_every_file_to_download_is_one_that_comfyui_offers_itself(name, stock):
+    files = offered(load_workflow(WORKFLOWS / f"{name}.json"))
+    assert files
+    assert files <= set().union(*stock.values())
+
+
+@pytest.mark.parametrize("name", [name for name in NEED_DOWNLOADS if "cogvideox" not in name])
+def test_files_in_widgets_in_the_note_and_to_download_are_the_same(name):
+    workflow = load_workflow(WORKFLOWS / f"{name}.json")
+    files = {(folder, name) for name, _, folder in offered(workflow)}
+    assert set(sizes_in(note_of(workflow))) == files
+    for node in workflow["nodes"]:
+        chosen = {value for value in node["widgets_values"] if str(value).endswith(".safetensors")}
+        assert chosen == {entry["name"] for entry in node["properties"].get("models", ())}
+
+
+def test_sizes_in_the_notes_add_up_to_what_comfyui_says(stock):
+    groups = json.loads((STOCK / "index.json").read_text(encoding="utf-8"))
+    totals = {entry["name"]: entry.get("size", 0) / 1e9 for group in groups for entry in group["templates"]}
+    compared = 0
+    for name in NEED_DOWNLOADS:
+        workflow = load_workflow(WORKFLOWS / f"{name}.json")
+        names = {file for file, _, _ in offered(workflow)}
+        for other, files in stock.items():
+            if {file for file, _, _ in files} == names and totals.get(other):
+                assert sum(sizes_in(note_of(workflow)).values()) == pytest.approx(totals[other], rel=0.01), other
+                compared += 1
+    assert compared
+
+
+def test_either_expert_of_a_4_step_template_has_its_own_lora(definitions):
+    prompt = graph_to_prompt(load_workflow(WORKFLOWS / "wan22_a14b_t2v_psa_4step_lora.json"), definitions)
+    experts = []
+    for sampler in (entry["inputs"] for entry in prompt.values() if entry["class_type"] == "KSamplerAdvanced"):
+        assert (sampler["steps"], sampler["cfg"]) == (4, 1.0)
+        patch = prompt[sampler["model"][0]]["inputs"]
+        assert patch["preset"] == "wan-4step-lora"
+        lora = prompt[prompt[patch["model"][0]]["inputs"]["model"][0]]["inputs"]
+        model = prompt[lora["model"][0]]["inputs"]
+        experts.append(
+            (
+                sampler["start_at_step"],
+                *(re.findall("high|low", file)[0] for file in (lora["lora_name"], model["unet_name"])),
+            )
+        )
+    assert sorted(experts) == [(0, "high", "high"), (2, "low", "low")]
+
+
+def test_picture_and_sound_are_equally_long(definitions):
+    prompt = graph_to_prompt(load_workflow(WORKFLOWS / "ltx2_t2v_psa.json"), definitions)
+    inputs = {entry["class_type"]: entry["inputs"] for entry in prompt.values()}
+    assert inputs["EmptyLTXVLatentVideo"]["length"] == inputs["LTXVEmptyLatentAudio"]["frames_number"]
+    rates = {inputs["LTXVConditioning"]["frame_rate"], inputs["LTXVEmptyLatentAudio"]["frame_rate"]}
+    assert rates == {inputs["CreateVideo"]["fps"]}
+
+
+def test_templates_are_long_enough_to_be_sparse(definitions):
+    """From what the models' VAEs make of a video, not from our own readers: LTX-2 32x32x8, HunyuanVideo 1.5 16x16x4."""
+    for name, latent, space, time in (
+        ("ltx2_t2v_psa", "EmptyLTXVLatentVideo", 32, 8),
+        ("hunyuanvideo15_t2v_psa", "EmptyHunyuanVideo15Latent", 16, 4),
+    ):
+        prompt = graph_to_prompt(load_workflow(WORKFLOWS / f"{name}.json"), definitions)
+        inputs = {entry["class_type"]: entry["inputs"] for entry in prompt.values()}
+        size = inputs[latent]
+        assert size["width"] % space == size["height"] % space == (size["length"] - 1) % time == 0
+        tokens = (size["width"] // space) * (size["height"] // space) * ((size["length"] - 1) // time + 1)
+        assert tokens > inputs["PSAPatch"]["min_tokens"]

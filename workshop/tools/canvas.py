@@ -7,7 +7,7 @@ from a server's node definitions, so a changed schema needs no change here.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ class Canvas:
         """Add a note for the reader."""
         self._place("MarkdownNote", "Note", [markdown.strip()], [], [], height)
 
-    def add(self, class_type: str, title: str | None = None, models: dict | None = None, **given: object) -> Node:
+    def add(self, class_type: str, title: str | None = None, models: Sequence[dict] = (), **given: object) -> Node:
         """Add a node.
 
         Args:
@@ -102,7 +102,7 @@ class Canvas:
         height += PICTURE_HEIGHTS.get(class_type, 0)
         node = self._place(class_type, title, values, inputs, outputs, height)
         if models:
-            node["properties"]["models"] = [models]
+            node["properties"]["models"] = list(models)
         for slot, entry in enumerate(inputs):
             source = given.get(entry["name"])
             if isinstance(source, Node):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from .canvas import Canvas, Node, Output
-from .workflow_parts import save_video
+from .workflow_parts import HUB, ModelFile, save_video
 
-HUB = "https://huggingface.co"
 LORA = "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors"
-TEXT_ENCODER = "t5xxl_fp16.safetensors"
+TEXT_ENCODER = ModelFile(
+    "text_encoders", f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors", 9.8
+)
 PROMPT = (
     "A wooden sailing boat glides across a calm bay at golden hour, its white sails catching a light wind, gulls "
     "circling the mast, small waves glittering in the low sun, the camera follows slowly from the shore, sharp detail."
@@ -29,7 +30,7 @@ def _four_steps(canvas: Canvas) -> None:
     seconds = [round(time / 50 / 2 * 4) for time in TIMES["1.0"]]
     time = f"4 dense steps without guidance: about {seconds[0]} s on an A100, {seconds[1]} s on an H100 (an estimate)"
     lora = f"- `models/loras/{LORA}`: **PSA LoRA Download** downloads it and shows its size\n"
-    model, clip, vae = _load(canvas, "CogVideoX 5B in 4 steps with the PSA LoRA", "CogVideoX-5b", time, lora)
+    model, clip, vae = _load(canvas, "CogVideoX 5B, 4 steps with the PSA LoRA", "CogVideoX-5b", time, lora)
     with canvas.group("LoRA"):
         model = canvas.add("PSALoraLoader", model=model, lora_name=LORA, strength=1.0).output("MODEL")
     positive, negative, latent = _prompts(canvas, clip, (720, 480, 49))
@@ -92,13 +93,13 @@ Files, relative to ComfyUI's folder:
 
 - `models/diffusers/{folder}/`: `transformer/` and `scheduler/` (11.1 GB)
 - `models/vae/{vae_file}` (0.43 GB)
-- `models/text_encoders/{TEXT_ENCODER}` (9.8 GB)
+- `models/text_encoders/{TEXT_ENCODER.name}` ({TEXT_ENCODER.size} GB)
 {more}
 Run these commands in that folder to download them:
 
     hf download zai-org/{folder} --include "transformer/*" "scheduler/*" --local-dir models/diffusers/{folder}
     hf download zai-org/{folder} --include "vae/*" --local-dir models/vae/{folder}
-    hf download comfyanonymous/flux_text_encoders {TEXT_ENCODER} --local-dir models/text_encoders
+    hf download comfyanonymous/flux_text_encoders {TEXT_ENCODER.name} --local-dir models/text_encoders
 
 {time}; text encoding and decoding are extra.
 
@@ -108,14 +109,9 @@ Run these commands in that folder to download them:
         )
     with canvas.group("Load"):
         model = canvas.add("PSACogVideoXLoader", checkpoint=folder)
-        clip = canvas.add("CLIPLoader", clip_name=TEXT_ENCODER, type="cogvideox", models=_text_encoder())
+        clip = canvas.add("CLIPLoader", clip_name=TEXT_ENCODER.name, type="cogvideox", models=[TEXT_ENCODER.download])
         vae = canvas.add("VAELoader", vae_name=vae_file)
     return model, clip, vae
-
-
-def _text_encoder() -> dict:
-    url = f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/{TEXT_ENCODER}"
-    return {"name": TEXT_ENCODER, "url": url, "directory": "text_encoders"}
 
 
 def _texts(canvas: Canvas, clip: Node, prompt: str) -> dict[str, Node]:
