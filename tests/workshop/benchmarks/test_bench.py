@@ -134,8 +134,8 @@ def test_a_whole_model_is_timed_in_both_types(comfyui):
     environment = os.environ | {"COMFYUI_PATH": str(comfyui_folder())}
     done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True, env=environment)
     rows = [line.split() for line in done.stdout.splitlines() if "float16" in line]
-    assert [row[:-5] for row in rows] == [
-        [*method, dtype] for dtype in ("bfloat16", "float16") for method in (["dense"], ["auto", "0.85"])
+    assert [row[:-6] for row in rows] == [
+        [*method, dtype] for dtype in ("bfloat16", "float16") for method in (["dense"], ["auto", "0.85,", "auto"])
     ]
     for row in rows:
         assert float(row[-2]) == pytest.approx(0.85 if row[0] == "auto" else 0, abs=0.02)
