@@ -71,8 +71,8 @@ def _renewal(renewals: Sequence[tuple[int, float, int]], config: PyramidConfig, 
     """One block in how many is renewed in a sparse step; 0 for none. Renewals must save more than they cost."""
     for renew, density, steps in renewals:
         # Not 1 - sparsity >= density: rounding makes 1 - 0.8 less than 0.2.
-        dense_enough = config.sparsity is not None and 1 / renew <= config.sparsity <= 1 - density
-        if dense_enough and (sparse_steps is None or sparse_steps >= steps):
+        pays = config.sparsity is not None and 1 / renew <= config.sparsity <= 1 - density
+        if pays and (sparse_steps is None or sparse_steps >= steps):
             return renew
     return 0
 

@@ -146,8 +146,7 @@ def _like_attention(
     integers: Sequence[int],
     floats: Sequence[float],
     words: str,
-    block: int,
-    kind: str,
+    *_: Any,
 ) -> torch.Tensor:
     """An output of the right shape and strides: heads are next to each other in memory, in either form."""
     args, kwargs = written.read(tensors, integers, floats, words)

@@ -18,7 +18,7 @@ from ..delta import Delta
 from ..levels import BlockLists
 from ..order import TokenOrder
 from ..pyramid import Pyramid
-from .attend_tile import careful_tile, edge_tile, fast_tile, tile_logits
+from .attend_tile import careful_tile, edge_tile, fast_tile, is_right, tile_logits
 from .delta import lost_rows, passed
 from .int8 import quantise_queries_triton
 from .order import load_rows
@@ -148,20 +148,6 @@ def _store_output(half, base_ptr, to_ptr, delta, head, first, length_q, stride, 
         rows += lost_rows(delta, head, position, exists, dims, length_q, HEAD_DIM)
     mask = exists[:, None] & write[:, None] & (dims < HEAD_DIM)[None, :]
     tl.store(base_ptr + place[:, None] * stride + dims[None, :], rows.to(base_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _is_right(half, least, LEAST: tl.constexpr):
-    """1 if all sums are finite and no sum of weights is below `least`, otherwise 0: [1].
-
-    Not a scalar: on compute capability 10.0 Triton 3.6 fails to compile a scalar that is made of an accumulator.
-    """
-    _, total, acc = half
-    summed = total < float("inf")
-    if LEAST > 0:
-        summed &= total >= least
-    right = (tl.abs(acc) < float("inf")) & summed[:, None]
-    return tl.min(tl.min(right.to(tl.int32), 1)[:, None], 0)
 
 
 @triton.jit
@@ -310,9 +296,9 @@ def _attend(
     write = tl.full([1], 1, tl.int32)
     if not CAREFUL:
         # A block that must be computed again is not written: its output could overwrite its queries.
-        write = _is_right(half_a, least, LEAST)
+        write = is_right(half_a, least, LEAST)
         if HALVES:
-            write = tl.minimum(write, _is_right(half_b, least, LEAST))
+            write = tl.minimum(write, is_right(half_b, least, LEAST))
         tl.store(again_ptr + row + tl.arange(0, 1), 1 - write)
     if order is not None:
         to_ptr = order[1] + head_index * length_order

@@ -103,3 +103,18 @@ def fast_tile(q, k, v, scale, shifts, a, b, INT8: tl.constexpr, WAIT: tl.constex
         # This adds no instruction: it is enough that the result is used.
         acc_a = tl.inline_asm_elementwise("", "=f,0", [acc_a], dtype=tl.float32, is_pure=True, pack=1)
     return (top_a, total_a, acc_a), (top_b, total_b, acc_b)
+
+
+@triton.jit
+def is_right(half, least, LEAST: tl.constexpr):
+    """1 if all sums of a row's weights and weighted values are finite and no sum of weights is below `least`, otherwise
+    0: [1].
+
+    Not a scalar: on compute capability 10.0 Triton 3.6 fails to compile a scalar that is made of an accumulator.
+    """
+    _, total, acc = half
+    summed = total < float("inf")
+    if LEAST > 0:
+        summed &= total >= least
+    right = (tl.abs(acc) < float("inf")) & summed[:, None]
+    return tl.min(tl.min(right.to(tl.int32), 1)[:, None], 0)

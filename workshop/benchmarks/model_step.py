@@ -8,8 +8,7 @@ If diffusers is installed, CogVideoX gets PSA's corrections and its sampler; oth
 same model calls. Since the weights are random, the results say nothing about quality.
 
 The first step is told apart from the others: in a corrected run it is dense and learns what PSA loses. With
-`--correction host`
-nothing of that is held on the GPU.
+`--correction host` nothing of that is held on the GPU.
 
     COMFYUI_PATH=... python workshop/benchmarks/model_step.py cogvideox-5b --sparsity 0.85 0.9
 """

@@ -13,6 +13,7 @@ from .parts import Runs, clips_of, error_of, mean_of
 
 
 def choice_section(choice: Runs, times: Sequence[TimeRow]) -> str:
+    """How our default was chosen: importance, its reduction and the dense start, at equal compute and at equal time."""
     computes = (LEAN, MIDDLE, 0.5)
     lines = [
         "| importance | dense first | " + " | ".join(f"{c:.2f}" for c in computes) + " |",
@@ -81,6 +82,7 @@ def _between(runs: Runs, name: str, compute: float) -> float | None:
 
 
 def velocity_section(velocity: Sequence[VelocityRow]) -> str:
+    """What ways of ranking blocks lose in single model calls."""
     names = list(dict.fromkeys(row.setting for row in velocity))
     lines = ["| importance | reduced by | error of the velocity | CPU seconds per call |", "|---|---|---|---|"]
     for name in sorted(names, key=lambda n: mean_error(velocity, n)):
@@ -107,6 +109,7 @@ both. The video is what counts, so the whole runs decide. Clips differ: the demo
 
 
 def noise_section(noise: Runs) -> str:
+    """What a sample that is drawn anew in every step does to a run, beside one that stays."""
     lines = ["| sample | PSNR, SSIM of a run | flicker | PSNR, SSIM of the mean video |", "|---|---|---|---|"]
     for kind in ("fixed", "fresh"):
         runs = [rows for name, rows in noise.items() if name.startswith(f"{kind} sample ")]

@@ -25,6 +25,7 @@ NAMES = {
 
 
 def answers(gpu: Runs) -> str:
+    """What each method loses at 1.5x, 2x and 3x less attention compute, in sentences."""
     text = ["## Loss at 1.5x, 2x and 3x less attention compute"]
     for times, compute in ((1.5, FRONT[2]), (2, FRONT[1]), (3, FRONT[0])):
         text.append(f"- **{times:g}x** (compute {compute:.2f}): {_answer(gpu, compute)}")
@@ -75,6 +76,7 @@ def _front_table(title: str, runs: Runs) -> str:
 
 
 def published(choice: Runs, gpu: Runs, cpu: Runs) -> str:
+    """Every published preset beside our default at its compute."""
     lines = ["| published preset | compute | PSNR, SSIM | against it | dB | SSIM | run |", "|---" * 7 + "|"]
     for runs, ours in ((choice, f"{OURS_IN_TIMES}, from 0.25"), (gpu, "default"), (cpu, "default")):
         where = f"{'CPU' if runs is cpu else 'GPU'}, {clips_of(runs)} clips"
@@ -110,6 +112,7 @@ def _curve(runs: Runs, name: str) -> list[RunRow]:
 
 
 def plot_compute(path: Path, rows: Sequence[RunRow]) -> None:
+    """Draw PSNR against compute, a line for each method."""
     figure, axes = pyplot().subplots(figsize=(7.5, 5.5))
     for name, shown in NAMES.items():
         points = _curve(by_setting(rows), name)

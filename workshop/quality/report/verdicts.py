@@ -10,6 +10,7 @@ from .parts import Runs, clips_of, error_of
 
 
 def claims_section(title: str, file: str, runs: Runs, found: Iterable[Claim]) -> str:
+    """A table of claims, whether each holds, and the differences that say so."""
     lines = ["| claim | from | verdict | difference in dB (compute) |", "|---|---|---|---|"]
     for claim in found:
         differences = judge(runs, claim)
@@ -41,6 +42,7 @@ def verdict(claim: Claim, differences: Sequence[Difference]) -> str:
 
 
 def kept_section() -> str:
+    """What stayed in the product and what did not, with the reasons."""
     return """
 ## What was kept, and what was dropped
 
