@@ -101,10 +101,10 @@ measured while other work was running.
 {chr(10).join(lines)}
 
 In single calls, max is closer than mean, for means of 8 as well as for the sample; in whole runs, mean is closer for
-both. The video is what counts, so the whole runs decide. Clips differ: the demo's own (16 steps, CPU, slider 0.85,
-2026-11-25) reaches 22.6 dB by mean and 26.2 dB by max with `start_percent` 0.25, and 30.8 and 27.2 dB with 0.30. With
-0.25 and mean it shows a second square that the dense video does not have, even at the compute that 0.30 takes (slider
-0.78: 21.9 dB), so the demo's workflow uses 0.30.
+both. The video is what counts, so the whole runs decide. Clips differ: without the correction the demo's own (16
+steps, CPU, slider 0.85, 2026-11-25) reaches 22.6 dB by mean and 26.2 dB by max with `start_percent` 0.25, and 30.8 and
+27.2 dB with 0.30. With 0.25 and mean it shows a second square that the dense video does not have, even at the compute
+that 0.30 takes (slider 0.78: 21.9 dB), so the demo's workflow uses 0.30.
 """
 
 
