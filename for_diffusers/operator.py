@@ -77,5 +77,5 @@ def _attention(
 
 def _like_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     """An output [B, H, L, D] whose heads are next to each other in memory, as PSA writes them."""
-    batch, heads, tokens, _ = q.shape
+    batch, heads, tokens = q.shape[:3]
     return q.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
