@@ -11,12 +11,19 @@ The first step is told apart from the others: in a corrected run it is dense and
 `--correction host` nothing of that is held on the GPU.
 
     COMFYUI_PATH=... python workshop/benchmarks/model_step.py cogvideox-5b --sparsity 0.85 0.9
+
+With `--gpus 1 2` every method is timed on one GPU, and then on two as ComfyUI's MultiGPU CFG Split uses them: each GPU
+computes one of the two prompts of a step. On a CPU, the CPU under another name plays the second GPU.
+
+    COMFYUI_PATH=... python workshop/benchmarks/model_step.py wan1.3b --gpus 1 2 --guidance 5 --sparsity 0.85 \\
+        --dtype bfloat16 --steps 3 --runs 1 --csv two-prompts-gpu.csv
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import gc
 import importlib.util
 import itertools
@@ -24,9 +31,11 @@ import os
 import runpy
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -44,13 +53,14 @@ def main() -> int:
     arguments = _arguments()
     _import_comfyui(arguments.device)
     runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
-    frames, height, width = arguments.latent
-    tokens = frames * (height // 2) * (width // 2)
-    where = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     print(
-        f"{where}, torch {torch.__version__}: {arguments.layers} layers, {arguments.heads} heads, {tokens} video tokens"
+        f"{_where(arguments)}, torch {torch.__version__}: {arguments.layers} layers, {arguments.heads} heads, "
+        f"{_tokens(arguments)} video tokens, {_prompts(arguments)} prompts a step"
     )
-    print(f"{'method':32} {'type':>9} {'s/step':>8} {'best':>8} {'first':>8} {'x dense':>8} {'sparsity':>9} {'GB':>6}")
+    print(
+        f"{'method':32} {'type':>9} {'GPUs':>4} {'s/step':>8} {'best':>8} {'first':>8} {'x dense':>8} {'sparsity':>9} "
+        f"{'GB':>6}"
+    )
     for dtype in arguments.dtype:
         _measure(arguments, dtype)
     return 0
@@ -58,31 +68,78 @@ def main() -> int:
 
 def _measure(arguments: argparse.Namespace, dtype: str) -> None:
     """Time every method on the model in one type. A separate function, so that its weights are freed afterwards."""
-    model = _random_model(arguments, getattr(torch, dtype))
+    kind = getattr(torch, dtype)
+    model = _random_model(arguments, kind)
     if arguments.model == "cogvideox-5b":
         model = _corrected(model)
-    dense = None
-    for name, patched in _methods(model, arguments):
-        if name == "dense" and arguments.no_dense:
-            continue
-        types = _query_types(patched, arguments)  # also compiles and warms up
-        if types != {getattr(torch, dtype)}:
-            raise RuntimeError(f"{name}: attention received queries in {types} instead of {dtype}")
-        if arguments.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        runs = [_sample(patched, arguments, arguments.steps) for _ in range(arguments.runs)]
-        first, seconds = (
-            statistics.median(run[0] for run in runs),
-            [second for run in runs for second in run[1:] or run],
-        )
-        median = statistics.median(seconds)
-        dense = dense or (median if name == "dense" else float("nan"))
-        memory = torch.cuda.max_memory_allocated() / 1e9 if arguments.device == "cuda" else 0.0
-        sparsity, fallbacks = _report(patched)
-        figures = f"{median:8.3f} {min(seconds):8.3f} {first:8.3f} {dense / median:8.2f} {sparsity:>9} {memory:6.1f}"
-        print(
-            f"{name:32} {dtype:>9} {figures}", *fallbacks, sep="\n    stayed dense: " if fallbacks else "", flush=True
-        )
+    dense = float("nan")
+    for gpus in arguments.gpus:
+        for name, patched in _methods(_on_gpus(model, gpus, arguments, kind), arguments):
+            if name == "dense" and arguments.no_dense:
+                continue
+            types, threads = _watched_step(patched, arguments)  # also compiles and warms up
+            if types != {kind}:
+                raise RuntimeError(f"{name}: attention received queries in {types} instead of {dtype}")
+            if threads != gpus:
+                raise RuntimeError(f"{name}: {threads} of {gpus} GPUs computed a part of the step")
+            for index in _cuda_devices(arguments):
+                torch.cuda.reset_peak_memory_stats(index)
+            runs = [_sample(patched, arguments, arguments.steps) for _ in range(arguments.runs)]
+            seconds = [second for run in runs for second in run[1:] or run]
+            peaks = [torch.cuda.max_memory_allocated(index) / 1e9 for index in _cuda_devices(arguments)]
+            sparsity, fallbacks = _report(patched)
+            row = {
+                "dtype": dtype,
+                "gpus": gpus,
+                "method": name,
+                "sparsity": sparsity,
+                "seconds_per_step": statistics.median(seconds),
+                "best": min(seconds),
+                "first_step": statistics.median(run[0] for run in runs),
+                "peak_gb": max(peaks, default=0.0),
+            }
+            if name == "dense" and gpus == arguments.gpus[0]:
+                dense = row["seconds_per_step"]
+            _tell(arguments, row | {"speedup": dense / row["seconds_per_step"]}, fallbacks)
+
+
+def _tell(arguments: argparse.Namespace, row: dict[str, Any], fallbacks: list[str]) -> None:
+    """Print a row, and add it to the table if there is one."""
+    from comfyui_psa.workshop.table import write_rows
+
+    sparsity = "-" if row["sparsity"] is None else f"{row['sparsity']:.3f}"
+    times = " ".join(f"{row[name]:8.3f}" for name in ("seconds_per_step", "best", "first_step"))
+    figures = f"{times} {row['speedup']:8.2f} {sparsity:>9} {row['peak_gb']:6.1f}"
+    line = f"{row['method']:32} {row['dtype']:>9} {row['gpus']:4} {figures}"
+    print(line, *fallbacks, sep="\n    stayed dense: ", flush=True)
+    if arguments.csv is not None:
+        row = {
+            "gpu": _where(arguments),
+            "date": datetime.date.today().isoformat(),
+            "torch": torch.__version__,
+            "model": arguments.model,
+            "layers": arguments.layers,
+            "video_tokens": _tokens(arguments),
+            "prompts": _prompts(arguments),
+        } | row
+        write_rows(arguments.csv, list(row), [row], append=arguments.csv.exists())
+
+
+def _where(arguments: argparse.Namespace) -> str:
+    return torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
+
+
+def _tokens(arguments: argparse.Namespace) -> int:
+    frames, height, width = arguments.latent
+    return frames * (height // 2) * (width // 2)
+
+
+def _prompts(arguments: argparse.Namespace) -> int:
+    return 2 if arguments.guidance > 1 else 1
+
+
+def _cuda_devices(arguments: argparse.Namespace) -> range:
+    return range(max(arguments.gpus) if arguments.device == "cuda" else 0)
 
 
 def _arguments() -> argparse.Namespace:
@@ -101,8 +158,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--no-dense", action="store_true", help="only the sparse methods, without their gain")
     corrections = ["auto", "full", "half", "quarter", "eighth", "off", "host"]
     parser.add_argument("--correction", choices=corrections, nargs="+", default=["auto"])
+    parser.add_argument("--gpus", type=int, nargs="+", choices=[1, 2], default=[1], help="2: one for each prompt")
+    parser.add_argument("--csv", type=Path, help="a table to add the rows to")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     arguments = parser.parse_args()
+    if max(arguments.gpus) > _prompts(arguments):
+        parser.error("--gpus: two GPUs need two prompts a step; pass --guidance, above 1")
     for name, value in MODELS[arguments.model].items():
         if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
@@ -198,19 +259,36 @@ def _methods(model: Any, arguments: argparse.Namespace):
         yield f"{arguments.preset} {sparsity}, {correction}", patched
 
 
-def _query_types(model: Any, arguments: argparse.Namespace) -> set[torch.dtype]:
-    """The types of the queries that reach a MODEL's attention override in one step."""
+def _on_gpus(model: Any, gpus: int, arguments: argparse.Namespace, dtype: torch.dtype) -> Any:
+    """A MODEL as MultiGPU CFG Split makes it, with a copy of the weights on every further GPU."""
+    if gpus == 1:
+        return model
+    import comfy.multigpu
+
+    split = model.clone()
+    split.cached_patcher_init = (lambda **_: _random_model(arguments, dtype), ())
+    if arguments.device == "cuda":
+        return comfy.multigpu.create_multigpu_deepclones(split, gpus)
+    devices = [torch.device("cpu"), torch.device("cpu", 0)]
+    with mock.patch("comfy.model_management.get_all_torch_devices", return_value=devices):
+        return comfy.multigpu.create_multigpu_deepclones(split, gpus)
+
+
+def _watched_step(model: Any, arguments: argparse.Namespace) -> tuple[set[torch.dtype], int]:
+    """The types of the queries that reach a MODEL's attention override in one step, and how many threads bring them;
+    ComfyUI has one for each GPU."""
     from comfyui_psa.patching import core
 
-    watched, override, found = model.clone(), core.get_override(model), set()
+    watched, override, found, threads = model.clone(), core.get_override(model), set(), set()
 
     def watch(attention: Any, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         found.add(q.dtype)
+        threads.add((q.device, threading.get_ident()))
         return override(attention, q, *args, **kwargs) if override else attention(q, *args, **kwargs)
 
     core.set_override(watched, watch)
     _sample(watched, arguments, steps=1)
-    return found
+    return found, len(threads)
 
 
 def _sample(model: Any, arguments: argparse.Namespace, steps: int) -> list[float]:
@@ -233,33 +311,32 @@ def _sample(model: Any, arguments: argparse.Namespace, steps: int) -> list[float
 
     def first_call(executor: Any, *args: Any, **kwargs: Any) -> Any:
         if not times:
-            times.append(_now(arguments.device))
+            times.append(_now(arguments))
         return executor(*args, **kwargs)
 
     import comfy.patcher_extension
 
     timed = model.clone()
-    timed.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, "benchmark", first_call)
+    timed.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "benchmark", first_call)
     comfy.sample.sample_custom(
         timed, noise, arguments.guidance, sampler, sigmas, *conds, torch.zeros_like(noise), seed=1, disable_pbar=True,
-        callback=lambda *_: times.append(_now(arguments.device)),
+        callback=lambda *_: times.append(_now(arguments)),
     )  # fmt: skip
     return [end - begin for begin, end in itertools.pairwise(times)]
 
 
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _now(arguments: argparse.Namespace) -> float:
+    for index in _cuda_devices(arguments):
+        torch.cuda.synchronize(index)
     return time.perf_counter()
 
 
-def _report(model: Any) -> tuple[str, list[str]]:
+def _report(model: Any) -> tuple[float | None, list[str]]:
     handle = model.get_attachment("psa")
     report = handle.report if handle is not None else None
     if not report:
-        return "0", []
-    mean = report["mean_sparsity"]
-    return ("-" if mean is None else f"{mean:.3f}"), [entry["reason"] for entry in report["fallbacks"]]
+        return 0.0, []
+    return report["mean_sparsity"], [entry["reason"] for entry in report["fallbacks"]]
 
 
 if __name__ == "__main__":

@@ -125,21 +125,46 @@ def test_a_type_is_compared_with_dense_attention_in_itself(measured, capsys):
     assert float(lines[3].split()[-1]) == pytest.approx(rows[3]["ms"] / rows[1]["ms"], abs=0.01)
 
 
-@pytest.mark.slow
-def test_a_whole_model_is_timed_in_both_types(comfyui):
+MODEL_STEP = [sys.executable, BENCHMARKS / "model_step.py", "wan1.3b", "--layers", "1", "--heads", "2"]
+MODEL_STEP += ["--latent", "4", "24", "32", "--device", "cpu", "--steps", "2", "--runs", "1", "--sparsity", "0.85"]
+
+
+@pytest.mark.slow(seconds=30)
+def test_a_whole_model_is_timed_in_both_types_and_on_two_gpus(comfyui, tmp_path):
+    """With two prompts a step, as ComfyUI's MultiGPU CFG Split shares them; a CPU is two devices here."""
     from comfyui_psa.workshop.tools.paths import comfyui_folder
 
-    command = [sys.executable, BENCHMARKS / "model_step.py", "wan1.3b", "--layers", "1", "--heads", "2"]
-    command += ["--latent", "4", "24", "32", "--device", "cpu", "--steps", "1", "--runs", "1", "--sparsity", "0.85"]
+    path = tmp_path / "two-prompts.csv"
+    command = [*MODEL_STEP, "--gpus", "1", "2", "--guidance", "5", "--csv", path]
     environment = os.environ | {"COMFYUI_PATH": str(comfyui_folder())}
     done = subprocess.run([*map(str, command)], check=True, capture_output=True, text=True, env=environment)
-    rows = [line.split() for line in done.stdout.splitlines() if "float16" in line]
-    assert [row[:-6] for row in rows] == [
-        [*method, dtype] for dtype in ("bfloat16", "float16") for method in (["dense"], ["auto", "0.85,", "auto"])
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    methods = ["dense", "auto 0.85, auto"]
+    assert [(row["dtype"], row["gpus"], row["method"]) for row in rows] == [
+        (dtype, gpus, method) for dtype in ("bfloat16", "float16") for gpus in ("1", "2") for method in methods
     ]
-    for row in rows:
-        assert float(row[-2]) == pytest.approx(0.85 if row[0] == "auto" else 0, abs=0.02)
+    assert {(row["prompts"], row["video_tokens"]) for row in rows} == {("2", "768")}
+    for row, line in zip(rows, [line for line in done.stdout.splitlines() if "float16" in line], strict=True):
+        assert float(row["sparsity"]) == pytest.approx(0 if row["method"] == "dense" else 0.85, abs=0.02)
+        assert line.split()[-6:-1] == [
+            *(f"{float(row[name]):.3f}" for name in ("seconds_per_step", "best", "first_step")),
+            f"{float(row['speedup']):.2f}",
+            f"{float(row['sparsity']):.3f}",
+        ]
+    for start in (0, 4):
+        dense, *others = rows[start : start + 4]
+        assert float(dense["speedup"]) == 1
+        for row in others:
+            seconds = float(dense["seconds_per_step"]) / float(row["seconds_per_step"])
+            assert float(row["speedup"]) == pytest.approx(seconds, rel=1e-3)
     assert "stayed dense" not in done.stdout
+
+
+def test_two_gpus_need_two_prompts():
+    done = subprocess.run([*map(str, MODEL_STEP), "--gpus", "2"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "two GPUs need two prompts a step; pass --guidance, above 1" in done.stderr
 
 
 def test_pictures_of_errors_and_of_lengths(tmp_path):
