@@ -79,26 +79,45 @@ class LocalAttention:
         dropout_p: float = 0.0,
         softmax_scale: float | None = None,
         causal: bool = False,
+        window_size: tuple[int, int] | None = None,
+        softcap: float | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
         **__: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output [B, L, H, D], and zeros [B, H, L] instead of the sums that only ring attention needs.
 
-        Cross-attention, causal attention, dropout, gradients and `sparse` set to False are computed dense.
+        Cross-attention, causal attention, dropout, a mask (as that of scaled_dot_product_attention), gradients and
+        `sparse` set to False are computed dense. Engines pass more arguments; those that are not named here change
+        nothing of the output.
 
         Raises:
-            ValueError: the tokens are not those of the grid, for example because ring attention has split the keys.
+            ValueError: the tokens are not those of the grid, for example because ring attention has split the keys; or
+                the attention has a window, a cap or slopes.
         """
+        window = None if window_size is None or tuple(window_size) == (-1, -1) else tuple(window_size)
+        changes = {"window_size": window, "softcap": softcap or None, "alibi_slopes": alibi_slopes}
+        for name, given in changes.items():
+            if given is not None:
+                raise _error(name, given, "none, every token sees all tokens alike", "compute this attention elsewhere")
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         output = None
         if q.shape == k.shape:
             if q.shape[2] != self._layout.length:
-                given = f"{self._layout.grid}, with text {self._layout.length} tokens"
+                tokens = f"{self._layout.grid}, with text {self._layout.length} tokens"
                 allowed = f"that of the {q.shape[2]} tokens of a call"
-                raise _error("grid", given, allowed, "correct it, or share by Ulysses alone, without ring attention")
+                raise _error("grid", tokens, allowed, "correct it, or share by Ulysses alone, without ring attention")
             if self.sparse and not (causal or dropout_p or self._failed or gradient_reason(q, k, v)):
-                output = self._sparse(q, k, v, softmax_scale)
+                if attn_mask is None:
+                    output = self._sparse(q, k, v, softmax_scale)
+                else:
+                    self._stay_dense(
+                        "the self-attention has a mask, and PSA has none; use a model without, such as Wan"
+                    )
         if output is None:
-            output = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale)
+            output = F.scaled_dot_product_attention(
+                q, k, v, attn_mask, dropout_p=dropout_p, is_causal=causal, scale=softmax_scale
+            )
         return output.transpose(1, 2), q.new_zeros(q.shape[:3], dtype=torch.float32)
 
     def _sparse(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor | None:
@@ -107,11 +126,14 @@ class LocalAttention:
                 q, k, v, self._config, layout=self._layout, scale=scale, backend=self._backend
             )
         except Exception as error:  # whatever fails, the engine goes on with dense attention
-            self._failed = True
-            log.warning("PSA: LocalAttention stays dense from here on: %s", own_words(error) or "no reason was given")
+            self._stay_dense(own_words(error) or "no reason was given")
             return None
         self.sparse_calls += 1
         return result.output
+
+    def _stay_dense(self, reason: str) -> None:
+        self._failed = True
+        log.warning("PSA: LocalAttention stays dense from here on: %s", reason)
 
 
 def _error(argument: str, given: object, allowed: str, do: str) -> ValueError:

@@ -60,6 +60,38 @@ def test_wrong_inputs_say_what_is_allowed():
         LocalAttention(GRID, 0.6)(*tensors(length=288))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("window_size", (128, 0), r"\(128, 0\)"),
+        ("softcap", 30.0, "30.0"),
+        ("alibi_slopes", torch.ones(2), "an array of 2"),
+    ],
+)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_what_would_change_the_output_is_refused(name, value, said, sparse):
+    attention = LocalAttention(GRID, 0.6)
+    attention.sparse = sparse
+    with pytest.raises(ValueError, match=f"^LocalAttention, {name}: {said} was given; allowed: none, "):
+        attention(*tensors(), **{name: value})
+
+
+def test_a_mask_is_kept_to_and_said_once(caplog):
+    attention = LocalAttention(GRID, 0.6)
+    q, k, v = tensors()
+    mask = torch.ones(576, 576, dtype=torch.bool).tril(100)
+    text = torch.ones(576, 50, dtype=torch.bool)
+    text[:, 30:] = False
+    found = attention(q, k[:, :50], v[:, :50], attn_mask=text)[0]
+    assert torch.equal(found, dense(q, k[:, :50], v[:, :50], attn_mask=text))
+    assert not caplog.records, "a mask of the text alone is no matter"
+    for _ in range(2):
+        assert torch.equal(attention(q, k, v, attn_mask=mask)[0], dense(q, k, v, attn_mask=mask))
+    assert attention.sparse_calls == 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "the self-attention has a mask" in line
+
+
 def test_a_failure_is_logged_once_and_stays_dense(caplog):
     attention = LocalAttention(GRID, 0.6, backend="triton")
     q, k, v = tensors()

@@ -364,7 +364,8 @@ PSA does not know the arguments
   The transformer was called in a way that PSA cannot read. -> Call it as diffusers' pipelines do.
 
 LocalAttention stays dense from here on
-  A call of another engine failed, for the reason that follows. -> Choose another backend or preset.
+  A call of another engine failed or has a mask, as the reason says. -> Choose another backend or preset, or a model
+  without a mask.
 
 ring attention shows each call
   With ring attention, a call never has all keys of the video. -> Use ulysses_degree instead of ring_degree.
