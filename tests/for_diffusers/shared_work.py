@@ -158,6 +158,34 @@ def yunchang(*, layer, grid, text):
     return {"output": shared(*whole.chunk(ranks, 2)[rank]), "sparse_calls": attention.sparse_calls}
 
 
+def xdit(*, snippet, grid, text):
+    """This process' part of xDiT's attention, self and cross, after the page's snippet has run."""
+    import yunchang
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+    from xfuser.model_executor.layers import usp
+
+    names = {}
+    exec(snippet, names)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    yunchang.set_seq_parallel_pg(ranks, 1, rank, ranks)
+    chosen = SimpleNamespace(use_spargeattn_head_balance=False)
+    state = SimpleNamespace(attention_backend=AttentionBackendType.SDPA, runtime_config=chosen, fp8_comms=None)
+    # What xDiT sets up for GPUs only.
+    stand_ins = {
+        "PROCESS_GROUP": yunchang.globals.PROCESS_GROUP,
+        "get_runtime_state": lambda: state,
+        "get_sequence_parallel_world_size": lambda: ranks,
+        "get_ulysses_parallel_world_size": lambda: ranks,
+        "get_ring_parallel_world_size": lambda: 1,
+    }
+    whole = helper("for_diffusers/test_local").tensors(text, heads=4)
+    with mock.patch.multiple(usp, **stand_ins):
+        q, k, v = (x.transpose(1, 2) for x in whole.chunk(ranks, 2)[rank])
+        output = usp.USP(q, k, v).transpose(1, 2)
+        cross = usp.attention(q, k[:, :, :50], v[:, :, :50]).transpose(1, 2)
+    return {"output": output, "cross": cross, "sparse_calls": names["attention"].sparse_calls}
+
+
 def refused(**given):
     """What the error of such a run says."""
     try:

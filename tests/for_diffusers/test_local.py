@@ -1,6 +1,8 @@
 """LocalAttention against our own call and dense attention, alone and in yunchang's layers with two processes."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from comfyui_psa.kernels.attention import pyramid_sparse_attention
 from comfyui_psa.kernels.order import TokenLayout
 
 GRID = (3, 12, 16)
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "several-gpus.md"
 
 
 def tensors(text=0, heads=2, length=None):
@@ -112,4 +115,24 @@ def test_two_processes_of_yunchang(start_ranks, work, layer):
     expected, _ = attention(*tensors(4, heads=4))
     for rank, half in enumerate(start_ranks(2).run(work.__file__, "yunchang", layer=layer, grid=GRID, text=4)):
         assert torch.equal(half["output"], expected[:, 290 * rank : 290 * (rank + 1)])
+        assert half["sparse_calls"] == 1
+
+
+@pytest.mark.slow(seconds=30)
+def test_two_processes_of_xdit(start_ranks, work):
+    """xDiT's own attention with the page's snippet, on halves of the tokens."""
+    if importlib.util.find_spec("xfuser") is None:
+        pytest.skip("xDiT (xfuser) is not installed")
+    (block,) = re.findall(
+        r"((?:^    .*\n|^\n)*^    @register_attention_function.*\n(?:^    .*\n)*)", PAGE.read_text(), re.M
+    )
+    given = "(18, 45, 80), 0.85"
+    assert given in block
+    snippet = "\n".join(line[4:] for line in block.splitlines()).replace(given, f"{GRID}, 0.6, text_after=4")
+    whole = tensors(4, heads=4)
+    expected, _ = LocalAttention(GRID, 0.6, text_after=4)(*whole)
+    for rank, half in enumerate(start_ranks(2).run(work.__file__, "xdit", snippet=snippet, grid=GRID, text=4)):
+        q, k, v = whole.chunk(2, 2)[rank]
+        assert torch.equal(half["output"], expected[:, 290 * rank : 290 * (rank + 1)])
+        assert torch.equal(half["cross"], dense(q, k[:, :50], v[:, :50]))
         assert half["sparse_calls"] == 1
