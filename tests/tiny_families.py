@@ -5,6 +5,7 @@ ComfyUI's detection knows most of them in their released sizes only, so its mode
 """
 
 import dataclasses
+import json
 from types import SimpleNamespace
 
 import torch
@@ -200,6 +201,18 @@ KINDS = {
         audio=(1, 32, 2, 10),
     ),
 }
+# The same as files, with what ComfyUI's detection takes for granted.
+for _kind, _sizes, _widths in (
+    ("hunyuan", {"mlp_ratio": 4.0, "vec_in_dim": 768}, {"pooled": 768}),
+    ("hunyuan i2v", {"mlp_ratio": 4.0, "vec_in_dim": 768}, {"pooled": 768}),
+    ("hunyuan 1.5", {"mlp_ratio": 4.0, "vision_in_dim": 1152}, {}),
+    ("hunyuan 1.5 sr", {"mlp_ratio": 4.0, "vision_in_dim": 1152}, {}),
+    ("ltx 0.9", {"in_channels": 128}, {}),
+    ("ltx 2", {"in_channels": 128}, {}),
+    ("kandinsky 5 lite", {"in_text_dim": 3584, "in_text_dim2": 768}, {"text": 3584, "pooled": 768}),
+    ("minimax h3", {}, {}),
+):
+    KINDS[f"{_kind}, a file"] = dataclasses.replace(KINDS[_kind], sizes=KINDS[_kind].sizes | _sizes, **_widths)
 KINDS["ltx 2 silent"] = dataclasses.replace(KINDS["ltx 2"], audio=())
 KINDS["kandinsky 5 pro"] = dataclasses.replace(
     KINDS["kandinsky 5 lite"], sizes=KINDS["kandinsky 5 lite"].sizes | {"axes_dims": (32, 48, 48)}
@@ -228,6 +241,15 @@ def load(kind, dtype=torch.float32):
         value.copy_(random + 1.0 if value.ndim == 1 and "norm" in name and name.endswith("weight") else random)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.CoreModelPatcher(model, device, comfy.model_management.unet_offload_device())
+
+
+def save(kind, path):
+    """A checkpoint of this kind. The released files of LTX name their sizes, too."""
+    import safetensors.torch
+
+    sizes = {name: value for name, value in KINDS[kind].sizes.items() if name != "image_model"}
+    metadata = {"config": json.dumps({"transformer": sizes})} if kind.startswith("ltx") else None
+    safetensors.torch.save_file(load(kind).model.diffusion_model.state_dict(), path, metadata)
 
 
 def normal(*shape, seed=0):
