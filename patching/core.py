@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ BLOCK, KIND = "block_index", "block_type"
 if each kind counts from 0."""
 PREFERRED_KEY = "psa_preferred_attention"
 """Key in transformer_options for what `preferred_attention` found."""
+_FORWARD = "diffusion_model.forward"
 _COMPILE_KEY = "torch.compile"
 """Key of the wrapper that ComfyUI's compile nodes put around a model."""
 _APPLY_MODEL_ARGUMENTS = ("x", "t", "c_concat", "c_crossattn", "control", "transformer_options")
@@ -141,6 +143,21 @@ def wrap_network(model: Any, key: str, wrapper: Callable) -> None:
     model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, key, wrapper)
 
 
+def wrap_forward(model: Any, key: str, wrapper: Callable) -> None:
+    """The same as `wrap_network`, also for networks that ask for no wrappers (Mochi, or a forward that another node has
+    replaced): there it replaces the forward of this MODEL."""
+    forward = model.get_model_object(_FORWARD)
+    if _asks_for_wrappers(forward):
+        wrap_network(model, key, wrapper)
+    else:
+        model.add_object_patch(_FORWARD, functools.partial(wrapper, forward))
+
+
+def _asks_for_wrappers(forward: Any) -> bool:
+    """Whether wrappers of the network are called: its forward names them where it looks for them."""
+    return "DIFFUSION_MODEL" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
 def options_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The transformer_options among the arguments of a network's forward; some models pass them by position."""
     options = kwargs.get("transformer_options")
@@ -187,13 +204,14 @@ def pixels_per_latent(model: Any) -> tuple[int, int] | None:
 
 def replaced_forwards(network: Any) -> list[str]:
     """Parts of a network whose forward was replaced on the object itself, as packs with their own forward do. Single
-    layers, which have no parts, do not count."""
+    layers, which have no parts, do not count, nor does a part that has got its own forward back."""
     return [
         f"{name}.{attribute}".lstrip(".")
         for name, part in network.named_modules()
         if next(part.children(), None) is not None
         for attribute, value in vars(part).items()
-        if "forward" in attribute and callable(value) and callable(getattr(type(part), attribute, None))
+        if "forward" in attribute and callable(value) and callable(own := getattr(type(part), attribute, None))
+        if getattr(value, "__func__", value) is not own
     ]
 
 

@@ -16,7 +16,6 @@ from ..sampling.findings import find, why_dense
 from ..sampling.maps import RunMaps
 from ..sampling.run import Run, log
 from . import core
-from .layout import UNREADABLE, ModelCall
 from .operator import model_call
 from .override import RUN_KEY, PSAOverride
 from .support import Support
@@ -109,13 +108,6 @@ class CallListener:
         self._begin(network, x, context, options, conds)
         return model_call(self.override.attend, options)
 
-    def _read(self, network: Any, x: Any, context: Any, conds: dict[str, Any]) -> ModelCall | str:
-        try:
-            return self.support.read_call(network, x, context, conds)
-        except Exception:  # other nodes and newer cores may change any input, and must not end a run
-            log.debug("PSA: why the inputs cannot be read", exc_info=True)
-            return UNREADABLE
-
     def _begin(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
         run: Run | None = options.get(RUN_KEY)
         if run is None:
@@ -126,7 +118,7 @@ class CallListener:
             run.record.look_for_weights(network)
             if self.support.assumed:
                 run.record.assume()
-        call = self._read(network, x, context, conds)
+        call = self.support.read(network, x, context, conds)
         run.begin_model_call(
             core.current_sigma(options),
             *((None, ()) if isinstance(call, str) else call),

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..choices.settings import AUTO_PRESETS
-from .layout import CallReader
+from ..sampling.run import log
+from .layout import UNREADABLE, CallReader, ModelCall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,15 @@ class Support:
     preset: str = AUTO_PRESETS[0]
     advice: str | None = None
     assumed: bool = False
+
+    def read(self, network: Any, x: Any, context: Any, conds: Mapping[str, Any]) -> ModelCall | str:
+        """`read_call`, whatever the inputs are: other nodes and newer cores may change any of them, and must not end a
+        run."""
+        try:
+            return self.read_call(network, x, context, conds)
+        except Exception:
+            log.debug("PSA: why the inputs cannot be read", exc_info=True)
+            return UNREADABLE
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ..patching.family import find_family
 from ..patching.override import RUN_KEY, PSAOverride
 from ..patching.patch import remove_patch
 from ..patching.support import Support
+from ..sampling.findings import find
 from ..sampling.run import Run, is_active, log
 from ..sampling.schedule import Schedule
 
@@ -64,7 +65,7 @@ class Calibration:
 
 
 class Measuring:
-    """A DIFFUSION_MODEL wrapper that calls the model again with PSA; it passes on the dense output."""
+    """A wrapper around the network's forward that calls it again with PSA; it passes on the dense output."""
 
     def __init__(self, settings: list[PatchSettings], family: Support, pixels: tuple[int, int] | None = None) -> None:
         self.settings, self.family, self.pixels = settings, family, pixels
@@ -78,9 +79,9 @@ class Measuring:
 
     def before_call(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
         """Called before the wrapper, at a point where every input of the model has a name."""
-        call = self.family.read_call(network, x, context, conds)
+        call = self.family.read(network, x, context, conds)
         if isinstance(call, str):
-            raise _stays_dense(Counter([call]))
+            raise _stays_dense([call])
         self._place = call
 
     def __call__(self, executor: Any, x: Any, timestep: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -105,6 +106,8 @@ class Measuring:
             sparsity = settings.config.sparsity
             assert sparsity is not None  # each of these settings was made for one
             run = Run(settings, *self.sigmas, pictured_block=-1, latent_size=tuple(video.shape[2:]), pixels=self.pixels)
+            if self.family.assumed:
+                run.record.assume()
             run.begin_model_call(sigma, *self._place, latent_size=tuple(video.shape[2:]))
             options[RUN_KEY] = run
             try:
@@ -113,8 +116,9 @@ class Measuring:
                 output, seconds = _timed(call, video.device)
             finally:
                 options.pop(RUN_KEY, None)
-            if run.record.fallbacks:  # the rest of the run would only waste time
-                raise _stays_dense(run.record.fallbacks)
+            reasons = run.record.fallbacks or _unseen(run)
+            if reasons:  # the rest of the run would only waste time
+                raise _stays_dense(reasons)
             expected = _video_of(dense).float()
             error = (_video_of(output).float() - expected).norm() / expected.norm().clamp_min(1e-12)
             self.errors[sparsity].append(float(error))
@@ -207,8 +211,14 @@ def _video_of(latents: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
     return latents[0] if isinstance(latents, list) else latents
 
 
-def _stays_dense(fallbacks: Counter[str]) -> InputError:
-    why = "; ".join(fallbacks).rstrip(". ")
+def _unseen(run: Run) -> list[str]:
+    """Why no self-attention of a model call that has ended came to PSA; nothing if some did."""
+    run.end()
+    return [] if run.record.steps[0].densities else find(run.record)
+
+
+def _stays_dense(reasons: Iterable[str]) -> InputError:
+    why = "; ".join(reasons).rstrip(". ")
     do = f"this is why: {why}. Change that, or connect a longer or larger latent, and run again"
     return InputError("latent_image", "a video that PSA leaves dense", "one that PSA makes sparse", NODE, do=do)
 
@@ -287,7 +297,7 @@ def _measure(
     sampling = clone.get_model_object("model_sampling")
     measuring.sigmas = (float(sampling.percent_to_sigma(start_percent)), float(sampling.percent_to_sigma(1.0)))
     core.add_wrappers(clone, KEY, before_call=measuring.before_call)
-    core.wrap_network(clone, KEY, measuring)
+    core.wrap_forward(clone, KEY, measuring)
     sample(clone)
     return measuring
 

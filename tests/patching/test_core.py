@@ -229,3 +229,37 @@ def test_the_latent_format_knows_whether_there_is_a_time_axis(model, comfyui):
     for name, expected in (("Flux", False), ("SD15", False), ("LTXAV", True), ("StableAudio1", False)):
         model = SimpleNamespace(model=SimpleNamespace(latent_format=getattr(comfy.latent_formats, name)()))
         assert core.is_video(model) is expected
+
+
+@pytest.mark.parametrize("kind", ["mochi", "minimax h3", "ltx 2", "hunyuan", "cosmos", "kandinsky 5 lite"])
+def test_every_forward_can_be_wrapped(tiny_families, kind):
+    """Mochi's network asks for no wrappers."""
+    model, seen = tiny_families.load(kind).clone(), []
+
+    def wrapper(executor, x, timestep, context, *args, **kwargs):
+        seen.append(core.options_of(args, kwargs)["sigmas"])
+        executor(x, timestep, context, *args, **kwargs)
+        return executor(x, timestep, context, *args, **kwargs)
+
+    stock = tiny_families.sample(model, kind, steps=2)
+    wrapped = model.clone()
+    core.wrap_forward(wrapped, "psa_test", wrapper)
+    assert torch.equal(tiny_families.sample(wrapped, kind, steps=2), stock)
+    assert len(seen) == 2
+    assert torch.equal(tiny_families.sample(model, kind, steps=2), stock)
+    assert len(seen) == 2, "the model itself stays as it was"
+
+
+def test_a_replaced_forward_can_be_wrapped(model, tiny_wan):
+    replaced, seen = model.clone(), []
+    forward = core.network_of(model).forward
+    replaced.add_object_patch("diffusion_model.forward", lambda *args, **kwargs: forward(*args, **kwargs))
+    core.wrap_forward(
+        replaced, "psa_test", lambda executor, *args, **kwargs: seen.append(1) or executor(*args, **kwargs)
+    )
+    stock = tiny_wan.sample(model)
+    assert torch.equal(tiny_wan.sample(replaced), stock)
+    assert seen == [1]
+    assert core.replaced_forwards(core.network_of(model)) == ["forward"]
+    assert torch.equal(tiny_wan.sample(model), stock)
+    assert core.replaced_forwards(core.network_of(model)) == [], "it has got its own forward back"

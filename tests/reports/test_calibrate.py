@@ -99,6 +99,71 @@ def test_errors_are_those_of_the_outputs_and_the_run_stays_dense(model, monkeypa
     assert "optimized_attention_override" not in model.model_options["transformer_options"]
 
 
+KINDS = ["hunyuan", "hunyuan 1.5", "ltx 0.9, a file", "ltx 2", "kandinsky 5 lite", "cosmos", "mochi", "minimax h3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_is_measured(kind, tiny_families, monkeypatch):
+    """The errors are those of the outputs of the network's own forward; Mochi's asks for no wrappers."""
+    import comfy.nested_tensor
+
+    from comfyui_psa.reports import calibrate as module
+
+    monkeypatch.setattr(module, "SPARSITIES", (0.5, 0.8))
+    model, tiny = tiny_families.load(kind), tiny_families
+    size, sound = tiny.KINDS[kind].size, tiny.KINDS[kind].audio
+    latent = torch.zeros(size)
+    if sound:
+        latent = comfy.nested_tensor.NestedTensor((latent, torch.zeros(sound)))
+    conditioning, latents, outputs = tiny.conditioning(kind), [], []
+    sample = module.sampler({"samples": latent}, conditioning, conditioning, seed=1, steps=2, cfg=1.0)
+    stock = sample(model)
+
+    network = model.model.diffusion_model
+    name = "_forward" if hasattr(network, "_forward") else "forward"
+    genuine = getattr(network, name)
+
+    def recording(*args, **kwargs):
+        outputs.append(genuine(*args, **kwargs))
+        return outputs[-1]
+
+    monkeypatch.setattr(network, name, recording)
+    found = module.calibrate(model, lambda model: latents.append(sample(model)), **INPUTS | {"start_percent": 0.0})
+    same = zip(*(x.unbind() if x.is_nested else [x] for x in (stock, latents[0])), strict=True)
+    assert all(torch.equal(one, other) for one, other in same), "what is handed on is the dense output"
+    # Everything is called once more before the first measurement, to compile.
+    first, second = outputs[: 2 * (1 + 2)][1::2], outputs[2 * (1 + 2) :]
+    assert len(second) == 1 + 2
+    videos = [[x[0] if isinstance(x, list) else x for x in step] for step in (first, second)]
+    expected = [float(sum((video[i] - video[0]).norm() / video[0].norm() for video in videos) / 2) for i in (1, 2)]
+    assert [point.error for point in found.points] == pytest.approx(expected, rel=1e-5)
+    assert 0 < expected[0] < expected[1]
+
+
+def test_a_model_whose_attention_does_not_come_to_psa_is_no_proposal(model):
+    """A node's own forward computes it, as that of some caches does."""
+    from comfyui_psa.reports.calibrate import calibrate
+
+    own = model.clone()
+    for number, block in enumerate(model.model.diffusion_model.blocks):
+
+        def forward(*args, block=block, transformer_options=None, **kwargs):
+            return type(block).forward(block, *args, transformer_options={}, **kwargs)
+
+        own.add_object_patch(f"diffusion_model.blocks.{number}.forward", forward)
+    with pytest.raises(InputError, match="no self-attention reached PSA"):
+        calibrate(own, sampler([]), **INPUTS)
+
+
+def test_inputs_that_cannot_be_read_are_said(model, monkeypatch):
+    from comfyui_psa.patching.families import wan
+    from comfyui_psa.reports.calibrate import calibrate
+
+    monkeypatch.setattr(wan, "grid_of", lambda *_: [].pop())
+    with pytest.raises(InputError, match="PSA cannot read the inputs of this model call"):
+        calibrate(model, sampler([]), **INPUTS)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
