@@ -6,6 +6,8 @@
     python dev.py serve    open ComfyUI with the pack, to try it by hand
     python dev.py bench    run the benchmarks
     python dev.py quality  compare settings with dense sampling; --quick takes minutes on a CPU
+    python dev.py gallery  sample PSA and its rivals from one noise, as looping pictures in output/gallery/;
+                           --model FOLDER takes another trained model, --publish also renews docs/gallery.md
     python dev.py check    check style, layers and types; `check layers` runs only one of the three
     python dev.py fuzz     send random and hostile inputs and files to a real server, --cases of them
     python dev.py soak     run many prompts on a real server and compare its memory before and after
@@ -42,7 +44,7 @@ def main() -> int:
     """Run one command and return its exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a running server gets stopped
     arguments, rest = _parser().parse_known_args()
-    if rest and arguments.command not in ("test", "bench", "quality"):
+    if rest and arguments.command not in ("test", "bench", "quality", "gallery"):
         _parser().error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         alone = arguments.command in ("weights", "docs", "registry")
@@ -164,6 +166,10 @@ def _quality(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
     return _run([VENV_PYTHON, ROOT / "workshop" / "quality" / "run.py", *rest], {"COMFYUI_PATH": str(comfyui)})
 
 
+def _gallery(_: argparse.Namespace, comfyui: Path, rest: list[str]) -> int:
+    return _quality(_, comfyui, ["--gallery", *rest])
+
+
 def _check(arguments: argparse.Namespace, _: Path, __: list[str]) -> int:
     from workshop.tools.check import KINDS, run_checks
 
@@ -215,6 +221,7 @@ COMMANDS = {
     "serve": _serve,
     "bench": _bench,
     "quality": _quality,
+    "gallery": _gallery,
     "check": _check,
     "fuzz": _fuzz,
     "soak": _soak,

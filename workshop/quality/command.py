@@ -15,6 +15,7 @@ import torch
 from ..training.files import MissingModelError, ModelFolder, read_folder
 from . import compile_ahead
 from .demo_model import WEIGHTS, Clip, DemoModel, Video, simple_schedule
+from .gallery import Gallery
 from .matrix import settings_of
 from .measure import Measurement
 from .results import read_runs
@@ -34,6 +35,7 @@ DEFAULTS = {
     "corrections": (20, 4, 2, 33),
     "tries": (20, 4, 2, 33),
     "rivals": (20, 4, 2, 33),
+    "gallery": (20, 2, 1, 33),
     "velocity": (STEPS, 3, 1, 33),
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -120,8 +122,13 @@ def main(description: str | None = None) -> int:
         measure_velocity(model, clips, video, settings, backend, facts, arguments.out, say)
         return 0
     measurement = Measurement(model, clips, video, simple_schedule(steps, model.blocks), backend, facts)
-    measured = measurement.run(settings, arguments.out, began + 60 * arguments.minutes, say)
+    sheet = Gallery(arguments.out, found.name) if arguments.gallery else None
+    measured = measurement.run(settings, arguments.out, began + 60 * arguments.minutes, say, sheet)
     say(f"{measured} of {len(settings)} settings measured; {arguments.out}")
+    if arguments.publish:
+        from .report.gallery import publish
+
+        say(f"written: {publish(arguments.out, found.name)}")
     if kind != "quick":
         return 0
     margin, line = quick_line(read_runs(arguments.out))
@@ -151,6 +158,7 @@ def _parse(description: str | None) -> argparse.Namespace:
     size.add_argument("--corrections", action="store_true", help="how the correction should be used by default")
     size.add_argument("--tries", action="store_true", help="ways to correct that the product does not have")
     size.add_argument("--rivals", action="store_true", help="our default against other ways to save the same time")
+    size.add_argument("--gallery", action="store_true", help="PSA and its rivals as looping pictures")
     size.add_argument("--times", action="store_true", help="the time ranking takes at real models' sizes, on a GPU")
     size.add_argument("--report", action="store_true", help="write docs/quality.md from workshop/results/")
     size.add_argument("--workflow", type=Path, metavar="FILE", help="a ComfyUI workflow with a PSA Patch node")
@@ -161,7 +169,10 @@ def _parse(description: str | None) -> argparse.Namespace:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the results; default: output/quality, plus -MODEL and -DTYPE if given",
+        help="folder for the results; default: output/quality or output/gallery, plus -MODEL and -DTYPE if given",
+    )
+    parser.add_argument(
+        "--publish", action="store_true", help="with --gallery: put its pictures and its page into docs/ as well"
     )
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="settings whose name matches one of these, such as 'paper*'"
@@ -185,7 +196,10 @@ def _parse(description: str | None) -> argparse.Namespace:
         parser.error(f"--{given[0]} does not apply: a workflow names its own model, --times and --report use none")
     arguments.found = read_folder(arguments.model.expanduser() if arguments.model else WEIGHTS)
     model = None if arguments.found.name == "demo" else arguments.found.name
-    arguments.out = arguments.out or ROOT / "output" / "-".join(filter(None, ("quality", model, arguments.dtype)))
+    if arguments.publish and not arguments.gallery:
+        parser.error("--publish does not apply: it needs --gallery")
+    kind = "gallery" if arguments.gallery else "quality"
+    arguments.out = arguments.out or ROOT / "output" / "-".join(filter(None, (kind, model, arguments.dtype)))
     return arguments
 
 

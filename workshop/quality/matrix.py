@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .corrections import corrections
+from .gallery import gallery
 from .rivals import rivals
 from .setting import Setting
 from .tries import tries
@@ -52,23 +53,15 @@ BUDGETS = {
 def settings_of(kind: str, blocks: int = 6) -> list[Setting]:
     """The list of a run of a model of so many blocks, each name once.
 
-    kind: `full`, `quick`, `smoke`, `velocity`, `candidates`, `corrections`, `tries` or `rivals`.
+    kind: `full`, `quick`, `smoke`, `velocity`, `candidates`, `corrections`, `tries`, `rivals` or `gallery`.
 
     Raises:
         ValueError: no such list.
     """
     if kind == "quick":
         return _published(QUICK)
-    if kind == "velocity":
-        return _velocity()
-    if kind == "candidates":
-        return _candidates()
-    if kind == "corrections":
-        return corrections()
-    if kind == "tries":
-        return tries()
-    if kind == "rivals":
-        return rivals()
+    if kind in LISTS:
+        return LISTS[kind]()
     if kind == "smoke":
         wanted = ("default", "block-sparse", "radial mask", "levels kept for 2 steps", "fresh sample 0")
         chosen = [s for s in settings_of("full", blocks) if s.name.rsplit(" @", 1)[0] in wanted and s.compute == LEAN]
@@ -288,3 +281,14 @@ def _noise() -> list[Setting]:
             f"fresh sample {seed}", "noise", (LEAN,), PAPER, config=config, prototype=fresh, average="fresh samples"
         )
     return found
+
+
+LISTS = {
+    "velocity": _velocity,
+    "candidates": _candidates,
+    "corrections": corrections,
+    "tries": tries,
+    "rivals": rivals,
+    "gallery": gallery,
+}
+"""Lists that are the same for every model."""

@@ -14,6 +14,7 @@ import torch
 from . import metrics
 from .attention import Calls
 from .demo_model import Clip, DemoModel, DenseAttention, Sampled, Video, simple_schedule
+from .gallery import Gallery
 from .results import RunRow, StepRow, Writer
 from .rivals import EasyCache
 from .setting import Schedule, Setting, resolve
@@ -35,9 +36,19 @@ class Measurement:
     facts: dict[str, object]
     """Columns with the same value in every row."""
 
-    def run(self, settings: Sequence[Setting], folder: Path, deadline: float, say: Callable[[str], None]) -> int:
-        """Measure the settings and return how many were measured; none is started after `deadline` (monotonic)."""
-        writer, sheet = Writer(folder), Sheet(folder)
+    def run(
+        self,
+        settings: Sequence[Setting],
+        folder: Path,
+        deadline: float,
+        say: Callable[[str], None],
+        sheet: Sheet | Gallery | None = None,
+    ) -> int:
+        """Measure the settings and return how many were measured; none is started after `deadline` (monotonic).
+
+        sheet: draws the settings that ask for it; None draws contact sheets.
+        """
+        writer, sheet = Writer(folder), sheet or Sheet(folder)
         lpips = metrics.load_lpips(self.model.device)
         self.model.sample(self.clips, self.video, dataclasses.replace(self.schedule, sigmas=self.schedule.sigmas[:1]),
                           DenseAttention())  # fmt: skip

@@ -1,5 +1,7 @@
 """The rivals: EasyCache by its rule, and what each of them is counted for."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -95,6 +97,19 @@ def test_what_is_computed_is_counted_by_kind():
     assert by["full"].learning == pytest.approx((2 + renewed - sum(step == 15 for step, _ in turns)) / 40)
 
 
+class Kept:
+    """A sheet that remembers what it was given."""
+
+    def __init__(self):
+        self.shapes = {}
+
+    def add(self, name, videos):
+        self.shapes[name] = tuple(videos.shape)
+
+    def write(self, clips, _):
+        self.clips = clips
+
+
 def test_every_rival_runs(tmp_path):
     model = DemoModel(torch.device("cpu"), torch.float32)
     video = Video(5, 128, 128)
@@ -102,7 +117,10 @@ def test_every_rival_runs(tmp_path):
     schedule = simple_schedule(8, model.blocks)
     measurement = Measurement(model, [clip], video, schedule, "torch", {})
     wanted = ("50% of the steps", "EasyCache, 0.2", "Sol-Attn, tau 1.0", "Sol-Attn with 256 extra tokens, tau 1.0")
-    settings = [setting for setting in rivals() if setting.name in wanted]
+    settings = [dataclasses.replace(setting, sheet=True) for setting in rivals() if setting.name in wanted]
     assert len(settings) == len(wanted)
-    said = []
-    assert measurement.run(settings, tmp_path, float("inf"), said.append) == len(wanted), said
+    said, sheet = [], Kept()
+    assert measurement.run(settings, tmp_path, float("inf"), said.append, sheet) == len(wanted), said
+    assert list(sheet.shapes) == ["dense", *(setting.name for setting in settings)]
+    assert set(sheet.shapes.values()) == {(1, 3, 5, 128, 128)}
+    assert sheet.clips == [clip]
