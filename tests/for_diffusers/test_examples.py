@@ -4,6 +4,7 @@ Stood in for: weights and text encoder, which cannot be had here, and the ffmpeg
 """
 
 import importlib.util
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,16 @@ def test_help_needs_nothing(path):
     assert "--use_psa" in out
 
 
-def test_the_wan_command_line_runs(monkeypatch, tmp_path, capsys, written):
+@pytest.mark.parametrize("path", ["wan21/wan21_1.3b.py", "cogvideo/cogvideo_5b.py"])
+def test_a_video_that_could_not_be_written_is_refused_at_once(path, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script(path).main(["--prompt", "your prompt here", f"--output={tmp_path / 'missing' / 'video.mp4'}"])
+    said = capsys.readouterr().err
+    assert f"argument --output: there is no folder {tmp_path / 'missing'}; make it, or pass another path" in said
+
+
+def test_the_wan_command_line_runs(monkeypatch, tmp_path, written):
+    """On a console that does not have all letters of the file's name."""
     import diffusers
 
     transformer = diffusers.WanTransformer3DModel(
@@ -67,12 +77,13 @@ def test_the_wan_command_line_runs(monkeypatch, tmp_path, capsys, written):
         diffusers.WanPipeline, "from_pretrained", classmethod(lambda _, source, **__: sources.append(source) or pipe)
     )
     monkeypatch.setattr(pipe, "encode_prompt", lambda **_: (normal(1, 13, 4096), normal(1, 13, 4096, seed=1)))
-    output = tmp_path / "wan.mp4"
+    output, console = tmp_path / "видео.mp4", io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", console)
     words = ["--prompt", "your prompt here", "--use_psa", "--no_warmup", "--steps=2", "--width=256", "--height=256"]
     script("wan21/wan21_1.3b.py").main([*words, "--frames=9", "--min_tokens=0", "--device=cpu", f"--output={output}"])
     assert sources == ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"] * 2
     assert pipe.scheduler.config.flow_shift == 5.0
-    said = capsys.readouterr().out
+    said = console.buffer.getvalue().decode("ascii")
     assert "9 frames" in said
     assert "PSA: 4 sparse attention calls, mean sparsity 0.8" in said  # 2 steps, with guidance, one layer
     assert "0 dense" in said

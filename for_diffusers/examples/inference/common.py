@@ -52,8 +52,16 @@ def make_parser(about: str, *, model: str, steps: int, guidance: float, size: tu
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--output", type=Path, default=Path("video.mp4"))
+    parser.add_argument("--output", type=_output, default=Path("video.mp4"))
     return parser
+
+
+def _output(text: str) -> Path:
+    """Refused before the video is made if it could not be written afterwards."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}; make it, or pass another path")
+    return path
 
 
 @contextmanager
@@ -125,6 +133,7 @@ def run(pipe: Any, arguments: argparse.Namespace, fps: int) -> None:
         return
     seconds = time.perf_counter() - began
     export_to_video(frames, str(arguments.output), fps=fps)
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every console has all letters of a file's name
     print(f"{arguments.output}: {len(frames)} frames in {seconds:.1f} s")
     if applied is not None:
         sparsity = applied.mean_sparsity()
