@@ -316,6 +316,7 @@ class Record:
         self.backend, self.levels = self.backend or other.backend, self.levels or other.levels
         self.dtype, self.device = self.dtype or other.dtype, self.device or other.device
         self.tuned &= other.tuned
+        self._weights |= other._weights
         self.layouts += [layout for layout in other.layouts if layout not in self.layouts]
         self.notes += [note for note in other.notes if note not in self.notes]
         steps = {step.index: step for step in self.steps}
