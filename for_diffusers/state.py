@@ -20,6 +20,7 @@ from ..kernels.config import ConfigError
 from ..kernels.order import TokenLayout
 from ..sampling.correction import Memory
 from ..sampling.figures import make_report
+from ..sampling.findings import ranges, unseen_blocks
 from ..sampling.kept import Kept
 from ..sampling.record import Record
 from ..sampling.run import Run
@@ -145,7 +146,7 @@ class TransformerState:
         if run is None:
             return None
         run.record.end_step()
-        return make_report(run)
+        return make_report(run) | {"notes": _notes(run)}
 
     def begin_call(self, transformer: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Called before a forward of the transformer. Reads once from the device if steps are told apart."""
@@ -347,6 +348,15 @@ def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) 
         return f"{tokens} and {k.shape[2]} tokens, but {expected} are expected of this model"
     # The first pass of a reentrant checkpoint runs without a graph, and its second pass must compute the same.
     return NO_GRADIENTS if call.with_graph and not torch.is_grad_enabled() else None
+
+
+def _notes(run: Run) -> list[str]:
+    """A sentence about blocks that PSA did not see, if it saw others."""
+    missing = unseen_blocks(run.record, run.record.steps)
+    if not missing or len(missing) == run.record.blocks:
+        return []
+    which = f"block{'s' * (len(missing) > 1)} {ranges(missing)}"
+    return [f"PSA did not see the attention of {which}; fallbacks say why, and what to do"]
 
 
 def _given(call: Call, query: torch.Tensor) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from .record import SKIPPED, SPARSE, Record, Step
 from .run import Run
 
@@ -73,7 +75,7 @@ def why_dense(run: Run) -> str | None:
 
 def _unseen_blocks(record: Record, watched: list[Step]) -> list[str]:
     """A sentence about blocks whose self-attention reached PSA in no watched step, while that of other blocks did."""
-    missing = sorted(set(range(record.blocks or 0)) - set().union(*(step.blocks for step in watched)))
+    missing = unseen_blocks(record, watched)
     if not missing:
         return []
     if record.blocks_are_named:
@@ -87,13 +89,18 @@ def _unseen_blocks(record: Record, watched: list[Step]) -> list[str]:
     ]
 
 
+def unseen_blocks(record: Record, steps: Sequence[Step]) -> list[int]:
+    """The blocks whose self-attention reached PSA in none of the steps."""
+    return sorted(set(range(record.blocks or 0)) - set().union(*(step.blocks for step in steps)))
+
+
 def _named(replaced: list[str]) -> str:
     if not replaced:
         return ""
     return f" ({replaced[0]}{f' and {len(replaced) - 1} more' if len(replaced) > 1 else ''})"
 
 
-def ranges(numbers: list[int]) -> str:
+def ranges(numbers: Sequence[int]) -> str:
     """[0, 1, 2, 5] -> "0-2, 5"."""
     parts: list[list[int]] = []
     for number in numbers:

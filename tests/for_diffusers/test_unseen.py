@@ -73,13 +73,20 @@ def test_unseen_attention_is_said_once_in_the_first_forward(pipes, caplog, chang
     assert advice in caplog.text
 
 
-def test_one_unseen_block_among_others_is_counted_alone(pipes, caplog):
-    model = pipes.wan(layers=3)
-    model.blocks[1].attn1.set_processor(OwnKernel())
+@pytest.mark.parametrize(("unseen", "said"), [([1], "block 1"), ([0, 2, 3], "blocks 0, 2-3")])
+def test_unseen_blocks_among_others_are_counted_alone_and_named(pipes, caplog, unseen, said):
+    model = pipes.wan(layers=4)
     applied = apply_psa(model, 0.6, **pipes.SETTINGS)
     pipes.velocity(model)
-    assert (applied.sparse_calls, applied.dense_calls) == (2, 1)
+    assert applied.reports()[0]["notes"] == []
+    for block in unseen:
+        model.blocks[block].attn1.set_processor(OwnKernel())
+    applied = apply_psa(model, 0.6, **pipes.SETTINGS)
+    pipes.velocity(model)
+    assert (applied.sparse_calls, applied.dense_calls) == (4 - len(unseen), len(unseen))
     assert len(warnings(caplog)) == 1
+    (note,) = applied.reports()[0]["notes"]
+    assert note.startswith(f"PSA did not see the attention of {said}; fallbacks say why")
 
 
 def test_it_is_said_in_the_warm_up_already(pipes, caplog):
