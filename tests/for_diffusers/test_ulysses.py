@@ -111,6 +111,20 @@ def test_four_ranks_make_what_one_makes(start_ranks, work):
         assert {shape[1] for shape in rank["self_attention"]} == {1}
 
 
+@pytest.mark.slow(seconds=60)
+def test_three_ranks_whose_parts_are_all_unequal(start_ranks, work):
+    """715 tokens, and 7 heads of which the ranks have 3, 3 and 1."""
+    case = {"psa": PSA | BUDGET | {"correction": "full"}, "steps": 4, "size": (1, 16, 5, 22, 26), "heads": 7}
+    parallel, three = {"ulysses_degree": 3, "ulysses_anything": True}, start_ranks(3)
+    alone = work.wan(**case)
+    for rank, heads in zip(three.run(work.__file__, "wan", parallel=parallel, **case), (3, 3, 1), strict=True):
+        assert distance(rank["latents"], alone["latents"]) < 1e-5
+        assert rank["self_attention"] == [(1, heads, *rest) for _, _, *rest in alone["self_attention"]]
+        assert rank["sparse"] == alone["sparse"] > 0
+    for said in three.run(work.__file__, "refused", parallel=parallel, **case | {"heads": 4}):
+        assert said.endswith("a number that divides the 4 heads of the model; choose one of 2, 4"), "2, 2 and none"
+
+
 @pytest.mark.parametrize("size", [(1, 16, 3, 34, 30), (1, 16, 5, 22, 26)])
 def test_unequal_parts(start_ranks, work, size):
     """765 and 715 tokens, 5 heads: one rank has 3 of them."""
