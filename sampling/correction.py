@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
@@ -144,27 +144,33 @@ class LossStore:
     def put(self, place: Hashable, loss: Loss) -> bool:
         """Keep the loss of the call at `place`, instead of an earlier one; returns whether there was room for it."""
         self._follow(place)
-        self.drop(place)
-        if self.nbytes + loss.nbytes > self._budget:
+        self._ahead.pop(place, None)
+        earlier = self._hosted.get(place)
+        held = self._losses.get(place) if earlier is None else earlier.loss
+        nbytes = self.nbytes + loss.nbytes - (0 if held is None else held.nbytes)
+        if nbytes > self._budget:
+            self.drop(place)
             self.without_room += 1
             return False
         if self.where == "host memory":
-            self._hosted[place] = self._to_host(loss)
+            self._hosted[place] = self._to_host(loss, earlier)
         else:
             self._losses[place] = loss
-        self.nbytes += loss.nbytes
+        self.nbytes = nbytes
         self.most = max(self.most, self.nbytes)
         return True
 
     def get(self, place: Hashable) -> Loss | None:
         """The loss of the call at `place` on its device; None if it is not known."""
-        if not self.on or not self.has(place):
+        if not self.on:
             return None
-        if place in self._losses:
-            loss = self._losses[place]
+        loss = self._losses.get(place)
+        if loss is not None:
             if self.last:
                 self.drop(place)
             return loss
+        if place not in self._hosted:
+            return None
         self._follow(place)
         loss, copied = self._ahead.pop(place) if place in self._ahead else self._fetch(place)
         current = torch.cuda.current_stream(loss.delta.values.device)
@@ -215,26 +221,46 @@ class LossStore:
         loss = self._losses.pop(place, None)
         waiting = self._hosted.pop(place, None)
         if waiting is not None:
-            assert self._memory is not None
             loss = waiting.loss
-            waiting.written.synchronize()
-            if self._stream is not None:
-                self._stream.synchronize()
-            for tensor in loss.tensors():
-                self._memory.unpin(tensor)
+            self._unpin(waiting, loss.tensors())
         if loss is not None:
             self.nbytes -= loss.nbytes
 
-    def _to_host(self, loss: Loss) -> _Waiting:
+    def _to_host(self, loss: Loss, earlier: _Waiting | None) -> _Waiting:
+        """Copy a loss to pinned memory, over an earlier one where it fits: to pin takes longer than to copy."""
         assert self._memory is not None
+        current = torch.cuda.current_stream(loss.delta.values.device)
+        unused = [] if earlier is None else list(earlier.loss.tensors())
         copies = []
         for tensor in loss.tensors():
-            copy = torch.empty_like(tensor, device="cpu")
-            self._memory.pin(copy)
-            copies.append(copy.copy_(tensor, non_blocking=True))
+            fitting = next((one for one in unused if (one.shape, one.dtype) == (tensor.shape, tensor.dtype)), None)
+            if fitting is None:
+                fitting = torch.empty_like(tensor, device="cpu")
+                self._memory.pin(fitting)
+            else:
+                unused = [one for one in unused if one is not fitting]
+            copies.append(fitting)
+        if earlier is not None:
+            self._unpin(earlier, unused)
+            current.wait_event(earlier.written)
+            if self._stream is not None:  # it may still be reading the earlier one
+                current.wait_stream(self._stream)
+        for copy, tensor in zip(copies, loss.tensors(), strict=True):
+            copy.copy_(tensor, non_blocking=True)
         written = torch.cuda.Event()
-        written.record(torch.cuda.current_stream(loss.delta.values.device))
+        written.record(current)
         return _Waiting(loss.with_tensors(*copies), written)
+
+    def _unpin(self, waiting: _Waiting, tensors: Sequence[torch.Tensor]) -> None:
+        """Give back pinned memory, once nothing reads or writes it any more."""
+        assert self._memory is not None
+        if not tensors:
+            return
+        waiting.written.synchronize()
+        if self._stream is not None:
+            self._stream.synchronize()
+        for tensor in tensors:
+            self._memory.unpin(tensor)
 
     def _fetch(self, place: Hashable) -> tuple[Loss, torch.cuda.Event]:
         waiting = self._hosted[place]

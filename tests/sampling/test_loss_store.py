@@ -43,6 +43,13 @@ def loss(group=1, seed=0, lists=None):
     return Loss(lists, measure_delta(dense, sparse, TokenOrder(None, None), group))
 
 
+def kept_lists(blocks):
+    """Levels with so many blocks in every row."""
+    config = PyramidConfig(shares={1: blocks / 16}, mode="topk", sparsity=None, order="raster", tail=False)
+    scores = torch.rand(1, HEADS, 8, 16, generator=torch.Generator().manual_seed(blocks))
+    return group_by_level(choose_levels(scores, config), config.stored_factors).packed()
+
+
 @pytest.mark.parametrize("size", GROUPS)
 def test_the_finest_that_fits(size, caplog):
     with caplog.at_level("INFO"):
@@ -147,6 +154,50 @@ def test_clear_and_giving_up_leave_nothing_alive():
         assert [ref() for ref in alive] == [None] * 6
         assert (len(made), made.nbytes, made.most) == (0, 0, 3 * BYTES["full"])
     assert (made.on, made.get(0)) == (False, None)
+
+
+class Stream:
+    """What the store asks of streams and events where there are none: a copy on a CPU is done when it returns."""
+
+    def __getattr__(self, name):
+        return lambda *_: None
+
+
+def same(one, other):
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def test_a_loss_that_is_renewed_on_the_host_is_pinned_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream())
+    monkeypatch.setattr(torch.cuda, "Event", Stream)
+    pinned, pins = {}, []
+    made, lists = store("full"), kept_lists(8)
+    made.choose_size(
+        torch.zeros(1, HEADS, TOKENS, DIM), lists, CALLS,
+        Memory(lambda device: 10**12, lambda: 10**12, lambda x: (pins.append(x), pinned.update({x.data_ptr(): x})),
+               lambda x: pinned.pop(x.data_ptr())),
+    )  # fmt: skip
+    made.where = "host memory"
+    for step in range(5):
+        for place in range(3):
+            assert made.put(place, loss(seed=10 * step + place, lists=lists))
+    assert len(pins) == len(pinned) == 3 * 3, "values, scales and levels of three places"
+    assert made.nbytes == made.most == 3 * loss(lists=lists).nbytes
+    for place in range(3):
+        expected = loss(seed=40 + place, lists=lists).tensors()
+        held = made._hosted[place].loss.tensors()
+        assert all(map(same, held, expected))
+        assert all(any(one is tensor for tensor in pinned.values()) for one in held)
+    longer = loss(seed=7, lists=kept_lists(12))  # rows of another length: only the levels are pinned again
+    assert made.put(0, longer)
+    assert (len(pins), len(pinned)) == (10, 9)
+    assert all(map(same, made._hosted[0].loss.tensors(), longer.tensors()))
+    assert made.nbytes == 2 * loss(lists=lists).nbytes + longer.nbytes
+    made._budget = made.nbytes
+    assert not made.put(1, loss(lists=kept_lists(12)))
+    assert (made.has(1), made.nbytes) == (False, loss(lists=lists).nbytes + longer.nbytes)
+    made.clear()
+    assert (pinned, made.nbytes) == ({}, 0)
 
 
 def test_workers_are_added_up():
