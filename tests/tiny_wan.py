@@ -26,6 +26,7 @@ CLASSES = {
     "animate": ("model_animate", "AnimateWanModel", {"in_dim": 36, "num_layers": 5}),
     "scail": ("model", "SCAILWanModel", {"in_dim": 20}),
     "scail2": ("model", "SCAIL2WanModel", {"in_dim": 20}),
+    "animate2": ("model_animate2", "WanAnimate2Model", {"in_dim": 36}),
     "wandancer": ("model_wandancer", "WanDancerModel", {"in_dim": 36}),
 }
 """kind -> module in comfy.ldm.wan, class, arguments besides the common ones."""

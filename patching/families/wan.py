@@ -142,6 +142,11 @@ def _support(model: Any, config: Mapping[str, Any]) -> Support | str:
     if is_causal_wan(model):
         return "this Wan model is autoregressive: it samples frame by frame with a cache, which PSA does not support"
     variant = config.get("model_type")
+    if variant == "animate2":
+        return (
+            "this Wan model is Animate 2: each frame has attention of its own, over the video and a frame of the pose "
+            "video, which PSA does not support"
+        )
     if variant not in _READERS:
         return f"PSA supports the Wan variants {', '.join(_READERS)} so far; this one is {variant}"
     name = f"Wan {variant}, hidden size {config.get('dim')}"
@@ -176,5 +181,6 @@ FAMILY = Family(
             after="",
             psa="dense: samples with a cache, frame by frame",
         ),
+        Variant("Animate 2", before="", grid="", after="", psa="dense: each frame attends for itself"),
     ),
 )

@@ -36,6 +36,7 @@ CASES = {
     "S2V": ("s2v", "WanSoundImageToVideo", {"ref_image": IMAGE}, 2),
     "HuMo": ("humo", "WanHuMoImageToVideo", {"ref_image": IMAGE}, 2),
     "Phantom": ("t2v", "WanPhantomSubjectToVideo", {"images": STILLS}, 2),
+    "Bernini": ("t2v", "BerniniConditioning", {"source_video": VIDEO}, 2),
     "SCAIL": ("scail", "WanSCAILToVideo", {"reference_image": IMAGE, "pose_video": VIDEO}, 2),
     "SCAIL-2": ("scail2", "WanSCAILToVideo", {"reference_image": IMAGE, "pose_video": VIDEO}, 2),
     "WanDancer": ("wandancer", "WanDancerVideo", {"start_image": IMAGE}, 2),

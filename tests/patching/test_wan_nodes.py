@@ -13,6 +13,9 @@ SIZE = {"width": 256, "height": 256, "length": 9, "batch_size": 1}
 class Encoder:
     """In place of a Wan VAE: random latents of the right size."""
 
+    temporal_compression_decode = staticmethod(lambda: 4)
+    spacial_compression_encode = staticmethod(lambda: 8)
+
     def encode(self, pixels):
         frames, height, width = pixels.shape[0], pixels.shape[1], pixels.shape[2]
         generator = torch.Generator().manual_seed(frames)
@@ -33,12 +36,19 @@ def layouts(monkeypatch):
     return seen
 
 
-def sample(tiny_wan, kind, positive, negative, latent):
-    psa = patch_model(tiny_wan.load(kind), **PATCH)
-    size = tuple(latent["samples"].shape)
-    out = tiny_wan.sample(psa, size=size, cfg=3.0, positive=positive, negative=negative)
-    assert torch.isfinite(out).all()
-    assert psa.get_attachment(KEY).report["fallbacks"] == []
+def sample(tiny_wan, kind, positive, negative, latent, model=None, cfg=3.0):
+    """Sparse, and with everything in full like dense; returns dense."""
+    model = tiny_wan.load(kind) if model is None else model
+    inputs = {"size": tuple(latent["samples"].shape), "cfg": cfg, "positive": positive, "negative": negative}
+    stock = tiny_wan.sample(model, **inputs)
+    for changes, near in (({}, False), ({"sparsity": 0.01, "pyramid": "1: 1.0"}, True)):
+        psa = patch_model(model, **PATCH | changes)
+        out = tiny_wan.sample(psa, **inputs)
+        assert torch.isfinite(out).all()
+        assert ((out - stock).norm() / stock.norm() < 1e-5) == near
+        report = psa.get_attachment(KEY).report
+        assert report["fallbacks"] == report["notes"] == []
+    return stock
 
 
 def image(frames=1, seed=0):
@@ -91,3 +101,89 @@ def test_s2v(tiny_wan, layouts):
     s2v = WanSoundImageToVideo.execute(*conds, Encoder(), **SIZE, ref_image=image(), ref_motion=image(73)).result
     sample(tiny_wan, "s2v", *s2v)
     assert layouts == {(0, (3, 16, 16), 256 + 256 + 64 + 64)}
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_bernini(tiny_wan, layouts, references):
+    from comfy_extras.nodes_bernini import BerniniConditioning
+
+    conds = tiny_wan.conditioning(), tiny_wan.conditioning(seed=4)
+    images = {f"reference_image_{n}": image(seed=n) for n in range(references)}
+    positive, negative, latent = BerniniConditioning.execute(
+        *conds, Encoder(), **SIZE, source_video=image(9), reference_images=images
+    ).result
+    sample(tiny_wan, "t2v", positive, negative, latent)
+    assert layouts == {(0, (3, 16, 16), (3 + references) * 256)}
+
+
+def as_model_patch(network):
+    """A model patch as its loader makes it, with random weights."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.CoreModelPatcher(network, device, comfy.model_management.unet_offload_device())
+
+
+def talk(tiny_wan, mode, audio_scale=1.0):
+    """InfiniteTalk's own node on a Wan I2V: (model, positive, negative, latent)."""
+    import comfy.ops
+    from comfy.ldm.wan.model_multitalk import MultiTalkAudioProjModel, SingleStreamMultiAttention
+    from comfy_extras.nodes_wan import WanInfiniteTalkToVideo
+
+    layers = {"operations": comfy.ops.disable_weight_init}
+    network = torch.nn.Module()
+    sizes = {"blocks": 2, "channels": 8, "intermediate_dim": 16, "out_dim": 64, "context_tokens": 4}
+    network.audio_proj = MultiTalkAudioProjModel(seq_len_vf=8, **sizes, **layers)
+    network.blocks = torch.nn.ModuleList()
+    for _ in range(2):
+        block = torch.nn.Module()
+        block.norm_x = torch.nn.LayerNorm(256)
+        block.audio_cross_attn = SingleStreamMultiAttention(256, 64, num_heads=2, qkv_bias=True, **layers)
+        network.blocks.append(block)
+    sound = {"encoded_audio_all_layers": [tiny_wan.normal(1, 40, 8, seed=n) for n in range(3)]}
+    masks = [torch.zeros(1, 256, 256) for _ in range(2)]
+    masks[0][:, :, :128], masks[1][:, :, 128:] = 1.0, 1.0
+    speakers = {"mode": mode, "audio_encoder_output_2": sound, "mask_1": masks[0], "mask_2": masks[1]}
+    model, positive, negative, latent, _ = WanInfiniteTalkToVideo.execute(
+        speakers, tiny_wan.load("i2v 2.2"), as_model_patch(network), tiny_wan.conditioning(),
+        tiny_wan.conditioning(seed=4), Encoder(), width=256, height=256, length=9, audio_encoder_output_1=sound,
+        motion_frame_count=9, start_image=image(), audio_scale=audio_scale,
+    ).result  # fmt: skip
+    return model, positive, negative, latent
+
+
+@pytest.mark.parametrize("mode", ["single_speaker", "two_speakers"])
+def test_infinite_talk(tiny_wan, layouts, mode):
+    """Attention over the sound stays as it is: it does not pass through the override. Core's code for it takes no batch
+    of prompts, so there is no guidance."""
+    model, *inputs = talk(tiny_wan, mode)
+    stock = sample(tiny_wan, "", *inputs, model=model, cfg=1.0)
+    assert layouts == {(0, (3, 16, 16), 0)}
+    silent, *inputs = talk(tiny_wan, mode, audio_scale=0.0)
+    assert not torch.equal(sample(tiny_wan, "", *inputs, model=silent, cfg=1.0), stock), "the sound counts"
+
+
+def test_uni3c(tiny_wan, layouts):
+    """Its controlnet is a network of its own, as long as the video, and stays dense."""
+    import comfy.ops
+    from comfy.ldm.wan.uni3c import WanUni3CControlnet
+    from comfy_extras.nodes_model_patch import WanUni3CControlnetApply
+    from comfy_extras.nodes_wan import WanImageToVideo
+
+    controlnet = WanUni3CControlnet(
+        conv_out_dim=256, dim=256, ffn_dim=256, num_heads=2, num_layers=2, time_embed_dim=256, out_proj_dim=256,
+        operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    wan = tiny_wan.load("i2v 2.2")
+    conds = tiny_wan.conditioning(), tiny_wan.conditioning(seed=4)
+    inputs = WanImageToVideo.execute(*conds, Encoder(), **SIZE, start_image=image()).result
+    (model,) = WanUni3CControlnetApply().apply_patch(
+        wan, as_model_patch(controlnet), Encoder(), image(9), strength=1.0, start_percent=0.0, end_percent=1.0
+    )
+    stock = sample(tiny_wan, "", *inputs, model=model)
+    assert layouts == {(0, (3, 16, 16), 0)}
+    assert not torch.equal(sample(tiny_wan, "", *inputs, model=wan), stock), "the controlnet counts"

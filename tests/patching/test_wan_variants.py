@@ -143,7 +143,10 @@ CASES = [
     Case("T2V 2.1, A14B 2.2 (both experts)", "t2v", size=(1, 16, 3, 31, 33)),
 ]  # fmt: skip
 
-DENSE = {"Autoregressive (causal) Wan": "samples with a cache, frame by frame"}
+DENSE = {
+    "Autoregressive (causal) Wan": "samples with a cache, frame by frame",
+    "Animate 2": "each frame attends for itself",
+}
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +275,36 @@ def test_the_autoregressive_variant_stays_dense_with_a_reason(models):
     causal.model_config = model.model.model_config
     model.model = causal
     assert "autoregressive" in find_family(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("animate2", "this Wan model is Animate 2"), ("another", "this one is another")]
+)
+def test_a_variant_that_psa_does_not_know_stays_as_it_is(models, tiny_wan, monkeypatch, name, reason):
+    from comfyui_psa.patching.patch import KEY, patch_model
+
+    model = models("t2v")
+    monkeypatch.setitem(model.model.model_config.unet_config, "model_type", name)
+    patched = patch_model(model, sparsity=0.5, preset="auto", start_percent=0.0, end_percent=1.0, min_tokens=0)
+    assert reason in patched.get_attachment(KEY).note
+    assert torch.equal(tiny_wan.sample(patched), tiny_wan.sample(model))
+    assert patched.get_attachment(KEY).report is None
+
+
+def test_animate_2_stays_as_it_is(tiny_wan):
+    """On cores that have it, from 0.33 on. Its files say which variant they are."""
+    pytest.importorskip("comfy.ldm.wan.model_animate2")
+    import comfy.sd
+
+    from comfyui_psa.patching.patch import KEY, patch_model
+
+    metadata = {"config": '{"transformer": {"model_type": "animate2"}}'}
+    model = comfy.sd.load_diffusion_model_state_dict(tiny_wan.state_dict("animate2"), metadata=metadata)
+    patched = patch_model(model, sparsity=0.5, preset="auto", start_percent=0.0, end_percent=1.0, min_tokens=0)
+    assert "this Wan model is Animate 2" in patched.get_attachment(KEY).note
+    extra = {"pose_video_latent": tiny_wan.normal(1, 16, 3, 32, 32)}
+    stock = tiny_wan.sample(model, size=FIRST, extra=extra)
+    assert torch.equal(tiny_wan.sample(patched, size=FIRST, extra=extra), stock)
 
 
 def test_the_family_lists_exactly_these_variants():

@@ -48,6 +48,10 @@ this Wan model is autoregressive
   Causal Wan models attend to a cache, frame by frame, and PSA needs the whole video. -> Use an ordinary Wan model.
   This one runs as before, dense.
 
+this Wan model is Animate 2
+  Animate 2 has no attention of the whole video at once: every frame attends to the video and to one frame of the pose
+  video. -> Use Animate (Wan 2.2) with PSA. Animate 2 runs as before, dense.
+
 PSA supports the Wan variants
   ComfyUI knows a Wan variant that PSA does not know yet. -> Update the pack, or report the variant.
 
