@@ -9,35 +9,39 @@ import pytest
 import torch
 
 from comfyui_psa.kernels.order import TokenLayout
+from comfyui_psa.patching.families.cogvideox import FAMILY
 from comfyui_psa.patching.family import find_family
 from comfyui_psa.patching.patch import KEY, patch_model
 
 PATCH = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
 SIZE = (1, 16, 5, 24, 32)  # 5 x 12 x 16 = 960 video tokens
+KINDS = ("5b", "1.5", "1.5-i2v")
+CASES = [("1.0 and 1.5, T2V and I2V", kind) for kind in KINDS]
+"""Rows of the table of models in docs/compatibility.md."""
 
 
 @pytest.fixture(scope="module")
 def models(model_folders, tiny):
     from comfyui_psa.loading.checkpoint import load_checkpoint
 
-    for kind in ("5b", "1.5"):
+    for kind in KINDS:
         tiny.write_folder(model_folders / "diffusers" / f"psa {kind}", kind)
-    return {kind: load_checkpoint(f"psa {kind}") for kind in ("5b", "1.5")}
+    return {kind: load_checkpoint(f"psa {kind}") for kind in KINDS}
 
 
 @pytest.fixture
 def sample(tiny):
-    def run(model, steps=4, guidance=1.0, negative=None):
+    def run(model, steps=4, guidance=1.0, negative=None, size=SIZE):
         import comfy.sample
 
         from comfyui_psa.cogvideox.sampler import make_sampler
         from comfyui_psa.cogvideox.schedule import trailing_sigmas
 
-        noise = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(size, generator=torch.Generator().manual_seed(1))
         conds = [[tiny.text(), {}]], [[tiny.text(6) if negative is None else negative, {}]]
         return comfy.sample.sample_custom(
             model, noise, guidance, make_sampler("dpm"), trailing_sigmas(model, steps, 1.0), *conds,
-            torch.zeros(SIZE), seed=7, disable_pbar=True,
+            torch.zeros(size), seed=7, disable_pbar=True,
         )  # fmt: skip
 
     return run
@@ -58,6 +62,44 @@ def test_the_text_lies_in_front_of_the_grid(models, kind, size, text, layout):
     read_call = find_family(models[kind]).read_call
     network = models[kind].get_model_object("diffusion_model")
     assert read_call(network, torch.empty(size), torch.empty(1, text, 32), {}).layout == layout
+
+
+def test_every_row_of_the_family_has_a_case():
+    assert {row for row, _ in CASES} == {one.name for one in FAMILY.variants}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("row", "kind"), CASES)
+def test_sizes_that_nothing_divides(row, kind, seed, models, sample, monkeypatch):
+    from comfyui_psa.sampling import self_attention
+
+    real, seen = self_attention.pyramid_sparse_attention, []
+
+    def spy(q, *args, layout, **kwargs):
+        seen.append((q.shape[-1], q.shape[2], layout.before, layout.after))
+        return real(q, *args, layout=layout, **kwargs)
+
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", spy)
+    draw = torch.Generator().manual_seed(seed)
+    frames, height, width = (
+        int(torch.randint(*limits, (), generator=draw)) for limits in ((5, 10), (23, 34), (23, 34))
+    )
+    size = (1, 16, frames, height, width)
+    inputs = PATCH | {"start_percent": 0.0, "mode": "topk", "correction": "off"}
+    stock = sample(models[kind], steps=2, size=size)
+    full = patch_model(models[kind], sparsity=0.01, pyramid="1: 1.0", **inputs)
+    assert (sample(full, steps=2, size=size) - stock).norm() / stock.norm() < 1e-5, size
+    sparse = patch_model(models[kind], sparsity=0.4, **inputs)
+    assert torch.isfinite(sample(sparse, steps=2, size=size)).all(), size
+    for patched in (full, sparse):
+        assert report(patched)["fallbacks"] == report(patched)["notes"] == [], size
+        assert [step["sparse_calls"] for step in report(patched)["steps"]] == [2, 2]
+    (variant,) = (one for one in FAMILY.variants if one.name == row)
+    ((head, tokens, before, after),) = set(seen)
+    assert (variant.before, variant.after) == ("text", "-")
+    assert (str(head), before, after) == (variant.heads, 226, 0)
+    patches = 2 if kind.startswith("1.5") else 1
+    assert tokens == 226 + -(-frames // patches) * -(-height // 2) * -(-width // 2)
 
 
 @pytest.mark.parametrize(("kind", "preset"), [("5b", "cogvideox-5b"), ("1.5", "cogvideox1.5-5b")])
@@ -112,6 +154,41 @@ def test_dense_blocks_are_the_ones_that_were_named_however_guidance_is_batched(m
     assert found["grid"] == [5, 12, 16]
 
 
+def test_fp8_weights(models, sample):
+    from comfyui_psa.loading.checkpoint import load_checkpoint
+
+    model = load_checkpoint("psa 5b", "fp8_e4m3fn")
+    stock = sample(model, steps=2)
+    full = patch_model(model, sparsity=0.01, pyramid="1: 1.0", **PATCH | {"mode": "topk", "correction": "off"})
+    assert torch.isfinite(stock).all()
+    assert (sample(full, steps=2) - stock).norm() / stock.norm() < 1e-5
+    assert report(full)["fallbacks"] == report(full)["notes"] == []
+    assert not torch.equal(stock, sample(models["5b"], steps=2)), "the weights are rounded"
+
+
+@pytest.mark.parametrize("kind", ["5b", "1.5"])
+def test_what_is_lost_is_given_back(models, kind):
+    import comfy.sample
+    import comfy.samplers
+
+    text = [[torch.randn(1, 226, 32, generator=torch.Generator().manual_seed(5)), {}]]
+    noise = torch.randn(SIZE, generator=torch.Generator().manual_seed(1))
+    # Steps so short that the model sees almost the same in all of them, and so loses the same.
+    sigmas, euler = torch.tensor([2.0, 1.999, 1.998, 1.997, 1.996]), comfy.samplers.sampler_object("euler")
+
+    def run(model):
+        return comfy.sample.sample_custom(
+            model, noise, 1.0, euler, sigmas, text, text, torch.zeros(SIZE), seed=1, disable_pbar=True
+        )
+
+    stock = run(models[kind])
+    inputs = PATCH | {"sparsity": 0.8, "start_percent": 0.0, "mode": "topk"}
+    off, on = (patch_model(models[kind], **inputs, correction=size) for size in ("off", "full"))
+    lost = (run(off) - stock).norm()
+    assert (run(on) - stock).norm() < 0.8 * lost
+    assert [step["corrected_calls"] for step in report(on)["steps"]] == [0, 2, 2, 2]
+
+
 def test_block_numbers_are_checked_against_the_model(models):
     with pytest.raises(ValueError, match=r"dense_blocks: '2' was given; .* from 0 to 1"):
         patch_model(models["5b"], sparsity=0.7, **PATCH | {"dense_blocks": "2"})
@@ -148,7 +225,8 @@ def test_compiled_after_the_loader(models, sample):
 
     torch._dynamo.reset()
     try:
-        for kind, model in models.items():
+        for kind in ("5b", "1.5"):
+            model = models[kind]
             psa, stock = patch_model(model, sparsity=0.7, **PATCH), compiled(model)
             for which, expected in ((stock, sample(model)), (compiled(psa), sample(psa)), (stock, sample(model))):
                 out = sample(which)
