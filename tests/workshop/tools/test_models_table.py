@@ -28,3 +28,18 @@ def test_a_page_without_a_place_for_the_table_is_refused(tmp_path):
     (tmp_path / PAGE).write_text("nothing")
     with pytest.raises(LookupError, match="needs the line"):
         page(tmp_path)
+
+
+def test_a_row_without_a_test_is_refused(tmp_path):
+    for folder in ("docs", "patching/families", "tests/patching"):
+        (tmp_path / folder).mkdir(parents=True)
+    text = (ROOT / PAGE).read_text(encoding="utf-8")
+    (tmp_path / PAGE).write_text(text, encoding="utf-8")
+    family = "FAMILY = Family('Toy', ('toy',), _support, (Variant('wood'), Variant('tin')))\n"
+    (tmp_path / "patching/families/toy.py").write_text(family)
+    test = tmp_path / "tests/patching/test_toys.py"
+    test.write_text("CASES = [Case('wood')]\nOTHERS = ['tin']\n")
+    with pytest.raises(LookupError, match=r"^tin: no test"):
+        page(tmp_path)
+    test.write_text("CASES = [Case('wood')]\nDENSE = {'tin': 'why'}\n")
+    assert "| Toy | tin | 128 | - | T x H x W | - | sparse | `test_toys.py` |" in page(tmp_path)
