@@ -42,11 +42,12 @@ class InputError(NodeError):
         names = [str(choice) for choice in choices]
         if not names:
             return cls(field, given, "an entry of its menu, which is empty", node, do="Press R to read the menu again")
-        do = f"Set {field} to one of them"
+        allowed, do = ", ".join(names), f"Set {field} to one of them"
         if len(names) > _MOST_CHOICES:
             near = difflib.get_close_matches(str(given)[:80], names, n=5, cutoff=0.3) or names[:5]
-            names, do = [*near, f"and {len(names) - len(near)} more of its menu"], f"Choose {field} from the menu"
-        return cls(field, given, ", ".join(names), node, do=do)
+            allowed = f"{', '.join(near)}, and {len(names) - len(near)} more of its menu"
+            do = f"Choose {field} from the menu"
+        return cls(field, given, allowed, node, do=do)
 
 
 def is_model(value: object) -> bool:

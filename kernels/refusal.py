@@ -24,5 +24,6 @@ def shown(given: object) -> str:
         text = repr(given)
         return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."
     if hasattr(given, "shape"):
-        return f"an array of {'x'.join(map(str, given.shape)) or 'one number'}"
+        size = "x".join(map(str, given.shape))
+        return f"an array of {size}" if size else "an array of one number"
     return "something of another type"

@@ -22,7 +22,6 @@ from .frames import video_frames
 NODE = "PSA Report"
 _LONGEST_NAME = 200
 """Longest file name in bytes: every file system allows 255, and a number and an extension are added."""
-UNPATCHED = "the model did not come from PSA Patch, or PSA Patch is bypassed: it is the stock one"
 
 
 def show_report(
@@ -37,7 +36,8 @@ def show_report(
         InputError: there is no such layer or head.
     """
     # Without a handle, PSA Patch is bypassed or was never there. That must not stop a workflow.
-    handle: PatchHandle = model.get_attachment(KEY) or PatchHandle(UNPATCHED)
+    unpatched = "the model did not come from PSA Patch, or PSA Patch is bypassed: it is the stock one"
+    handle: PatchHandle = model.get_attachment(KEY) or PatchHandle(unpatched)
     report = handle.report or {"note": handle.note if handle.settings is None else "the model has not sampled yet"}
     maps = {} if handle.maps is None else _maps(handle.maps, layer, head)
     on_frames = handle.maps is not None and handle.maps.whole

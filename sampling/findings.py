@@ -79,13 +79,12 @@ def _unseen_blocks(record: Record, watched: list[Step]) -> list[str]:
     if not missing:
         return []
     if record.blocks_are_named:
-        which = f"block{'s' * (len(missing) > 1)} {ranges(missing)}"
+        which = f"{'blocks' if len(missing) > 1 else 'block'} {ranges(missing)}"
     else:
         which = f"{len(missing)} of {record.blocks} blocks"
-    was, them = ("was", "it") if len(missing) == 1 else ("were", "them")
     return [
-        f"{which} {was} never seen by PSA: a node computes or compiles {them} separately, or skips {them}"
-        f"{_named(record.replaced)}; bypass that node to make {them} sparse"
+        f"PSA never saw {which}: a node computes or compiles that part of the model separately, or skips it"
+        f"{_named(record.replaced)}; bypass that node to make it sparse"
     ]
 
 

@@ -248,5 +248,5 @@ def test_blocks_that_do_not_say_which_are_counted(models, sample):
     sample(psa)
     (note,) = report(psa)["notes"]
     blocks = len(psa.get_model_object("diffusion_model").blocks)
-    assert note.startswith(f"1 of {blocks} blocks was never seen by PSA: ")
+    assert note.startswith(f"PSA never saw 1 of {blocks} blocks: ")
     assert "blocks.1.forward" in note

@@ -450,8 +450,8 @@ def test_blocks_that_psa_never_saw_are_named(tiny_wan, sample, caplog):
         clone.add_object_patch(f"diffusion_model.blocks.{i}.self_attn.forward", own_attention(blocks[i]))
     sample(clone, steps=4)
     (note,) = report(clone)["notes"]
-    assert note.startswith("blocks 0, 3-4 were never seen by PSA: ")
-    assert caplog.text.count("never seen by PSA") == 1
+    assert note.startswith("PSA never saw blocks 0, 3-4: ")
+    assert caplog.text.count("PSA never saw") == 1
     assert show_report(clone, {}, -1, 0, None)
 
 

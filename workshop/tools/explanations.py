@@ -190,7 +190,7 @@ a node has replaced the model's own forward
   TeaCache, MagCache and some Sage packs replace the model's code, and attention no longer passes PSA. -> Bypass
   that node. ComfyUI's own EasyCache works with PSA.
 
-never seen by PSA
+PSA never saw
   Some blocks are computed or compiled separately, or skipped. -> Bypass the node that does it, if these blocks
   should be sparse.
 

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from .alternatives import UNKNOWN, cases, either, join, perhaps, shown
 from .syntax import Module, added_to, function_of, name_of, read_all, values_of
 
 FOLDERS = ("nodes", "reports", "patching", "for_diffusers", "loading", "cogvideox", "sampling", "choices", "kernels")
-UNKNOWN = "…"
 LEVELS = ("info", "warning", "error", "exception", "critical", "log")
 """Methods of a log that users see; `debug` is for developers."""
 
@@ -53,6 +53,35 @@ ALSO_READ = [
 ]
 """More places of sentences that are shown after words of another place; a folder means all functions of its files."""
 
+LOG_ONLY = {
+    "choices/settings.py:__str__",
+    "cogvideox/corrections.py:_summary",
+    "cogvideox/corrections.py:float16_warning",
+    "loading/lora.py:_summary",
+    "nodes/values.py:name_unknown",
+    "sampling/figures.py:summary",
+}
+"""Places of sentences that ComfyUI's page does not show."""
+SHOWN_TOO = [
+    "choices/errors.py:of_choice",
+    "kernels/refusal.py:shown",
+    "loading/download.py:_reason",
+    "loading/recognise.py",
+    "loading/safetensors_header.py",
+    "nodes/base.py:unexpected",
+    "patching/patch.py",
+    "reports/show.py:show_report",
+    "sampling/position.py:size",
+]
+"""Places of sentences that the page shows, besides the reasons and the arguments of errors."""
+FRAMES = (
+    f"{UNKNOWN}, input {UNKNOWN}: {UNKNOWN} was given; allowed: {UNKNOWN}",
+    f"{UNKNOWN}: {UNKNOWN} was given; allowed: {UNKNOWN}",
+    f"{UNKNOWN}: {UNKNOWN} ({UNKNOWN})",
+    f"{UNKNOWN}: {UNKNOWN}",
+)
+"""What is around the arguments of errors."""
+
 ERRORS = {
     "InputError": ("field", "given", "allowed", "node", "do"),
     "of_choice": ("field", "given", "choices", "node"),
@@ -77,7 +106,6 @@ _KNOWN_BY_CLASS = {
 _CALLED = {"for_diffusers/local.py": "LocalAttention", "for_diffusers/parallel.py": "enable_parallelism"}
 """Files of for_diffusers whose errors name another call than apply_psa."""
 _LEAST_WORDS = 4
-_MOST_CHOICES = 3
 _PLACEHOLDER = re.compile(r"%[-+ 0#]*\d*(?:\.\d+)?[a-zA-Z]")
 
 
@@ -100,6 +128,10 @@ class Message:
     allowed: str = ""
     do: str = ""
 
+    def shown(self) -> Message:
+        """The message as readers see it, see `alternatives.py`."""
+        return Message(*map(shown, dataclasses.astuple(self)))
+
 
 class Product:
     """All modules of the product."""
@@ -110,8 +142,18 @@ class Product:
 
     def messages(self) -> list[Message]:
         """Every message once, by file and place in it."""
-        found = [*self._logs(), *self._reasons(), *self._errors()]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(message.shown() for message in self._all()))
+
+    def templates(self) -> list[str]:
+        """Every sentence, and every part of an error, that ComfyUI's page can show: each of its cases alone, with `…`
+        for what is only known when it is shown."""
+        places = [place for place in self.places() if place not in LOG_ONLY]
+        reasons = (reason for place in places for reason in self._reasons_at(place) if _is_sentence(reason.text))
+        parts = (part for place in SHOWN_TOO for part in self._reasons_at(place))
+        found = [one for one in (*reasons, *parts, *self._errors()) if not one.file.startswith("for_diffusers/")]
+        told = [case for one in found for text in (one.text, one.given, one.allowed, one.do) for case in cases(text)]
+        texts = [_completed(text) for text in told if re.search(r"[A-Za-z]{2}", text) and " " in text]
+        return list(dict.fromkeys((*FRAMES, *texts)))
 
     def passed_on(self) -> set[str]:
         """Log lines without words of their own, as keys of `PASSED_ON`."""
@@ -130,6 +172,11 @@ class Product:
         while more := {c.name for c in classes if {name_of(base) for base in c.bases} & (builtin | names)} - names:
             names |= more
         return names
+
+    def _all(self) -> Iterator[Message]:
+        yield from self._logs()
+        yield from self._reasons()
+        yield from self._errors()
 
     def _logs(self) -> Iterator[Message]:
         for module in self.modules.values():
@@ -150,25 +197,23 @@ class Product:
         return _tidy(text.removeprefix("PSA: "))
 
     def _reasons(self) -> Iterator[Message]:
-        for place in self._places():
-            file, _, function = place.partition(":")
-            module = self.modules[file]
-            trees: list[ast.AST] = [module.tree]
-            if function:
-                trees = [
-                    node
-                    for node in ast.walk(module.tree)
-                    if isinstance(node, ast.FunctionDef) and node.name == function
-                ]
-                if not trees:
-                    raise LookupError(f"{file} has no function {function}")
-            for tree in trees:
-                for node in _sentences(tree, module):
-                    text = _tidy(self.text(node, module))
-                    if text.count(" ") and len(re.findall(r"[A-Za-z']{2,}", text)) >= _LEAST_WORDS:
-                        yield Message("reason", file, text)
+        for place in self.places():
+            yield from (message for message in self._reasons_at(place) if _is_sentence(shown(message.text)))
 
-    def _places(self) -> Iterator[str]:
+    def _reasons_at(self, place: str) -> Iterator[Message]:
+        file, _, function = place.partition(":")
+        module = self.modules[file]
+        trees: list[ast.AST] = [module.tree]
+        if function:
+            trees = [n for n in ast.walk(module.tree) if isinstance(n, ast.FunctionDef) and n.name == function]
+            if not trees:
+                raise LookupError(f"{file} has no function {function}")
+        for tree in trees:
+            for node in _sentences(tree, module):
+                yield Message("reason", file, _tidy(self.text(node, module)))
+
+    def places(self) -> Iterator[str]:
+        """Where reasons are written, as `file` or `file:function`."""
         for place in [*dict.fromkeys(place for places in PASSED_ON.values() for place in places), *ALSO_READ]:
             if place.endswith("/"):
                 files = [module for module in self.modules.values() if module.file.startswith(place)]
@@ -182,7 +227,7 @@ class Product:
             for call in ast.walk(module.tree):
                 if isinstance(call, ast.Call) and name_of(call.func) in ERRORS:
                     message = self._error(call, module)
-                    if re.search(r"[a-z]", message.text + message.allowed + message.field):
+                    if re.search(r"[a-z]", shown(message.text + message.allowed + message.field)):
                         yield message
 
     def _error(self, call: ast.Call, module: Module) -> Message:
@@ -215,10 +260,12 @@ class Product:
             return "".join(self.text(value, module, depth + 1) for value in node.values)
         if isinstance(node, ast.FormattedValue):
             return self.text(node.value, module, depth + 1)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and not _is_number(node.right):
             return self.text(node.left, module, depth + 1) + self.text(node.right, module, depth + 1)
         if isinstance(node, ast.BoolOp) and isinstance(node.op, ast.Or):
-            return self.text(node.values[-1], module, depth + 1)
+            return either([self.text(value, module, depth + 1) for value in node.values])
+        if isinstance(node, ast.IfExp):
+            return either([self.text(one, module, depth + 1) for one in (node.body, node.orelse)])
         if isinstance(node, ast.Call) and _is_join(node):
             return self._joined(node, module, depth + 1)
         if isinstance(node, ast.Name):
@@ -229,10 +276,8 @@ class Product:
         """What `"; ".join([...])` gives; a starred part may have no items."""
         between = self.text(call.func.value, module, depth)  # type: ignore[attr-defined]
         parts = call.args[0].elts  # type: ignore[attr-defined]
-        words = (
-            f"[{between}{UNKNOWN}]" if isinstance(part, ast.Starred) else self.text(part, module) for part in parts
-        )
-        return between.join(words).replace(f"{between}[", "[")
+        more = perhaps(between + UNKNOWN)
+        return join(between, [more if isinstance(p, ast.Starred) else self.text(p, module) for p in parts])
 
     def _named(self, name: ast.Name, module: Module, depth: int) -> str:
         function = function_of(name, module)
@@ -242,10 +287,10 @@ class Product:
             values = values_of(function, name, module)
             if values is not None:
                 found = list(dict.fromkeys(self.text(value, module, depth + 1) for value in values))
-                added = "".join(f"[{self.text(value, module, depth + 1)}]" for value in added_to(function, name))
+                added = "".join(perhaps(self.text(value, module, depth + 1)) for value in added_to(function, name))
                 if len(found) == 1 and added:
                     return found[0] + added
-                return _choice(found)
+                return either(found)
         if name.id in module.constants:
             return self.text(module.constants[name.id], module, depth + 1)
         file, original = module.imports.get(name.id, ("", ""))
@@ -253,16 +298,6 @@ class Product:
         if other is not None and original in other.constants:
             return self.text(other.constants[original], other, depth + 1)
         return UNKNOWN
-
-
-def _choice(texts: list[str]) -> str:
-    """One of some texts as messages show it here: `(one / other)`, in square brackets if it may be none."""
-    some = [text for text in texts if text]
-    if UNKNOWN in some or len(some) > _MOST_CHOICES:
-        return UNKNOWN
-    if len(some) == 1 == len(texts):
-        return some[0]
-    return f"({' / '.join(some)})" if len(some) == len(texts) else f"[{' / '.join(some)}]"
 
 
 def _log_calls(module: Module) -> Iterator[ast.Call]:
@@ -305,6 +340,10 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 
+def _is_number(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, int | float)
+
+
 def _is_join(call: ast.Call) -> bool:
     """Whether it is `"; ".join([...])`."""
     function = call.func
@@ -316,19 +355,35 @@ def _is_join(call: ast.Call) -> bool:
 
 
 def _is_part(node: ast.AST, module: Module) -> bool:
-    """Whether a string is only given a name that another string then contains."""
-    parent = module.parents[node]
-    while isinstance(parent, ast.IfExp):
-        parent = module.parents[parent]
+    """Whether a string is only given a name that other strings then contain."""
+    parent = _around(node, module)
     if not (isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Name)):
         return False
     scope = function_of(node, module) or module.tree
-    uses = [n for n in ast.walk(scope) if isinstance(n, ast.Name) and n.id == parent.targets[0].id]
-    within = [module.parents[use] for use in uses]
-    return any(
+    within = [_around(use, module) for use in ast.walk(scope) if _reads(use, parent.targets[0].id)]
+    return bool(within) and all(
         isinstance(one, ast.FormattedValue | ast.BinOp) or (isinstance(one, ast.Call) and _is_log(one))
         for one in within
     )
+
+
+def _around(node: ast.AST, module: Module) -> ast.AST:
+    """What a value is part of, whether under a condition or not."""
+    parent = module.parents[node]
+    return _around(parent, module) if isinstance(parent, ast.IfExp) else parent
+
+
+def _reads(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+
+
+def _is_sentence(text: str) -> bool:
+    return " " in text and len(re.findall(r"[A-Za-z']{2,}", text)) >= _LEAST_WORDS
+
+
+def _completed(text: str) -> str:
+    """A text that is added to another one, with that one."""
+    return _tidy(UNKNOWN + text if text.startswith(";") else text)
 
 
 def _tidy(text: str) -> str:
