@@ -2,6 +2,7 @@
  * message "psa.run" that patching/handle.py sends when a run ends.
  */
 
+import { told } from "./translate.js";
 import { say as sayIn } from "./words.js";
 
 /** What a node did, as {what, bold: the same as a full sentence, detail, dense, problem}; null if nothing is known yet.
@@ -10,15 +11,15 @@ export function happened(language, { run, note, replaced, stock }) {
     const say = (key, figures) => sayIn(language, key, figures);
     const nothing = (what) => ({ what, bold: what, detail: "", dense: true, problem: true });
     if (replaced) return nothing(say("replaced", { by: replaced }));
-    if (note) return stock ? null : nothing(say("unserved", { reason: sentences(note) }));
+    if (note) return stock ? null : nothing(say("unserved", { reason: sentences(language, note) }));
     if (!run) return null;
-    if (run.dense) return nothing(say("stayedDense", { reason: sentences(run.dense) }));
+    if (run.dense) return nothing(say("stayedDense", { reason: sentences(language, run.dense) }));
     const { sparse = 0 } = run.kinds;
     const count = (kinds) => kinds.reduce((sum, [, steps]) => sum + steps, 0);
     const done = count(Object.entries(run.kinds).filter(([kind]) => kind !== "interrupted"));
     const figures = { sparse, done, steps: run.completed ? done : (run.steps ?? done), saved: percent(run.saved) };
     const what = say(run.completed ? "ran" : "stopped", figures);
-    const detail = [seconds(say, run), pays(say, run)].filter(Boolean).join(". ");
+    const detail = [seconds(say, run), pays(language, run)].filter(Boolean).join(". ");
     return { what, bold: say("thisRun", { what }), detail, dense: false };
 }
 
@@ -37,10 +38,10 @@ function seconds(say, { kinds, seconds }) {
 }
 
 /** How many times as fast a sparse step is, and why if that is too little; "" if the run cannot tell. */
-function pays(say, { pays }) {
+function pays(language, { pays }) {
     if (!pays) return "";
-    if (!pays.why) return say("pays", { times: pays.times.toFixed(1) });
-    return say("paysNot", { times: pays.times.toFixed(2), why: sentences(pays.why) });
+    if (!pays.why) return sayIn(language, "pays", { times: pays.times.toFixed(1) });
+    return sayIn(language, "paysNot", { times: pays.times.toFixed(2), why: sentences(language, pays.why) });
 }
 
 /** Seconds with two digits, or whole from 10 on: 0.47, 1.4, 12. */
@@ -49,9 +50,9 @@ function rounded(value) {
 }
 
 /** "the video is short; sample more" -> "the video is short. Sample more": one sentence for the reason, one for the
- * remedy. */
-function sentences(reason) {
-    const [why, ...rest] = reason.replace(/\.$/, "").split("; ");
+ * remedy; or what that is in another language. */
+export function sentences(language, reason) {
+    const [why, ...rest] = told(language, reason).replace(/\.$/, "").split("; ");
     return [why, ...rest.map((part) => part.charAt(0).toUpperCase() + part.slice(1))].join(". ");
 }
 

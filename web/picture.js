@@ -3,6 +3,7 @@
  */
 
 import { percent } from "./outcome.js";
+import { told } from "./translate.js";
 import { say } from "./words.js";
 
 // From yellow to dark blue: lighter means more detail, even to the colour-blind. Factor 0 is not seen at all.
@@ -137,8 +138,8 @@ export class Picture {
             this.caption.append(" ");
         }
         const reasons = Object.entries((run ?? last).reasons);
-        const remarks = reasons.map(([reason, calls]) => text("denseCalls", { calls, reason }));
-        for (const note of run?.notes ?? []) remarks.push(`${note}.`);
+        const remarks = reasons.map(([reason, calls]) => text("denseCalls", { calls, reason: told(language, reason) }));
+        for (const note of run?.notes ?? []) remarks.push(text("remark", { note: told(language, note) }));
         if (!run && !remarks.length && !steps.some((step) => step.sparsity !== null)) remarks.push(text("before"));
         // If nothing was sparse, the bold line already says why.
         this.sentence.textContent = old || (run?.dense ? "" : remarks.join(" "));

@@ -6,6 +6,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { happened, lastRun } from "./outcome.js";
 import { Picture } from "./picture.js";
+import { learn, told } from "./translate.js";
 import { say as sayIn } from "./words.js";
 
 const PATCH = "PSAPatch";
@@ -29,9 +30,9 @@ app.registerExtension({
     name: "psa.picture",
 
     async setup() {
-        const stats = await api.getSystemStats().catch(() => null);
+        const [stats] = await Promise.all([api.getSystemStats().catch(() => null), learn(language())]);
         measuredHere = (stats?.devices ?? []).some((device) => MEASURED_ON.test(device.name));
-        if (measuredHere) everyNode(refresh);
+        everyNode(refresh);
     },
 
     beforeRegisterNodeDef(_, definition) {
@@ -93,6 +94,14 @@ listen("psa.step", (state, step) => (stateForRun(state, step).steps = [...state.
 listen("psa.run", (state, run) => (stateForRun(state, run).run = run));
 listen("psa.replaced", (state, { by }) => (state.replaced = by));
 
+// What ComfyUI shows of an error is what this event brings. A capturing listener is called before ComfyUI's own.
+api.addEventListener("execution_error", translateError, { capture: true });
+
+function translateError({ detail }) {
+    const [, error, after] = /^(.*?)(\s*)$/s.exec(detail.exception_message ?? "");
+    detail.exception_message = told(language(), error, namesOf(findNode(detail.node_id))) + after;
+}
+
 /** Apply what the server says about a node to its state, and redraw the node. */
 function listen(event, apply) {
     api.addEventListener(event, ({ detail }) => {
@@ -137,7 +146,9 @@ function settingOf(node, { answer }) {
     const wired = patch && input(node, "sparsity")?.link != null;
     const sparsity = patchSparsity(node);
     const notes = wired ? [say("wired", { sparsity: sparsity.toFixed(2) })] : [];
-    const { refused: problem = null, figures = null } = answer ?? {};
+    const { refused, figures = null } = answer ?? {};
+    const names = { ...namesOf(patch && source(node)), ...namesOf(node) };
+    const problem = refused ? told(language(), refused, names) : null;
     const stock = patch && sparsity === 0 && !wired;
     if (answer?.silent) notes.push(say("noAnswer"));
     else if (patch && pyramidUnreadable(node)) notes.push(say("unknown"));
@@ -204,6 +215,12 @@ function widgetsOf(node) {
         inputs: Object.fromEntries(widgets.map((widget) => [widget.name, widget.value])),
         linked: (node.inputs ?? []).filter((slot) => slot.link != null).map((slot) => slot.name),
     };
+}
+
+/** What the page calls a node's inputs: {name: label}. */
+function namesOf(node) {
+    const inputs = [...(node?.inputs ?? []), ...(node?.widgets ?? [])];
+    return Object.fromEntries(inputs.map(({ name, localized_name: shown, label }) => [name, shown ?? label ?? name]));
 }
 
 /** Forget that the server did not answer, and ask again. */

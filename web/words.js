@@ -44,6 +44,7 @@ const WORDS = {
         unseen: "{steps} steps not seen by PSA",
         liveOld: "last run, step {step} of {steps}:",
         denseCalls: "{calls} calls stayed dense: {reason}.",
+        remark: "{note}.",
         before: "Dense until start_percent, then sparse.",
         noRun: "No run yet: measurements will appear here.",
     },
@@ -90,17 +91,22 @@ const WORDS = {
         unseen: "{steps} 步未经过 PSA",
         liveOld: "上次运行，第 {step}/{steps} 步：",
         denseCalls: "{calls} 次调用保持稠密：{reason}。",
-        before: "start_percent 之前为稠密，之后为稀疏。",
+        remark: "{note}。",
+        before: "“开始百分比”为稠密，之后为稀疏。",
         noRun: "尚未运行：采样时此处显示实测稀疏度与秒数。",
     },
 };
 
 export const LANGUAGES = Object.keys(WORDS);
 
-/** The sentence `key` in a language (Chinese, else English), with its figures filled in. */
-export function say(language, key, figures = {}) {
-    const words = WORDS[String(language).startsWith("zh") ? "zh" : "en"];
-    return words[key].replace(/\{(\w+)\}/g, (_, name) => figures[name] ?? "?");
+/** The one of our languages that a page in ComfyUI's language `locale` is shown in. */
+export function languageOf(locale) {
+    return String(locale).startsWith("zh") ? "zh" : "en";
+}
+
+/** The sentence `key` in the page's language, with its figures filled in. */
+export function say(locale, key, figures = {}) {
+    return WORDS[languageOf(locale)][key].replace(/\{(\w+)\}/g, (_, name) => figures[name] ?? "?");
 }
 
 /** Keys that one language has and another lacks; empty if there are none. */
