@@ -27,17 +27,18 @@ import datetime
 import gc
 import importlib.util
 import itertools
-import os
 import runpy
 import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from comfy_steps import import_comfyui, step_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT_WIDTH = 4096
@@ -51,7 +52,7 @@ MODELS = {
 def main() -> int:
     """Build the model, time every method and print one line each."""
     arguments = _arguments()
-    _import_comfyui(arguments.device)
+    import_comfyui(arguments.device)
     runpy.run_path(str(ROOT / "workshop" / "pack.py"))["load_pack"]()
     print(
         f"{_where(arguments)}, torch {torch.__version__}: {arguments.layers} layers, {arguments.heads} heads, "
@@ -168,22 +169,6 @@ def _arguments() -> argparse.Namespace:
         if getattr(arguments, name, None) is None:
             setattr(arguments, name, value)
     return arguments
-
-
-def _import_comfyui(device: str) -> None:
-    folder = Path(os.environ.get("COMFYUI_PATH") or ROOT / ".dev" / "ComfyUI")
-    if not (folder / "comfy").is_dir():
-        sys.exit(f"There is no ComfyUI in {folder}; set COMFYUI_PATH")
-    # ComfyUI has a top-level module `nodes`, which this pack's must not shadow.
-    sys.path[:] = [str(folder), *(path for path in sys.path if Path(path or ".").resolve() != ROOT)]
-    import comfy.options
-
-    comfy.options.enable_args_parsing(False)
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = device == "cpu"
-    comfy.cli_args.args.use_pytorch_cross_attention = True
-    comfy.cli_args.args.gpu_only = device == "cuda"
 
 
 def _random_model(arguments: argparse.Namespace, dtype: torch.dtype) -> Any:
@@ -307,22 +292,14 @@ def _sample(model: Any, arguments: argparse.Namespace, steps: int) -> list[float
         from comfyui_psa.cogvideox.schedule import trailing_sigmas
 
         sampler, sigmas = make_sampler("dpm"), trailing_sigmas(model, steps, 1.0)
-    times: list[float] = []
 
-    def first_call(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        if not times:
-            times.append(_now(arguments))
-        return executor(*args, **kwargs)
+    def sample(timed: Any, callback: Callable[..., None]) -> None:
+        comfy.sample.sample_custom(
+            timed, noise, arguments.guidance, sampler, sigmas, *conds, torch.zeros_like(noise), seed=1,
+            disable_pbar=True, callback=callback,
+        )  # fmt: skip
 
-    import comfy.patcher_extension
-
-    timed = model.clone()
-    timed.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "benchmark", first_call)
-    comfy.sample.sample_custom(
-        timed, noise, arguments.guidance, sampler, sigmas, *conds, torch.zeros_like(noise), seed=1, disable_pbar=True,
-        callback=lambda *_: times.append(_now(arguments)),
-    )  # fmt: skip
-    return [end - begin for begin, end in itertools.pairwise(times)]
+    return step_seconds(model, sample, lambda: _now(arguments))
 
 
 def _now(arguments: argparse.Namespace) -> float:
