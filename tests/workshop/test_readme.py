@@ -1,5 +1,6 @@
 """The pages: the README is short, its figures come from workshop/results, and every link leads somewhere."""
 
+import json
 import re
 import statistics
 
@@ -88,6 +89,14 @@ def test_factors_in_sentences_are_those_of_the_table():
     sentences = re.findall(rf"({NUMBER}) times as fast", README)
     assert sentences
     assert set(sentences) <= set(re.findall(rf"\(({NUMBER})x\)", section("What you get")))
+
+
+def test_the_captions_figures_are_those_of_the_picture():
+    assert '<img src="docs/hero.webp"' in README
+    run = json.loads((ROOT / "workshop" / "results" / "demo.json").read_text(encoding="utf-8"))
+    near, share = re.search(rf"({NUMBER}) dB apart, with (\d+) % of the attention", README).groups()
+    assert shown(near, run["psnr_db"])
+    assert shown(share, 100 * (1 - run["report"]["saved"]))
 
 
 def test_the_readme_is_short():

@@ -1,7 +1,7 @@
 """The gallery: settings and rivals on the same noise, as looping pictures with their figures burnt in.
 
-A picture is data: the settings that it shows, and a sentence about it. `film.py` draws them, `report/gallery.py` writes
-the page that shows them.
+A picture is data: the settings that it shows, and a sentence about it. `tools/film.py` draws them, `report/gallery.py`
+writes the page that shows them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..table import read_rows
+from ..tools.film import Tile, film, save, stacked
 from .demo_model import Clip
-from .film import Tile, film, save, stacked
 from .results import RunRow, read_runs
-from .seconds import RESULTS, STEPS
 from .setting import Setting
 
+COLUMNS, SIDE = 4, 240
+"""Tiles in a row of a picture, and their width in pixels."""
 DENSE, OURS = "dense", "PSA 0.85"
 OFF, FULL, COARSE = "no correction", "blocks in full or not at all", "blocks at a quarter or not at all"
 PUBLISHED, STEPS_LEFT = "published for Wan 1.3B", "35 % of the steps"
@@ -37,8 +37,6 @@ class Picture:
         sentence: what to look for.
         still: one frame of every video with its error below, instead of a looping picture.
         first: only of the first clip.
-        columns, side: tiles in a row, and their width in pixels.
-        speed: whether the seconds of a real model stand below.
     """
 
     name: str
@@ -46,9 +44,6 @@ class Picture:
     sentence: str
     still: bool = False
     first: bool = False
-    columns: int = 4
-    side: int = 240
-    speed: bool = False
 
     def file(self, model: str, clip: int) -> str:
         """Its file's name, for the number of a clip, from 1."""
@@ -61,15 +56,6 @@ def _same(*names: str) -> dict[str, str]:
 
 
 PICTURES = (
-    Picture(
-        "hero",
-        {"normal attention": DENSE, OURS: OURS},
-        "Normal attention and PSA at its defaults.",
-        first=True,
-        columns=2,
-        side=400,
-        speed=True,
-    ),
     Picture(
         "sparsity",
         _same(DENSE, "PSA 0.70", OURS, "PSA 0.95"),
@@ -170,22 +156,9 @@ def words(picture: Picture, rows: Sequence[RunRow], clip: str) -> list[tuple[str
     return [(name, label, figures(found[name])) for label, name in picture.tiles.items() if name in found]
 
 
-def speed() -> list[str]:
-    """The newest measured seconds of a step of Wan 1.3B, dense and with PSA at 0.85, in two lines."""
-    rows = [r for r in read_rows(RESULTS / STEPS) if r["model"] == "wan2.1-1.3b" and r["dtype"] == "bfloat16"]
-    newest = {row["method"]: row for row in rows if row["sparsity"] in ("0", "0.850")}
-    dense, sparse = newest["dense"], newest["psa-corrected"]
-    normal, ours = (float(row["seconds_per_step"]) for row in (dense, sparse))
-    return [
-        f"A step of Wan 1.3B at 1280x720 on an H100: {normal:.2f} s with normal attention, {ours:.2f} s sparse",
-        "Shown is the small model that comes with this pack",
-    ]
-
-
 def text_of(picture: Picture, rows: Sequence[RunRow], clip: str) -> str:
     """Every word on a picture, in one line. It is also written into the file, as its description."""
-    said = [f"{label}: {text}" for _, label, text in words(picture, rows, clip)]
-    return "; ".join([*said, *speed()] if picture.speed else said)
+    return "; ".join(f"{label}: {text}" for _, label, text in words(picture, rows, clip))
 
 
 class Gallery:
@@ -214,5 +187,6 @@ class Gallery:
         for name, label, text in found:
             video = self._videos[name][number]
             tiles.append(Tile(label, text, stacked(video, dense) if picture.still else video))
-        drawn = film(tiles, picture.columns, picture.side, speed() if picture.speed else ())
-        save(self.folder / picture.file(self.model, number + 1), drawn, text_of(picture, rows, clip))
+        save(
+            self.folder / picture.file(self.model, number + 1), film(tiles, COLUMNS, SIDE), text_of(picture, rows, clip)
+        )

@@ -11,7 +11,7 @@ import platform
 import urllib.parse
 from pathlib import Path
 
-from . import figures, pictures, report, thumbnails
+from . import figures, hero, pictures, report, thumbnails
 from .client import Client, Progress, Prompt, PromptResult
 from .paths import DEMO_WEIGHTS, OUTPUT, WORKFLOWS
 from .serve import running_server
@@ -50,7 +50,15 @@ def run_demo(comfyui: Path, steps: int | None, sparsity: float | None) -> None:
     print(f"\n{measured.summary()}\n")
     if measured.warning:
         print(f"{measured.warning}\n")
-    for name in ("report.html", "report.png", "side_by_side.mp4", "dense.webp", "psa.webp", "figures.json"):
+    for name in (
+        "report.html",
+        "report.png",
+        "side_by_side.mp4",
+        "dense.webp",
+        "psa.webp",
+        "hero.webp",
+        "figures.json",
+    ):
         print(f"  {RESULTS / name}")
 
 
@@ -167,6 +175,8 @@ def write_results(
     thumbnails.split_frame(dense, psa, "PSA" if target is None else f"PSA {target:.2f}").save(
         folder / "thumbnail.jpg", quality=85
     )
+    # docs/hero.webp, the picture in the README, is a copy of this one.
+    hero.write_hero(folder / "hero.webp", dense, psa, measured.psnr, measured.report)
     frames, height, width = dense.shape[:3]
     subtitle = (
         f"This repository's demo model, {frames} frames of {width} by {height}, {len(measured.dense_seconds)} steps, "

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ...reports.paint import INK, PAPER, QUIET, font
-from ..tools.pictures import amplified_difference
+from .pictures import amplified_difference
 
 FPS = 12
 HEAD, FOOT, GAP = 48, 30, 4
@@ -51,7 +51,7 @@ def film(tiles: Sequence[Tile], columns: int, side: int, footer: Sequence[str] =
         _line(draw, (x + 6, y + 36), tile.figures, QUIET, 14, side - 12)
     for number, text in enumerate(footer, start=1):
         y = ground.height - FOOT * (len(footer) - number) - FOOT // 2
-        _line(draw, (6, y), text, INK if number == 1 else QUIET, 16, ground.width - 12)
+        _line(draw, (6, y), text, INK if number == 1 else QUIET, 20 if number == 1 else 15, ground.width - 12)
     pictures = [ground.copy() for _ in range(count)]
     for (x, y), tile in zip(places, tiles, strict=True):
         for picture, frame in zip(pictures, tile.frames, strict=True):
@@ -68,15 +68,18 @@ def _line(
     draw.text(place, text, colour, font(size), anchor="lm")
 
 
-def save(path: Path, pictures: Sequence[Image.Image], description: str) -> None:
-    """Write the frames as a looping WebP, or the first one as a JPEG, by the path's ending; with the words on it."""
+def save(path: Path, pictures: Sequence[Image.Image], description: str, quality: int = 75) -> None:
+    """Write the frames as a looping WebP, or the first one as a JPEG, by the path's ending; with the words on it.
+
+    quality: of the WebP, up to 100.
+    """
     exif = Image.Exif()
     exif[_DESCRIPTION] = description
     path.parent.mkdir(parents=True, exist_ok=True)
     first, *others = pictures
     if path.suffix == ".webp":
-        first.save(path, save_all=True, append_images=others, duration=round(1000 / FPS), loop=0, quality=60, method=6,
-                   exif=exif)  # fmt: skip
+        timing = {"duration": round(1000 / FPS), "loop": 0}
+        first.save(path, save_all=True, append_images=others, quality=quality, method=6, exif=exif, **timing)
     else:
         first.save(path, quality=85, exif=exif)
 
