@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 from ..choices.correction import CORRECTIONS, OFF
 from ..choices.presets import load_presets
-from ..choices.settings import AUTO, MOST_SPARSITY, PatchInputs, PatchSettings, check_reuse
+from ..choices.settings import AUTO, MOST_REUSE_STEPS, MOST_SPARSITY, PatchInputs, PatchSettings
 from ..kernels.backends import BACKENDS
-from ..kernels.config import ConfigError
-from ..kernels.falling import check_falling
-from ..kernels.refusal import refusal
+from ..kernels.falling import MOST_FALLING
+from .arguments import ArgumentChecks, wrong
 from .attention_backends import unseen_backend
 from .interception import InterceptedForward
 from .layout import MODELS
@@ -156,38 +156,27 @@ def apply_psa(
 
     Raises:
         TypeError: not a pipeline or transformer that PSA knows.
-        ValueError: an input is wrong; the error says what was given and what is allowed.
+        ValueError: an input is wrong; the error says what was given, what is allowed and what to do.
     """
     transformers = find_transformers(pipe)
-    if backend not in BACKENDS:
-        raise _error("backend", backend, ", ".join(BACKENDS))
-    if correction not in CORRECTIONS:
-        raise _error("correction", correction, ", ".join(CORRECTIONS))
-    if not 0 <= sparsity <= MOST_SPARSITY:
-        raise _error("sparsity", sparsity, f"0 to {MOST_SPARSITY}")
-    presets = load_presets()
-    if preset != AUTO and preset not in presets:
-        raise _error("preset", preset, f"{AUTO}, {', '.join(presets)}")
     knows_steps = getattr(pipe, "scheduler", None) is not None
-    if warm_up < 0 or (isinstance(warm_up, float) and warm_up > 1):
-        raise _error("warm_up", warm_up, "a share from 0.0 to 1.0 or a step count")
-    if warm_up and not knows_steps:
-        raise _error("warm_up", warm_up, "0, a bare transformer knows no steps")
-    if reuse_steps > 1 and not knows_steps:
-        raise _error("reuse_steps", reuse_steps, "1, a bare transformer knows no steps")
-    if correction not in (AUTO, OFF) and not knows_steps:
-        raise _error("correction", correction, "auto or off, a bare transformer knows no steps")
+    checked = ArgumentChecks("apply_psa")
+    checked.number("sparsity", sparsity, 0, MOST_SPARSITY)
+    checked.preset(preset, AUTO)
+    checked.number("min_tokens", min_tokens, 0, None, whole=True)
+    checked.choice("backend", backend, BACKENDS)
+    checked.number("falling", falling, 0, MOST_FALLING)
+    checked.number("reuse_steps", reuse_steps, 1, MOST_REUSE_STEPS, whole=True)
+    checked.choice("correction", correction, CORRECTIONS)
+    warm_up = _check_steps(warm_up, reuse_steps, correction, knows_steps)
+    presets = load_presets()
     corrected = knows_steps and sparsity > 0
     planned = []
     for transformer, outermost in transformers:
         family = type(transformer).__name__
+        checked.numbers("dense_blocks", dense_blocks, 0, len(MODELS[family].attentions(transformer)))
         chosen = presets[MODELS[family].preset(transformer) if preset == AUTO else preset]
-        try:
-            config = chosen.config(sparsity or 0.5, **changes)
-            check_falling(falling, config)
-            check_reuse(reuse_steps, config)
-        except (ConfigError, TypeError) as error:
-            raise ValueError(f"apply_psa, {error}") from error
+        config = checked.config(chosen, sparsity or 0.5, changes, falling, reuse_steps)
         steps = warm_up if chosen.dense_steps is None else chosen.dense_steps
         schedule = Schedule(pipe, steps) if knows_steps else None
         settings = PatchSettings(
@@ -215,14 +204,39 @@ def apply_psa(
 
 def remove_psa(pipe: Any) -> bool:
     """Take PSA off a pipeline or transformer; returns whether it was there."""
-    found = [patch for t, _ in find_transformers(pipe) if (patch := t.__dict__.get(_ATTRIBUTE)) is not None]
+    found = [
+        patch for t, _ in find_transformers(pipe, "remove_psa") if (patch := t.__dict__.get(_ATTRIBUTE)) is not None
+    ]
     for patch in found:
         patch.remove()
     return bool(found)
 
 
-def _error(argument: str, given: object, allowed: str, *, asked_by: str = "apply_psa") -> ValueError:
-    return ValueError(f"{asked_by}, {refusal(argument, given, allowed)}")
+def _check_steps(warm_up: object, reuse_steps: int, correction: str, knows_steps: bool) -> float | int:
+    """`warm_up` as an int for a number of steps and a float for a share; raises ValueError for what is no such number,
+    and for what a transformer without its pipeline cannot do."""
+    if isinstance(warm_up, Integral):
+        given: float | int = int(warm_up)
+        fits = given >= 0
+    else:
+        given = float(warm_up) if isinstance(warm_up, Real) else -1.0
+        fits = 0 <= given <= 1
+    if not fits:
+        do = "pass 0.25 for a quarter of the steps, or 4 for four steps"
+        raise _error("warm_up", warm_up, "a share from 0.0 to 1.0 or a number of steps", do)
+    if not knows_steps:
+        do = "pass the pipeline, or leave it out"
+        if given:
+            raise _error("warm_up", warm_up, "0, a bare transformer knows no steps", "pass the pipeline, or warm_up=0")
+        if reuse_steps > 1:
+            raise _error("reuse_steps", reuse_steps, "1, a bare transformer knows no steps", do)
+        if correction not in (AUTO, OFF):
+            raise _error("correction", correction, "auto or off, a bare transformer knows no steps", do)
+    return given
+
+
+def _error(argument: str, given: object, allowed: str, do: str) -> ValueError:
+    return wrong("apply_psa", argument, given, allowed, do)
 
 
 def find_transformers(pipe: Any, asked_by: str = "apply_psa") -> list[tuple[Any, Any]]:
@@ -241,5 +255,5 @@ def find_transformers(pipe: Any, asked_by: str = "apply_psa") -> list[tuple[Any,
     found = list({id(one): (one, outermost) for one, outermost in pairs if type(one).__name__ in MODELS}.values())
     if not found:
         allowed = f"a pipeline with {', '.join(MODELS)}"
-        raise TypeError(str(_error("pipe", type(pipe).__name__, allowed, asked_by=asked_by)))
+        raise TypeError(str(wrong(asked_by, "pipe", type(pipe).__name__, allowed, "pass such a pipeline")))
     return found

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from ..choices.presets import load_presets
 from ..choices.settings import MOST_SPARSITY, PatchInputs
 from ..kernels.attention import pyramid_sparse_attention
-from ..kernels.backends import gradient_reason
-from ..kernels.config import ConfigError
+from ..kernels.backends import BACKENDS, gradient_reason
 from ..kernels.order import TokenLayout
-from ..kernels.refusal import refusal
 from ..sampling.self_attention import own_words
+from .arguments import ArgumentChecks, wrong
 
 log = logging.getLogger("ComfyUI-PSA")
 
@@ -46,7 +45,7 @@ class LocalAttention:
         """
         Args:
             grid: (time, height, width) of the video in tokens, as the latent divided by the model's patch size.
-            sparsity: share of the attention work that is saved, above 0, at most 0.97.
+            sparsity: share of the attention work that is saved, 0.01 to 0.97.
             preset: a name from `choices.presets.load_presets`.
             text_before, text_after: tokens before and after the video's in the sequence.
             backend: auto, triton or torch.
@@ -56,15 +55,14 @@ class LocalAttention:
         Raises:
             ValueError: an input is wrong; the error says what was given and what is allowed.
         """
-        presets = load_presets()
-        if preset not in presets:
-            raise _error("preset", preset, ", ".join(presets), "pass one of them")
-        if not 0 < sparsity <= MOST_SPARSITY:
-            raise _error("sparsity", sparsity, f"above 0, at most {MOST_SPARSITY}", "pass a number within it")
-        try:
-            self._config = presets[preset].config(sparsity, **changes)
-        except (ConfigError, TypeError) as error:
-            raise ValueError(f"LocalAttention, {error}") from error
+        checked = ArgumentChecks("LocalAttention")
+        checked.numbers("grid", grid, 1, None, count=3)
+        checked.number("sparsity", sparsity, 0.01, MOST_SPARSITY)
+        checked.preset(preset)
+        for name, count in (("text_before", text_before), ("text_after", text_after)):
+            checked.number(name, count, 0, None, whole=True)
+        checked.choice("backend", backend, BACKENDS)
+        self._config = checked.config(load_presets()[preset], sparsity, changes)
         self._layout = TokenLayout(grid, text_before, text_after)
         self._backend = backend
         self._failed = False
@@ -137,4 +135,4 @@ class LocalAttention:
 
 
 def _error(argument: str, given: object, allowed: str, do: str) -> ValueError:
-    return ValueError(f"LocalAttention, {refusal(argument, given, allowed)}; {do}")
+    return wrong("LocalAttention", argument, given, allowed, do)

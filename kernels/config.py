@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 from .refusal import refusal
 
@@ -23,6 +24,19 @@ SPARSITY = 0.85
 
 # How much rounding error we forgive in sums of shares and in sparsities.
 _TOLERANCE = 1e-6
+
+_KINDS = (
+    ("shares", Mapping, "shares by pooling factor, {1: 0.10, 8: 0.20}"),
+    ("similarity_cap", Mapping, "similarities by pooling factor, {2: 0.70, 8: 0.60}"),
+    ("tile", Sequence, "three whole numbers: time, height, width"),
+    ("clusters", Sequence, "two whole numbers: for queries and for keys"),
+    ("cluster_iterations", Sequence, "two whole numbers: for the first step and for later ones"),
+    ("sample_share", Real, "a number, more than 0, at most 1"),
+    ("sparsity", Real | None, "a number, or None"),
+    ("tail", Integral, "True or False"),
+    ("seed", Integral, "a whole number"),
+)
+"""What the fields without a list of choices may be at all: field, type, the same in words."""
 
 
 class ConfigError(ValueError):
@@ -111,17 +125,22 @@ class PyramidConfig:
             if getattr(self, field) not in allowed:
                 choices = ", ".join(map(str, allowed))
                 raise ConfigError(field, getattr(self, field), f"one of {choices}", f"set {field} to one of them")
+        for field, kind, form in _KINDS:
+            if not isinstance(getattr(self, field), kind):
+                raise ConfigError(field, getattr(self, field), form, "pass it in this form")
         object.__setattr__(self, "shares", self._validated_shares())
         object.__setattr__(self, "similarity_cap", self._validated_cap())
         if not 0 < self.sample_share <= 1:
             raise ConfigError("sample_share", self.sample_share, "more than 0, at most 1", "set it to 0.25")
-        if len(self.tile) != 3 or any(int(n) != n or n < 1 for n in self.tile):
+        if not _are_counts(self.tile, 3):
             numbers = "three whole numbers of at least 1: time, height, width"
             raise ConfigError("tile", self.tile, numbers, "set it to (1, 8, 8)")
         for field in ("clusters", "cluster_iterations"):
             given = getattr(self, field)
-            if len(given) != 2 or any(int(n) != n or n < 1 for n in given):
+            if not _are_counts(given, 2):
                 raise ConfigError(field, given, "two whole numbers of at least 1", "raise them")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ConfigError("seed", self.seed, "a whole number of at most 64 bits", "set it to 0")
         self._validate_sparsity()
 
     def _validated_shares(self) -> dict[int, float]:
@@ -130,7 +149,7 @@ class PyramidConfig:
             if factor not in factors:
                 allowed = f"pooling factors {factors} with block_kv {self.block_kv}"
                 raise ConfigError("shares", factor, allowed, "take one of these factors")
-            if not 0 <= share <= 1 or math.isnan(share):
+            if not isinstance(share, Real) or not 0 <= share <= 1:
                 allowed = "a share between 0 and 1 for every pooling factor"
                 raise ConfigError("shares", {factor: share}, allowed, "change this share")
         # A level without a share does not count: leaving it out must not change the others.
@@ -147,7 +166,7 @@ class PyramidConfig:
             if factor not in (2, 4, 8, 16, 32, 64, 128) or factor > self.block_kv:
                 allowed = f"pooling factors 2 to {self.block_kv}"
                 raise ConfigError("similarity_cap", factor, allowed, "take one of these factors")
-            if not -1 <= similarity <= 1:
+            if not isinstance(similarity, Real) or not -1 <= similarity <= 1:
                 allowed = "a cosine similarity between -1 and 1"
                 raise ConfigError("similarity_cap", {factor: similarity}, allowed, "change it")
         return {int(factor): float(self.similarity_cap[factor]) for factor in sorted(self.similarity_cap)}
@@ -211,3 +230,8 @@ class PyramidConfig:
     def reachable_sparsity(self) -> tuple[float, float]:
         """Least and greatest sparsity that scaling the shares can reach, for a long sequence."""
         return 1 - 1 / self.factors[0], 1 - (1 / self.block_kv if self.tail else 0.0)
+
+
+def _are_counts(given: Sequence[object], length: int) -> bool:
+    """Whether it is so many whole numbers of at least 1."""
+    return len(given) == length and all(isinstance(n, Integral) and int(n) >= 1 for n in given)

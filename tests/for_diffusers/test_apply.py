@@ -1,5 +1,7 @@
 """PSA in diffusers' own pipelines: parity with dense and with PSA in ComfyUI, warm-up, removal, wrong input."""
 
+import re
+
 import pytest
 import torch
 
@@ -201,15 +203,44 @@ def test_an_error_inside_the_transformer_leaves_no_interception_behind(pipes):
         ({"warm_up": 0.5}, "a bare transformer knows no steps"),
         ({"backend": "cuda"}, "backend: 'cuda' was given"),
         ({"block_q": 100}, "block_q: 100 was given"),
-        ({"no_such_field": 1}, "no_such_field"),
+        ({"no_such_field": 1}, "no_such_field: 1 was given; allowed: only the settings shares"),
+        ({"block_kw": 64}, "rename it to block_kv if that is meant"),
+        ({"sparsity": float("nan")}, "sparsity: nan was given; allowed: 0 to 0.97"),
+        ({"sparsity": "0.8"}, "sparsity: '0.8' was given; allowed: 0 to 0.97"),
+        ({"preset": ["auto"]}, "preset: ['auto'] was given"),
+        ({"warm_up": float("nan")}, "warm_up: nan was given"),
+        ({"warm_up": "0.3"}, "warm_up: '0.3' was given"),
+        ({"dense_blocks": 1}, "dense_blocks: 1 was given; allowed: whole numbers from 0 to 1"),
+        ({"dense_blocks": "0, 1"}, "dense_blocks: '0, 1' was given"),
+        ({"dense_blocks": (0, 2)}, "dense_blocks: (0, 2) was given; allowed: whole numbers from 0 to 1"),
+        ({"dense_blocks": (-1,)}, "dense_blocks: (-1,) was given"),
+        ({"min_tokens": float("nan")}, "min_tokens: nan was given; allowed: a whole number, 0 or more"),
+        ({"min_tokens": None}, "min_tokens: None was given"),
+        ({"reuse_steps": 1.5}, "reuse_steps: 1.5 was given; allowed: a whole number, 1 to 100"),
+        ({"falling": "0.3"}, "falling: '0.3' was given"),
+        ({"shares": None}, "shares: None was given"),
+        ({"shares": {1: "0.1"}}, "shares: {1: '0.1'} was given"),
+        ({"tile": 5}, "tile: 5 was given"),
+        ({"tail": "yes"}, "tail: 'yes' was given; allowed: True or False"),
+        ({"seed": 2**70}, "allowed: a whole number of at most 64 bits"),
     ],
 )
-def test_wrong_input_says_what_is_allowed_and_changes_nothing(pipes, arguments, message):
+def test_wrong_input_says_what_is_allowed_and_what_to_do_and_changes_nothing(pipes, arguments, message):
     model = pipes.wan()
-    with pytest.raises(ValueError, match="apply_psa, ") as caught:
+    with pytest.raises(ValueError, match="^apply_psa, ") as caught:
         apply_psa(model, **{"warm_up": 0} | arguments)
     assert message in str(caught.value)
+    assert re.search(r"; (pass|set|rename|leave|change|take) [^;]+$", str(caught.value)), "it ends with what to do"
     assert not remove_psa(model)
+
+
+def test_numbers_of_numpy_mean_what_they_say(pipes):
+    numpy = pytest.importorskip("numpy")
+    pipe = pipes.pipeline(pipes.wan())
+    for warm_up in (numpy.int64(2), numpy.float32(0.5)):
+        applied = apply_psa(pipe, numpy.float64(0.6), min_tokens=numpy.int32(0), warm_up=warm_up, correction="off")
+        pipes.run(pipe)
+        assert (applied.dense_calls, applied.sparse_calls) == (4, 4)
 
 
 def test_other_models_are_named():

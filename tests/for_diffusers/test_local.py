@@ -56,9 +56,13 @@ def test_what_it_leaves_dense(why):
 
 
 def test_wrong_inputs_say_what_is_allowed():
-    for given in ({"preset": "moon"}, {"sparsity": 0.99}, {"block_kv": 17}, {"moon": 1}):
-        with pytest.raises(ValueError, match=f"LocalAttention, .*{next(iter(given))}"):
-            LocalAttention(GRID, **given)
+    wrong = (
+        {"preset": "moon"}, {"sparsity": 0.99}, {"sparsity": "0.6"}, {"block_kv": 17}, {"moon": 1}, {"text_before": -5},
+        {"text_after": 1.5}, {"backend": "moon"}, {"grid": (3, 16)}, {"grid": 768}, {"grid": (0, 12, 16)},
+    )  # fmt: skip
+    for given in wrong:
+        with pytest.raises(ValueError, match=f"LocalAttention, {next(iter(given))}: .* was given; allowed: .*; "):
+            LocalAttention(**{"grid": GRID} | given)
     with pytest.raises(ValueError, match=r"grid: .*576 tokens.* was given; allowed: that of the 288 tokens"):
         LocalAttention(GRID, 0.6)(*tensors(length=288))
 

@@ -91,6 +91,7 @@ ERRORS = {
     "PresetError": ("told",),
     "DownloadError": ("told",),
     "_error": ("field", "given", "allowed", "do"),
+    "wrong": ("node", "field", "given", "allowed", "do"),
 }
 """What makes an error that is shown -> its arguments."""
 NOT_SHOWN = {"NotCogVideoX", "BackendError", "KernelError"}
@@ -103,7 +104,11 @@ _KNOWN_BY_CLASS = {
     "DownloadError": ("PSA LoRA Download", "mend that and run again"),
 }
 """Kind of error -> what it is listed under, and what to do where it does not say so itself."""
-_CALLED = {"for_diffusers/local.py": "LocalAttention", "for_diffusers/parallel.py": "enable_parallelism"}
+_CALLED = {
+    "for_diffusers/local.py": "LocalAttention",
+    "for_diffusers/parallel.py": "enable_parallelism",
+    "for_diffusers/arguments.py": "apply_psa, LocalAttention",
+}
 """Files of for_diffusers whose errors name another call than apply_psa."""
 _LEAST_WORDS = 4
 _PLACEHOLDER = re.compile(r"%[-+ 0#]*\d*(?:\.\d+)?[a-zA-Z]")
@@ -238,8 +243,8 @@ class Product:
         if name == "of_choice":
             words |= {"allowed": "an entry of its menu", "do": "choose one of those that the error names"}
         node, do = _KNOWN_BY_CLASS.get(name, ("", ""))
-        if module.file.startswith("for_diffusers/"):
-            node, do = _CALLED.get(module.file, "apply_psa"), "pass a value that is allowed"
+        if module.file.startswith("for_diffusers/") and words.get("node", UNKNOWN) == UNKNOWN:
+            node = _CALLED.get(module.file, "apply_psa")
         elif module.file == "choices/levels.py":
             node = "PSA Pyramid"
         words.setdefault("do", do.format(**words))
