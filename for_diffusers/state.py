@@ -373,10 +373,10 @@ def _given(call: Call, query: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _failure(run: Run, error: Exception) -> str:
+def _failure(run: Run, error: Exception, then: str) -> str:
     known = isinstance(error, BackendError | ConfigError | KernelError)
     words = str(error) if known else f"PSA failed: {own_words(error) or 'no reason was given'}"
-    return f"{words} (until apply_psa is called again)"
+    return f"{words} ({then})"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -384,4 +384,4 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 MEMORY = Memory(memory.free_for_run, memory.free_on_host, memory.pin, memory.unpin)
-DIFFUSERS = Host(_is_out_of_memory, torch.cuda.empty_cache, _failure, MEMORY)
+DIFFUSERS = Host(_is_out_of_memory, torch.cuda.empty_cache, _failure, MEMORY, "until apply_psa is called again")

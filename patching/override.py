@@ -186,8 +186,8 @@ def _by_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
-def failure(run: Run, error: Exception) -> str:
-    """Why calls stay dense after an error, in the error's own words if it has any."""
+def failure(run: Run, error: Exception, then: str) -> str:
+    """What went wrong, in the error's own words if it has any; `then`: what becomes of the calls."""
     if isinstance(error, ConfigError):
         return out_of_reach(run, error)
     if isinstance(error, BackendError):
@@ -198,14 +198,13 @@ def failure(run: Run, error: Exception) -> str:
         missing = f"the package {error.name} is missing or broken" if error.name else "a library cannot be loaded"
         return f"{missing}; {_WITHOUT_TRITON}"
     words = own_words(error)
-    return (
-        f"the kernels failed on this machine{f' ({words})' if words else ''}; this size stays dense for the rest "
-        f"of the run, the next one tries again; please report it if it fails every time"
-    )
+    cause = f"the kernels failed on this machine{f' ({words})' if words else ''}"
+    return f"{cause}; {then}; please report it if it fails every time"
 
 
 MEMORY = Memory(core.free_for_run, core.free_on_host, core.pin, core.unpin)
-COMFYUI = Host(core.is_out_of_memory, core.free_cached_memory, failure, MEMORY)
+_STAYS_DENSE = "this size stays dense for the rest of the run, the next one tries again"
+COMFYUI = Host(core.is_out_of_memory, core.free_cached_memory, failure, MEMORY, _STAYS_DENSE)
 
 
 def out_of_reach(run: Run, error: ConfigError) -> str:

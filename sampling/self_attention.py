@@ -21,6 +21,7 @@ from .run import Run, log
 
 WITHOUT_MEMORY = "PSA ran out of memory, even with one head at a time"
 WITHOUT_ROOM = "the memory is full; set correction to eighth, or sample a shorter or smaller video"
+_UNCORRECTED = "the run goes on without it, the next one tries again"
 _PART_WITHOUT_ROOM = f"a part of the calls is not corrected: {WITHOUT_ROOM}"
 
 
@@ -31,14 +32,16 @@ class Host:
     Attributes:
         is_out_of_memory: whether an error means that the device's memory was full.
         free_cached_memory: gives unused memory back to the device.
-        failure: why calls stay dense after an error, as a sentence for the log.
+        failure: what went wrong, as a sentence for the log; from the run, the error, and what becomes of the calls.
         memory: where corrections may be kept.
+        stays_dense: what becomes of calls that failed.
     """
 
     is_out_of_memory: Callable[[BaseException], bool]
     free_cached_memory: Callable[[], None]
-    failure: Callable[[Run, Exception], str]
+    failure: Callable[[Run, Exception, str], str]
     memory: Memory
+    stays_dense: str
 
 
 def own_words(error: Exception) -> str:
@@ -162,7 +165,7 @@ def learn(
     except Exception as error:
         log.debug("PSA: why there is no correction", exc_info=True)
         full = host.is_out_of_memory(error)
-        losses.give_up(f"no correction: {WITHOUT_ROOM if full else host.failure(run, error)}")
+        losses.give_up(f"no correction: {WITHOUT_ROOM if full else host.failure(run, error, _UNCORRECTED)}")
     if losses.reason is not None:
         run.record.tell_once(losses.reason)
         host.free_cached_memory()
@@ -191,7 +194,9 @@ def _try(
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
         full = host.is_out_of_memory(error)
         if corrects or (full and run.losses):
-            run.losses.give_up(f"no correction from here on: {WITHOUT_ROOM if full else host.failure(run, error)}")
+            run.losses.give_up(
+                f"no correction from here on: {WITHOUT_ROOM if full else host.failure(run, error, _UNCORRECTED)}"
+            )
             run.record.tell_once(run.losses.reason)
             log.debug("PSA: the failure in full", exc_info=True)
         elif full and run.kept.split(q.shape[1]):
@@ -206,7 +211,7 @@ def _refuse(run: Run, q: torch.Tensor, error: Exception, host: Host) -> str:
     """Leave calls like this one dense from now on, for the reason that is returned. Every block and step has such a
     call, and a compiler may take seconds to fail."""
     case, of_setting = run.cases(q)
-    reason = WITHOUT_MEMORY if host.is_out_of_memory(error) else host.failure(run, error)
+    reason = WITHOUT_MEMORY if host.is_out_of_memory(error) else host.failure(run, error, host.stays_dense)
     run.kept.refuse(of_setting if isinstance(error, ConfigError) else case, reason)
     log.debug("PSA: the failure in full", exc_info=True)
     return reason

@@ -222,6 +222,10 @@ no correction from here on
   The correction failed in the middle of a run, for the reason given. The run goes on without it. -> If memory is
   named, set correction to eighth. Otherwise report the line.
 
+the run goes on without it
+  Follows the reason why there is no correction, if that is an error: sparse steps of this run get nothing back, and the
+  next run tries it again. -> Report it if it happens every time.
+
 a part of the calls is not corrected
   Memory filled up while the correction was measured. Calls without one are sparse as usual. -> Set correction to a
   smaller size, or sample a shorter or smaller video.
@@ -255,6 +259,9 @@ PSA could not tune
 the kernels failed on this machine
   A kernel did not compile or stopped. The error's own words are in brackets. -> Update Triton and the GPU's driver.
   Report it if it fails every time.
+
+this size stays dense for the rest of the run
+  Follows the reason in front: calls of this size are not tried again in this run. -> Mend the reason in front of it.
 
 the kernels compute wrong results
   The first sparse call of every kind on this machine is compared with exact attention, and this one was wrong. So that
