@@ -21,6 +21,10 @@ LINK = object()
 """Stands for the value of an input that comes over a link and is not known before the run."""
 
 
+def _holds_numbers(value: object) -> bool:
+    return all(getattr(value, "shape", (0,)))
+
+
 def _is_conditioning(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, list | tuple) and len(entry) == 2 for entry in value)
 
@@ -28,8 +32,11 @@ def _is_conditioning(value: object) -> bool:
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "MODEL": (is_model, "the MODEL output of a loader"),
     "CONDITIONING": (_is_conditioning, "the CONDITIONING of an encoded prompt"),
-    "LATENT": (lambda value: isinstance(value, dict) and hasattr(value.get("samples"), "shape"), "a LATENT"),
-    "IMAGE": (lambda value: len(getattr(value, "shape", ())) == 4, "an IMAGE: pictures or the frames of a video"),
+    "LATENT": (lambda value: isinstance(value, dict) and _holds_numbers(value.get("samples")), "a LATENT"),
+    "IMAGE": (
+        lambda value: len(getattr(value, "shape", ())) == 4 and _holds_numbers(value),
+        "an IMAGE: pictures or the frames of a video",
+    ),
     "VAE": (lambda value: hasattr(value, "encode") and not isinstance(value, str), "a VAE"),
     "PSA_PYRAMID": (lambda value: isinstance(value, Preset), "the output of PSA Pyramid"),
 }
@@ -57,7 +64,7 @@ def check_values(node: str, specs: Iterable[io.Input], inputs: dict[str, Any], a
         elif isinstance(spec, io.String.Input):
             _check_text(node, spec, value)
         elif isinstance(spec, io.Boolean.Input):
-            if value not in (True, False):
+            if getattr(value, "shape", ()) or value not in (True, False):  # arrays are neither
                 raise InputError(spec.id, value, "true or false", node, do=f"turn {spec.id} on or off")
         else:
             fits, allowed = KINDS.get(spec.get_io_type(), (lambda _: True, ""))
@@ -102,12 +109,12 @@ def _check_choice(node: str, spec: Any, value: object) -> None:
 
 def _check_text(node: str, spec: Any, value: object) -> None:
     try:
-        if isinstance(value, str) and value.encode():
+        if isinstance(value, str):
+            value.encode()
             return
     except UnicodeEncodeError:
         pass
-    if value != "":
-        raise InputError(spec.id, value, "text that can be written to a file", node, do=f"write {spec.id} again")
+    raise InputError(spec.id, value, "text that can be written to a file", node, do=f"write {spec.id} again")
 
 
 def _plain(number: float | int | None) -> float | int | None:
