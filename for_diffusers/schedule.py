@@ -10,6 +10,7 @@ import dataclasses
 import math
 import sys
 import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -23,12 +24,14 @@ class Steps:
     Attributes:
         source: the scheduler's own list, a new object for every run.
         timesteps: of all steps, falling. dense: how many of the first stay dense. now: the one of the call.
+        bar: a reference to the progress bar of the pipeline's call, see `running_call`.
     """
 
     source: object
     timesteps: list[float]
     dense: int
     now: float
+    bar: Callable[[], Any | None]
 
     def go_on_from(self, before: Steps) -> bool:
         """Whether this call can be of the same run as the one before."""
@@ -50,7 +53,8 @@ class Schedule:
         Steps are the scheduler's distinct timesteps; some schedulers evaluate one of them twice. The call belongs to
         the nearest one, because a model's own type may lose half the numbers between. Reads from the device.
         """
-        timesteps = getattr(getattr(running_pipeline() or self._pipe(), "scheduler", None), "timesteps", None)
+        pipe, bar = running_call()
+        timesteps = getattr(getattr(pipe or self._pipe(), "scheduler", None), "timesteps", None)
         if timesteps is None:
             return None
         listed = sorted(set(torch.as_tensor(timesteps).cpu().double().tolist()), reverse=True)
@@ -58,15 +62,17 @@ class Schedule:
         now = float(torch.as_tensor(timestep).max())
         dense = self.warm_up if isinstance(self.warm_up, int) else self.warm_up * len(listed)
         nearest = min(listed, key=lambda other: abs(other - now))
-        return Steps(timesteps, listed, math.ceil(dense - 1e-6), nearest)
+        return Steps(timesteps, listed, math.ceil(dense - 1e-6), nearest, _reference(bar))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to other pipelines, which are found when they run.
         return {"warm_up": self.warm_up, "_pipe": _nothing}
 
 
-def running_pipeline() -> Any | None:
-    """The innermost pipeline whose call this thread is in: an object with a scheduler, known to a `__call__`.
+def running_call() -> tuple[Any | None, Any | None]:
+    """The innermost pipeline whose call this thread is in, an object with a scheduler that is known to a `__call__`, and
+    the progress bar of that call; None for what there is not. The bar is made by the call and for it alone, so it is
+    gone when the call has ended, however it ended.
 
     Only such frames are read. Up to Python 3.12, what a frame holds when it is read stays alive until the frame ends,
     and a script that frees a model between two stages must be able to.
@@ -74,20 +80,22 @@ def running_pipeline() -> Any | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
-            for value in frame.f_locals.values():
+            known = frame.f_locals
+            for value in known.values():
                 parts = getattr(value, "__dict__", None) or {}
                 if hasattr(parts.get("scheduler"), "timesteps"):
-                    return value
+                    return value, known.get("progress_bar")
         frame = frame.f_back
-    return None
+    return None, None
 
 
-def _reference(pipe: Any) -> Any:
-    """A reference that does not keep the pipeline (and its text encoder) alive, if the object allows that."""
+def _reference(thing: Any) -> Callable[[], Any | None]:
+    """A reference that does not keep a pipeline (and its text encoder) or a progress bar alive, if the object allows
+    that."""
     try:
-        return weakref.ref(pipe)
+        return weakref.ref(thing)
     except TypeError:
-        return lambda: pipe
+        return lambda: thing
 
 
 def _nothing() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
@@ -196,8 +198,23 @@ class TransformerState:
                 for other in self.others:
                     other.rest(thread)
                 run = self._latest = self._begin_run(steps, kept, device, blocks)
+                self._watch(run, steps)
             self._runs[thread] = run, steps
             return run
+
+    def _watch(self, run: Run, steps: Steps | None) -> None:
+        """A pipeline that is stopped between two steps tells nobody. When its call is gone, and its run is still the
+        latest of its thread, what is held for more steps is given back."""
+
+        def give_back() -> None:
+            # Without the lock: garbage may be collected while this thread has it.
+            if any(current is run for current, _ in list(self._runs.values())):
+                run.release()
+
+        bar = None if steps is None else steps.bar()
+        if bar is not None:
+            with contextlib.suppress(TypeError):  # a bar of another kind may not be watched
+                weakref.finalize(bar, give_back).atexit = False
 
     def _begin_run(self, steps: Steps | None, kept: Kept, device: torch.device, blocks: int) -> Run:
         start = float("inf")  # the whole run is sparse

@@ -1,5 +1,6 @@
 """What sparse steps get back in diffusers' pipelines, against a loop over the calls of a run; and the memory for it."""
 
+import contextlib
 import dataclasses
 import gc
 from types import SimpleNamespace
@@ -204,6 +205,48 @@ def test_what_stops_a_run_between_two_forwards_is_made_good(pipes, losses, then)
         assert torch.equal(pipes.run(pipe, 6), expected)
     gc.collect()
     assert alive(earlier) == 0
+
+
+@pytest.mark.parametrize("reuse_steps", [1, 3])
+@pytest.mark.parametrize("how", ["an error", "diffusers' own flag"])
+def test_a_run_that_stops_between_two_steps_gives_everything_back_at_once(pipes, losses, how, reuse_steps):
+    """Nobody calls the transformer again, and PSA stays on."""
+
+    def stop(pipe, step, *_):
+        if step == 3 and how == "an error":
+            raise Stopped
+        pipe._interrupt = step >= 3
+        return {}
+
+    pipe = pipes.pipeline(pipes.wan())
+    applied = apply_psa(pipe, **PSA, reuse_steps=reuse_steps)
+    expected = pipes.run(pipe, 6)
+    with pytest.raises(Stopped) if how == "an error" else contextlib.nullcontext():
+        pipes.run(pipe, 6, callback_on_step_end=stop)
+    gc.collect()
+    assert losses
+    assert alive(losses) == 0
+    (run,) = [run for run, _ in applied.states[0]._runs.values()]
+    assert not run.kept._entries
+    assert torch.equal(pipes.run(pipe, 6), expected)
+
+
+def test_the_end_of_one_pipeline_s_call_leaves_another_s_run(pipes, losses):
+    """Two pipelines take turns with one transformer in one thread: the first call ends while the second is running."""
+    model = pipes.wan()
+    inner, outer = pipes.pipeline(model), pipes.pipeline(model)
+    applied = apply_psa(outer, **PSA | {"sparsity": 0.85})
+
+    def between(pipe, step, *_):
+        if step == 2:
+            pipes.run(inner, 6)
+        return {}
+
+    out = pipes.run(outer, 6, callback_on_step_end=between)
+    assert torch.isfinite(out).all()
+    gc.collect()
+    assert alive(losses) == 0
+    assert by_step(applied, "corrected_calls") == [0, 2, 2], "the rest of the outer run learned again"
 
 
 @pytest.mark.parametrize("first", [True, False])
