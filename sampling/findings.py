@@ -63,7 +63,8 @@ def why_dense(run: Run) -> str | None:
         return None
     active = [step for step in record.steps if step.active]
     if record.fallbacks:
-        if run.settings.dense_blocks >= set().union(*(step.blocks for step in active)):
+        reached = set().union(*(step.blocks for step in active))
+        if reached and run.settings.dense_blocks >= reached:
             return "all blocks are listed in dense_blocks; list fewer"
         return max(record.fallbacks, key=record.fallbacks.__getitem__)
     if record.notes:

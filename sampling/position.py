@@ -52,6 +52,7 @@ class Position:
         self._call_size: tuple[int, ...] = ()
         self._schedule = Schedule(None, self.is_active)
         self._place = Place(-1, False)
+        self._furthest = -1  # the latest step that has begun
         self._calls = 0
         self.layout: TokenLayout | None = None
         self.context_tokens: tuple[int, ...] = ()
@@ -93,7 +94,7 @@ class Position:
 
         Returns:
             The steps that began since the last call, as (index, noise level), with this call's own at the end: none if
-            its step continues, several if some steps had no model call.
+            its step continues or the sampler has returned to an earlier one, several if some steps had no model call.
         """
         self.layout, self.context_tokens, self._call_size = layout, context_tokens, call_size
         self.width, self.first_blocks = width, first_blocks
@@ -106,14 +107,15 @@ class Position:
             return []
         self.forwards_before = 0 if before.step < 0 else self.forward + 1
         self.forward = 0
-        if place.step == before.step:
+        if place.step <= self._furthest:
             return []
-        both = before.on_level and place.on_level
-        return [*self._levels(before.step + 1, place.step if both else before.step), (place.step, sigma)]
+        skipped = self._levels(self._furthest + 1, place.step) if before.on_level and place.on_level else []
+        self._furthest = place.step
+        return [*skipped, (place.step, sigma)]
 
     def steps_left(self) -> list[tuple[int, float]]:
-        """Steps of the schedule after the current one, as (index, noise level); none while it is between levels."""
-        return self._levels(self._place.step + 1, len(self._schedule.levels)) if self._place.on_level else []
+        """Steps of the schedule that have not begun, as (index, noise level); none while it is between levels."""
+        return self._levels(self._furthest + 1, len(self._schedule.levels)) if self._place.on_level else []
 
     def _levels(self, first: int, end: int) -> list[tuple[int, float]]:
         return [(step, self._schedule.levels[step]) for step in range(first, end)]

@@ -20,9 +20,9 @@ def model(tiny_wan):
 def told(model, tiny_wan):
     """Samples with changed inputs and returns what the page is told at the end of the run."""
 
-    def run(steps=STEPS, model=model, **changes):
+    def run(steps=STEPS, model=model, sampler="euler", **changes):
         ended = []
-        tiny_wan.sample(patch_model(model, **PATCH | changes, on_end=ended.append), steps=steps)
+        tiny_wan.sample(patch_model(model, **PATCH | changes, on_end=ended.append), steps=steps, sampler=sampler)
         (found,) = ended
         return found
 
@@ -73,6 +73,14 @@ def test_a_run_in_which_all_stayed_dense_says_why_and_what_to_do(told, changes, 
     assert why in reason
     assert do in advice
     assert found["saved"] == 0
+
+
+def test_calls_between_dense_steps_say_why_they_stayed_dense(told):
+    """PSA's part has no step in it, only what the sampler asks between two."""
+    found = told(steps=2, sampler="dpm_2", start_percent=0.1, end_percent=0.3, min_tokens=100000)
+    assert found["kinds"] == {"dense": 2}
+    assert list(found["reasons"].values()) == [BLOCKS]
+    assert "fewer than min_tokens 100000" in found["dense"]
 
 
 def test_a_run_that_was_broken_off_gives_no_reason(model, tiny_wan, monkeypatch):

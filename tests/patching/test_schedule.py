@@ -6,6 +6,7 @@ import torch
 from comfyui_psa.patching import core
 from comfyui_psa.patching.override import RUN_KEY
 from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.sampling.position import Position
 from comfyui_psa.sampling.schedule import Schedule
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
@@ -155,6 +156,31 @@ LEVELS = [1.0, 0.8, 0.6, 0.4, 0.2]
 )
 def test_a_schedule_is_walked_along(levels, sigmas, steps, shares):
     assert walk(levels, sigmas) == (steps, pytest.approx(shares))
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "begun", "left"),
+    [
+        ([1.0, 0.8, 0.6], [[0], [1], [2]], [3, 4]),
+        # A cache leaves two steps out.
+        ([1.0, 0.4], [[0], [1, 2, 3]], [4]),
+        # A solver looks ahead and returns, once more than it has steps.
+        ([1.0, 0.8, 0.6, 0.8, 0.6, 0.4], [[0], [1], [2], [], [], [3]], [4]),
+        ([1.0, 0.8, 0.6, 0.8], [[0], [1], [2], []], []),
+        ([1.0, 0.75, 1.0, 0.9, 0.75, 0.6], [[0], [1], [], [], [], [2]], [3, 4]),
+    ],
+)
+def test_a_step_begins_once(sigmas, begun, left):
+    position = Position(1.0, 0.0)
+    position.plan([*LEVELS, 0.0])
+    found = [[step for step, _ in position.begin_model_call(sigma, None, ())] for sigma in sigmas]
+    assert (found, [step for step, _ in position.steps_left()]) == (begun, left)
+
+
+def test_a_sampler_that_looks_ahead_has_as_many_steps_as_it_was_given(model, tiny_wan):
+    psa = patch_model(model, **PATCH)
+    tiny_wan.sample(psa, steps=6, sampler="heunpp2", size=(1, 16, 2, 24, 32))
+    assert [step["index"] for step in psa.get_attachment(KEY).report["steps"]] == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_share_is_that_of_the_sparse_steps():
