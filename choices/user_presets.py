@@ -140,7 +140,7 @@ def parse_preset(stem: str, entry: object) -> Preset:
         PresetError: names the field, what was given and what is allowed.
     """
     if not isinstance(entry, dict):
-        raise PresetError(f"it holds a {type(entry).__name__}, not an object {{...}}")
+        raise PresetError('it must hold a JSON object, for example {"shares": {"1": 0.10, "8": 0.20}}')
     for field, value in entry.items():
         if field not in FIELDS:
             raise PresetError(f"{shown(field)} is no field of a preset; allowed: {', '.join(FIELDS)}")
