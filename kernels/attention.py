@@ -120,21 +120,9 @@ def pyramid_sparse_attention(
             raise ValueError(f"order was made for {order.length} tokens, the grid {layout.grid} has {layout.video}")
         query_order = order if query_layout == layout else _default_order(query_layout, config, q.device)
         centroids = None
-    blocks = [-(-query_layout.video // config.block_q), -(-layout.video // config.block_kv)]
-    if lists is not None and (list(lists.shape) != [*q.shape[:2], *blocks] or lists.levels != config.stored_factors):
-        raise ValueError(
-            f"lists are for {list(lists.shape)} pairs at {lists.levels}, not {[*q.shape[:2], *blocks]} at "
-            f"{config.stored_factors}"
-        )
-    if delta is not None:
-        rows = [*q.shape[:2], -(-query_layout.video // delta.group), q.shape[3]]
-        if list(delta.values.shape) != rows:
-            raise ValueError(f"delta has rows of {list(delta.values.shape)}, the queries need {rows}")
+    _check_given(q, config, (query_layout.video, layout.video), lists, delta, out)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(backend, q, config.precision)
-
-    if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
-        raise ValueError(f"out is {tuple(out.shape)} {out.dtype} on {out.device}, unlike q")
     output = q.new_empty(q.shape[0], q.shape[2], q.shape[1], q.shape[3]).transpose(1, 2) if out is None else out
     with torch.cuda.device_of(q):  # Triton launches on the current device, whatever its tensors are on
         lists = video_attention(name)(
@@ -194,3 +182,25 @@ def _check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Tok
         raise ValueError("q and k must hold at least one token")
     if layout is not None and (layout.length != k.shape[2] or layout.video < 1):
         raise ValueError(f"layout {layout} has {layout.length} tokens, k has {k.shape[2]}")
+
+
+def _check_given(
+    q: torch.Tensor,
+    config: PyramidConfig,
+    tokens: tuple[int, int],
+    lists: BlockLists | None,
+    delta: Delta | None,
+    out: torch.Tensor | None,
+) -> None:
+    """Raise ValueError if what was made for another call does not fit this one on `tokens` video queries and keys."""
+    pairs = [*q.shape[:2], -(-tokens[0] // config.block_q), -(-tokens[1] // config.block_kv)]
+    if lists is not None and (list(lists.shape) != pairs or lists.levels != config.stored_factors):
+        raise ValueError(
+            f"lists are for {list(lists.shape)} pairs at {lists.levels}, not {pairs} at {config.stored_factors}"
+        )
+    if delta is not None:
+        rows = [*q.shape[:2], -(-tokens[0] // delta.group), q.shape[3]]
+        if list(delta.values.shape) != rows:
+            raise ValueError(f"delta has rows of {list(delta.values.shape)}, the queries need {rows}")
+    if out is not None and (out.shape, out.dtype, out.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(f"out is {tuple(out.shape)} {out.dtype} on {out.device}, unlike q")

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.config import PyramidConfig
 from ..kernels.density import coverage_of, level_shares, pair_cost
 from .findings import NONE_ACTIVE
 from .pays import how_it_pays, pays
@@ -55,22 +56,6 @@ def make_report(run: Run) -> dict[str, Any]:
         by_grid[grid].append(value)
     layouts = sorted(record.layouts, key=lambda layout: -layout.video)
     shares = mean_shares(record)
-    level_map = None
-    if record.level_map is not None:
-        # At 720p there are half a million pairs; the page and the log of a prompt do not need all of them.
-        stride = max(1, math.ceil((record.level_map.factors.numel() / MOST_PAIRS) ** 0.5))
-        level_map = {
-            "step": record.level_map.step,
-            "grid": list(record.level_map.layout.grid),
-            "block": record.level_map.block,
-            "head": 0,
-            "block_q": config.block_q,
-            "block_kv": config.block_kv,
-            "order": config.order,
-            "stride": stride,
-            "factors": record.level_map.factors[::stride, ::stride].cpu().tolist(),
-            "token_levels": _token_levels(record.level_map, config.block_kv),
-        }
     return {
         "backend": record.backend,
         "preset": run.settings.preset,
@@ -107,7 +92,7 @@ def make_report(run: Run) -> dict[str, Any]:
         "fallbacks": [{"reason": reason, "calls": count} for reason, count in record.fallbacks.items()],
         "correction": _correction(run),
         "notes": list(record.notes),
-        "level_map": level_map,
+        "level_map": None if record.level_map is None else _level_map(record.level_map, config),
     }
 
 
@@ -195,6 +180,23 @@ def _time(steps: list[Step]) -> dict[str, float | None]:
     return {
         **{name: round(value, 4) for name, value in seconds.items()},
         "sparse_attention": round(sum(clocked), 4) if clocked else None,
+    }
+
+
+def _level_map(level_map: LevelMap, config: PyramidConfig) -> dict[str, Any]:
+    # At 720p there are half a million pairs; the page and the log of a prompt do not need all of them.
+    stride = max(1, math.ceil((level_map.factors.numel() / MOST_PAIRS) ** 0.5))
+    return {
+        "step": level_map.step,
+        "grid": list(level_map.layout.grid),
+        "block": level_map.block,
+        "head": 0,
+        "block_q": config.block_q,
+        "block_kv": config.block_kv,
+        "order": config.order,
+        "stride": stride,
+        "factors": level_map.factors[::stride, ::stride].cpu().tolist(),
+        "token_levels": _token_levels(level_map, config.block_kv),
     }
 
 
