@@ -20,10 +20,19 @@ def sentence(words: str) -> str:
 
 def shown(given: object) -> str:
     """A value as a message shows it: plain data as Python writes it, cut if it is long, and no class names."""
-    if isinstance(given, str | int | float | list | tuple | dict | set | frozenset) or given is None:
+    if _is_plain(given):
         text = repr(given)
         return text if len(text) <= _MOST_LETTERS else f"{text[: _MOST_LETTERS - 3]}..."
     if hasattr(given, "shape"):
         size = "x".join(map(str, given.shape))
         return f"an array of {size}" if size else "an array of one number"
     return "something of another type"
+
+
+def _is_plain(given: object) -> bool:
+    """Whether Python writes a value without class names: text, numbers, and collections of them."""
+    if isinstance(given, dict):
+        return all(map(_is_plain, (*given.keys(), *given.values())))
+    if isinstance(given, list | tuple | set | frozenset):
+        return all(map(_is_plain, given))
+    return given is None or isinstance(given, str | int | float)
