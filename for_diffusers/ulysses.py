@@ -13,7 +13,7 @@ from .parallel import check_heads
 
 _COGVIDEOX = "CogVideoXTransformer3DModel"
 SHARED = ("WanTransformer3DModel", _COGVIDEOX)
-"""By class name. diffusers has a plan for LTX, too, but fails at the mask of its text (0.42.1), and none for others."""
+"""By class name. diffusers also has plans for LTX and LTX-2, but fails with them (0.42.1), and none for the rest."""
 
 
 def enable_ulysses(pipe: Any, *, uneven: bool = False) -> None:
