@@ -70,9 +70,9 @@ class Schedule:
 
 
 def running_call() -> tuple[Any | None, Any | None]:
-    """The innermost pipeline whose call this thread is in, an object with a scheduler that is known to a `__call__`, and
-    the progress bar of that call; None for what there is not. The bar is made by the call and for it alone, so it is
-    gone when the call has ended, however it ended.
+    """The innermost pipeline whose call this thread is in, an object with a scheduler that is known to a `__call__`,
+    and the progress bar of that call; None for what there is not. The bar is made by the call and for it alone, so it
+    is gone when the call has ended, however it ended.
 
     Only such frames are read. Up to Python 3.12, what a frame holds when it is read stays alive until the frame ends,
     and a script that frees a model between two stages must be able to.
