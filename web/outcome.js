@@ -51,7 +51,7 @@ function rounded(value) {
 
 /** "the video is short; sample more" -> "the video is short. Sample more": one sentence for the reason, one for the
  * remedy; or what that is in another language. */
-export function sentences(language, reason) {
+function sentences(language, reason) {
     const [why, ...rest] = told(language, reason).replace(/\.$/, "").split("; ");
     return [why, ...rest.map((part) => part.charAt(0).toUpperCase() + part.slice(1))].join(". ");
 }
