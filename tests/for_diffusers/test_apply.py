@@ -227,7 +227,7 @@ def test_an_error_inside_the_transformer_leaves_no_interception_behind(pipes):
 )
 def test_wrong_input_says_what_is_allowed_and_what_to_do_and_changes_nothing(pipes, arguments, message):
     model = pipes.wan()
-    with pytest.raises(ValueError, match="^apply_psa, ") as caught:
+    with pytest.raises(ValueError, match=r"^apply_psa, ") as caught:
         apply_psa(model, **{"warm_up": 0} | arguments)
     assert message in str(caught.value)
     assert re.search(r"; (pass|set|rename|leave|change|take) [^;]+$", str(caught.value)), "it ends with what to do"
