@@ -68,7 +68,7 @@ def _line(
     draw.text(place, text, colour, font(size), anchor="lm")
 
 
-def save(path: Path, pictures: Sequence[Image.Image], description: str, quality: int = 75) -> None:
+def save(path: Path, pictures: Sequence[Image.Image], description: str, quality: int = 60) -> None:
     """Write the frames as a looping WebP, or the first one as a JPEG, by the path's ending; with the words on it.
 
     quality: of the WebP, up to 100.
