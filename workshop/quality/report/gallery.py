@@ -73,6 +73,7 @@ steps included, and how near its frames are to the dense ones: PSNR in dB, where
 so real weights may rank the rows differently. [Tuning](tuning.md) explains the inputs, and [Quality](quality.md) has
 many more settings and clips. The seconds in the tables are not of these small models: they say what a run of {PRICED}
 at 1280x720 with 69 frames would take on an H100 if it computed the same, from measured times of its calls and steps.
+Dense calls count with the time of cuDNN, which is faster than what ComfyUI chooses.
 """
 
 
