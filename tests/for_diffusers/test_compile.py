@@ -1,5 +1,7 @@
 """Transformers that are compiled, as a whole and block by block, before and after `apply_psa`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +111,24 @@ def test_cogvideox(tiny, pipes):
         sparse.append(applied.sparse_calls)
     assert pipes.close(outputs[1], outputs[0], 1e-4)
     assert sparse[0] == sparse[1] > 0
+
+
+@pytest.mark.parametrize("name", ["LTX2Video", "HunyuanVideo15"])
+def test_blocks_of_other_families(pipes, work, compiler, name):
+    """Sound beside the video; text after it, with padding that a mask hides."""
+    models = work.helper("for_diffusers/test_models")
+    case = next(case for case in models.CASES if case.name == f"{name}Transformer3DModel")
+    inputs, outputs = case.inputs(pipes, pipes.normal(*case.size, seed=1), **case.given), []
+    for compiles in (False, True):
+        model = models.load(case)
+        applied = apply_psa(model, 0.6, mode="topk", **pipes.SETTINGS)
+        if compiles:
+            repeated(SimpleNamespace(transformer=model), fullgraph=True)
+        with torch.no_grad():
+            outputs.append(model(**inputs, return_dict=False)[0])
+        assert (applied.sparse_calls, applied.dense_calls) == (case.calls, 0)
+    assert pipes.close(outputs[1], outputs[0], 1e-4)
+    assert compiler["stats"]["unique_graphs"] > 0
 
 
 class OwnKernel:
