@@ -19,6 +19,7 @@ import runpy
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,21 +251,27 @@ def main() -> int:
     from comfyui_psa.workshop.table import write_records
 
     write_records(arguments.csv, Row, [])
+    failed = 0
     for name in arguments.models:
         if time.perf_counter() - began > arguments.seconds:
             print(f"no time is left for {name}", flush=True)
             continue
-        row = _measure(name, arguments)
-        write_records(arguments.csv, Row, [row], append=True)
-        print(
-            f"{name:32} {row.tokens:7} tokens: {row.dense_ms:9.2f} ms dense, {row.sparse_ms:9.2f} ms at "
-            f"{row.sparsity:.2f}, {row.ratio:.2f}x ({time.perf_counter() - began:.0f} s)",
-            flush=True,
-        )
+        try:
+            row = _measure(name, arguments)
+            write_records(arguments.csv, Row, [row], append=True)
+            print(
+                f"{name:32} {row.tokens:7} tokens: {row.dense_ms:9.2f} ms dense, {row.sparse_ms:9.2f} ms at "
+                f"{row.sparsity:.2f}, {row.ratio:.2f}x ({time.perf_counter() - began:.0f} s)",
+                flush=True,
+            )
+        except Exception:  # the others are measured all the same
+            failed += 1
+            print(f"{name} was not measured:", flush=True)
+            traceback.print_exc(file=sys.stdout)
         gc.collect()
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
-    return 0
+    return int(failed > 0)
 
 
 def _arguments() -> argparse.Namespace:

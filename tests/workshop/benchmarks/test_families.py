@@ -30,6 +30,19 @@ def test_every_family_is_timed(comfyui, tmp_path):
         assert row["gpu"] == "CPU"
 
 
+@pytest.mark.slow(seconds=10)
+def test_a_model_that_cannot_be_measured_does_not_end_the_others(comfyui, tmp_path):
+    file = tmp_path / "families.csv"
+    command = [sys.executable, str(ROOT / "workshop" / "benchmarks" / "families.py"), "Wan", "LTX-2"]
+    # 9 x 16 tokens are too few for the first of them, 18 x 32 enough for the other.
+    command += [f"--csv={file}", "--device=cpu", "--heads=2", "--latent", "1", "18", "32", "--steps=1"]
+    done = subprocess.run([*command, "--sparsity=0.5"], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert done.returncode == 1
+    assert "Wan 2.1 14B, 1280x720x81 was not measured:" in done.stdout
+    assert "are fewer than two query blocks" in done.stdout
+    assert [line.split(",")[:1] for line in file.read_text(encoding="utf-8").splitlines()[1:]] == [['"LTX-Video']]
+
+
 def test_an_unknown_model_is_named(tmp_path):
     command = [sys.executable, str(ROOT / "workshop" / "benchmarks" / "families.py"), "Vidu"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
