@@ -45,6 +45,7 @@ def sentences(folder):
 
     from comfyui_psa.choices.correction import reason_against
     from comfyui_psa.choices.errors import InputError
+    from comfyui_psa.choices.user_presets import find_preset
     from comfyui_psa.kernels.backends import triton_reason
     from comfyui_psa.loading.download import DownloadError, check_names
     from comfyui_psa.loading.files import FileError
@@ -65,6 +66,18 @@ def sentences(folder):
             read_header(path)
         reason = f"a file that can be used; {caught.value}"
         yield str(InputError("lora_name", path.name, reason, "PSA LoRA Loader", do=caught.value.do))
+    for name, content in (
+        ("f", "{"),
+        ("g", "[]"),
+        ("h", '{"colour": 1}'),
+        ("i", '{"tail": 1}'),
+        ("j", '{"dense_steps": 1.5}'),
+        ("k", '{"shares": {"3": 1}}'),
+    ):
+        (folder / f"{name}.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError) as caught:
+            find_preset(f"user/{name}", folder)
+        yield str(caught.value)
     with pytest.raises(DownloadError) as caught:
         check_names("nobody", "x.safetensors")
     yield str(caught.value)

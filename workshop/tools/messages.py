@@ -64,6 +64,7 @@ LOG_ONLY = {
 """Places of sentences that ComfyUI's page does not show."""
 SHOWN_TOO = [
     "choices/errors.py:of_choice",
+    "choices/user_presets.py:_wrong",
     "kernels/refusal.py:shown",
     "loading/download.py:_reason",
     "loading/recognise.py",
