@@ -48,7 +48,7 @@ def _by_mass(keys, weights, least, FLOORED: tl.constexpr):
     one = tl.sum(tl.where(equal, weights, 0.0), 0) / tl.maximum(count, 1).to(tl.float32)
     after = below + (count - tl.cumsum(equal.to(tl.int32), 0)).to(tl.float32) * one
     if FLOORED:
-        after = tl.maximum(after, one)  # the last block counts as if some of it were left
+        after = tl.where(after > 0, after, one)  # the last block counts as if it were left itself
     return tl.where(least <= 0, keys >= 0, above | (equal & (after >= least)))
 
 

@@ -99,6 +99,18 @@ def test_budget(triton_device, temperature, sparsity, capped):
     check_lists(lists, length, 64)
 
 
+def test_budget_of_rows_in_which_every_block_outweighs_all_after_it(triton_device):
+    """Its own weight does not count as what is left after a block."""
+    place = torch.arange(24).expand(1, 2, 4, 24)
+    steepness = torch.tensor([2.0, 3.0, 5.0, 9.0])[:, None]
+    order = torch.rand(place.shape, generator=torch.Generator().manual_seed(5)).argsort(-1)
+    scores = (steepness ** -place.float()).gather(-1, order).contiguous()
+    config = PyramidConfig(mode="budget", sparsity=0.6)
+    lists, length = lists_of(scores, config, triton_device)
+    assert torch.equal(lists.factors().cpu(), choose_levels(scores, config))
+    check_lists(lists, length, 64)
+
+
 def test_budget_learns_its_scale_from_a_part_of_the_rows(triton_device, monkeypatch):
     from comfyui_psa.kernels.gpu import levels as levels_triton
 
