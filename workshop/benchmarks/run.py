@@ -4,7 +4,8 @@ On a CPU it uses the demo's shape, on a GPU those of real models too. The data i
 the demo model (`demo`); on a GPU it is bfloat16, and float16 for some rows. Times are medians. Compare only within one
 run: `speedup` is relative to dense attention in the row's own type. Errors are relative to float64, see `truth.py`.
 Results go to `workshop/results/attention-gpu.csv` or `-cpu.csv`, and the stages of the PSA call to `stages-gpu.csv`,
-replacing earlier rows of the same shapes. `python dev.py bench --plot` plots error against time from them.
+replacing earlier rows of the same shapes. `python dev.py bench --plot` plots error against time from them, and
+`--crossover` prints from how many tokens on PSA is faster than dense (`crossover.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from pathlib import Path
 
 import compile_ahead
+import crossover
 import methods
 import torch
 from captured import demo_qkv
@@ -42,6 +44,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="add the settings for the curves of error against time")
     parser.add_argument("--only", help="methods whose name or setting matches: 'sol-attn', '*tail*'; always dense")
     parser.add_argument("--lengths", action="store_true", help="only cost against length, 4k to 260k tokens, 4 heads")
+    parser.add_argument("--crossover", action="store_true", help="only print from how many tokens on PSA is faster")
     parser.add_argument("--plot", action="store_true", help="only draw the plots, from existing results")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
@@ -57,6 +60,8 @@ def main() -> int:
     if arguments.lengths:
         lengths = LENGTHS if cuda else LENGTHS[:2]
         shapes = {f"length-{n}": (4, (n // 1024, 32, 32), 128) for n in lengths}
+    if arguments.crossover:
+        shapes = {f"heads of {dim}": (1, crossover.GRIDS[0], dim) for dim in (64, 128)}
     if arguments.compile_part:
         compile_ahead.compile_part(
             {dim: _chosen(dim, arguments) for _, _, dim in shapes.values()}, arguments.compile_part
@@ -64,6 +69,9 @@ def main() -> int:
         return 0
     if cuda:
         compile_ahead.compile_all(sys.argv[1:])
+    if arguments.crossover:
+        crossover.print_crossover(_machine(cuda), runs)
+        return 0
     for name, shape in shapes.items():
         rows, stages = _measure(name, shape, runs, _chosen(shape[2], arguments), not arguments.lengths)
         _write(arguments.out / f"attention-{'gpu' if cuda else 'cpu'}.csv", COLUMNS, rows)
@@ -79,6 +87,8 @@ def _all_shapes(cuda: bool) -> list[str]:
 def _chosen(dim: int, arguments: argparse.Namespace) -> list[methods.Method]:
     """The methods to measure, including the dense ones they are compared with."""
     cuda = torch.cuda.is_available()
+    if arguments.crossover:
+        return crossover.crossover_methods(dim, cuda)
     every = methods.length_methods(dim, cuda) if arguments.lengths else methods.methods(dim, cuda, arguments.full)
     pattern = arguments.only or "*"
     wanted, seen = [], set()

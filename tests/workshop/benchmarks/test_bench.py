@@ -12,6 +12,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "workshop" / "benchmarks"
+PARTS = ("compile_ahead", "crossover", "methods", "captured", "synthetic", "timing", "truth")
 COLUMNS = "gpu,date,torch,triton,shape,method,precision,density,ms,dense_ms,speedup,rel_l1,extra_mb"
 
 
@@ -66,12 +67,37 @@ def test_a_run_on_a_cpu_writes_the_table(tmp_path):
 def measured(monkeypatch):
     """The modules `run` and `methods`, which look for the others next to them."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("compile_ahead", "methods", "captured", "synthetic", "timing", "truth"):
+    for name in PARTS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     run = load("run")
     yield run, run.methods
-    for name in ("compile_ahead", "methods", "captured", "synthetic", "timing", "truth"):
+    for name in PARTS:
         sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("speedups", "tokens"),
+    [
+        ([(1024, 0.5), (2048, 1.2), (4096, 2.0)], 2048),
+        ([(4096, 2.0), (1024, 1.1), (2048, 0.9)], 4096),
+        ([(1024, 1.5), (2048, 2.0)], 1024),
+        ([(1024, 1.5), (2048, 1.0)], None),
+    ],
+    ids=["rising", "not rising all along", "from the first on", "never in the end"],
+)
+def test_sparse_calls_overtake_where_no_longer_call_is_slower(measured, speedups, tokens):
+    run, _ = measured
+    assert run.crossover.overtakes(speedups) == tokens
+
+
+def test_the_crossover_compares_dense_calls_with_those_of_a_corrected_run(measured):
+    run, methods = measured
+    for dim in (64, 128):
+        chosen = run.crossover.crossover_methods(dim, cuda=True)
+        assert [(m.name, m.precision) for m in chosen] == [
+            ("sdpa-cudnn", "bfloat16"), ("psa", "bfloat16"), ("psa-corrected", "bfloat16"),
+        ]  # fmt: skip
+        assert [m.setting for m in chosen][1] == methods.AUTO
 
 
 def test_float16_is_measured_beside_bfloat16_on_a_gpu(measured):
