@@ -113,6 +113,25 @@ def cogvideox(
     return {"latents": latents.cpu().float(), "self_attention": attention.shapes} | figures(applied)
 
 
+def wan_from_an_image(*, psa=None, parallel=None):
+    """The output of one call of a Wan that is given an image's embedding beside the text, as 2.1 is."""
+    from diffusers import ContextParallelConfig
+
+    from comfyui_psa.for_diffusers import apply_psa
+
+    pipes, models = helper("tiny_pipelines"), helper("for_diffusers/test_models")
+    sizes = models.WAN | {"in_channels": 36, "image_dim": 48, "added_kv_proj_dim": 256}
+    model = models.load(models.Case("WanTransformer3DModel", sizes, None, ()))
+    if parallel is not None:
+        model.enable_parallelism(config=ContextParallelConfig(**parallel))
+    applied = None if psa is None else apply_psa(model, **psa)
+    text = {"encoder_hidden_states": models.text(pipes, 32), "timestep": models.TIME}
+    given = text | {"encoder_hidden_states_image": pipes.normal(1, 257, 48, seed=5)}
+    with torch.no_grad():
+        output = model(pipes.normal(1, 36, 3, 28, 32, seed=1), **given, return_dict=False)[0]
+    return {"output": output} | figures(applied)
+
+
 def own_processors(*, fused):
     """What is said of attention processors that share nothing, set after enable_ulysses."""
     from comfyui_psa.for_diffusers import apply_psa, enable_ulysses

@@ -61,6 +61,15 @@ def test_two_ranks_make_what_one_makes(start_ranks, work, name):
         assert not torch.equal(alone["latents"], work.wan(**case | {"psa": None})["latents"])
 
 
+@pytest.mark.parametrize("psa", [None, PSA | {"warm_up": 0}])
+def test_a_video_from_an_image(start_ranks, work, psa):
+    """257 tokens of the image, which two ranks cannot share evenly, are whole in both."""
+    alone = work.wan_from_an_image(psa=psa)
+    for rank in start_ranks(2).run(work.__file__, "wan_from_an_image", psa=psa, parallel={"ulysses_degree": 2}):
+        assert torch.equal(rank["output"], alone["output"])
+        assert rank.get("sparse") == alone.get("sparse") != 0
+
+
 COGVIDEOX = {
     "dense": {"kind": "5b", "size": (1, 16, 6, 24, 32)},
     "topk": {"kind": "5b", "size": (1, 16, 6, 24, 32), "psa": PSA, "guidance": 3.0},
