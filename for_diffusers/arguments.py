@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -50,7 +50,8 @@ class ArgumentChecks:
     def numbers(self, argument: str, given: object, least: int, below: int | None, count: int | None = None) -> None:
         """`given` must be a tuple or another collection of whole numbers from `least`, all below `below` if it is not
         None, so many of them if `count` is not None."""
-        fits = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping)
+        # No iterator: checking it would use it up.
+        fits = isinstance(given, Collection) and not isinstance(given, str | bytes | Mapping)
         found = list(given) if fits else []  # type: ignore[call-overload]
         fits &= all(isinstance(n, Integral) and least <= int(n) and (below is None or int(n) < below) for n in found)
         if not fits or count not in (None, len(found)):

@@ -214,6 +214,7 @@ def test_an_error_inside_the_transformer_leaves_no_interception_behind(pipes):
         ({"dense_blocks": "0, 1"}, "dense_blocks: '0, 1' was given"),
         ({"dense_blocks": (0, 2)}, "dense_blocks: (0, 2) was given; allowed: whole numbers from 0 to 1"),
         ({"dense_blocks": (-1,)}, "dense_blocks: (-1,) was given"),
+        ({"dense_blocks": iter((0, 1))}, "pass a tuple of such numbers as dense_blocks"),
         ({"min_tokens": float("nan")}, "min_tokens: nan was given; allowed: a whole number, 0 or more"),
         ({"min_tokens": None}, "min_tokens: None was given"),
         ({"reuse_steps": 1.5}, "reuse_steps: 1.5 was given; allowed: a whole number, 1 to 100"),
