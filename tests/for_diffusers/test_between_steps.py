@@ -174,7 +174,7 @@ def test_figures_and_counts_stay_after_removal(pipes):
 @pytest.mark.parametrize(
     ("given", "allowed"),
     [
-        ({"reuse_steps": 0}, "reuse_steps: 0 was given; allowed: 1 to 100"),
+        ({"reuse_steps": 0}, "reuse_steps: 0 was given; allowed: a whole number, 1 to 100"),
         ({"reuse_steps": 2, **SEMANTIC}, "reuse_steps: 2 was given; allowed: 1 with the order semantic"),
     ],
 )
