@@ -5,7 +5,8 @@ its cumulative bounds). A published preset computes what the paper describes, wi
 levels but meets the slider (budget mode instead of threshold). It ranks blocks of 128 queries and 64 keys by the mean
 weight of pooled tokens, with a quarter of the published scores. Other differences are under "ours" in the file. The
 tail, which is not in the paper, is off: on the demo model it costs more than it gives. "evidence" names the page that
-measures ours.
+measures ours. "menu" names the one of the two, "ours" or "published", that the nodes offer; the others can be written
+into a prompt, and stay in workflows that have them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..kernels.config import ConfigError, PyramidConfig
 from .correction import AUTO, OFF, OURS, Correction
 
 PUBLISHED_SUFFIX = " (published)"
-_NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence")
+_NOT_SETTINGS = ("about", "dense_steps", "published", "ours", "evidence", "menu")
 RANKING = {"importance": "pooled", "reduction": "mean"}
 """How our presets rank blocks."""
 OWN_SHAPE = {"mode": "topk", "tail": False, "order": "curve", **RANKING}
@@ -36,6 +37,7 @@ class Preset:
         evidence: page of this repository that measures it against others; empty if there is none.
         sparsity: the target that it was made for, a suggestion to the user, or None.
         correction: how its sparse calls are corrected; None if they are not, unless the user asks for it.
+        in_menu: whether the nodes offer it.
         as_written: True uses the shares as they are; a target sparsity then has no effect.
     """
 
@@ -47,6 +49,7 @@ class Preset:
     dense_steps: int | None = None
     evidence: str = ""
     correction: Correction | None = OURS
+    in_menu: bool = True
 
     @property
     def is_scaled(self) -> bool:
@@ -105,10 +108,20 @@ def load_presets(path: Path | None = None) -> dict[str, Preset]:
         correction = None if given is None else Correction(**given)
         about = f"{entry['about']}: its pyramid, met to the slider's sparsity"
         evidence = entry.get("evidence", "")
-        presets[name] = Preset(name, about, ours, dense_steps=steps, evidence=evidence, correction=correction)
+        menu = entry.get("menu")
+        presets[name] = Preset(
+            name,
+            about,
+            ours,
+            dense_steps=steps,
+            evidence=evidence,
+            correction=correction,
+            in_menu=menu == "ours",
+        )
         if not entry.get("published", True):
             continue
         published = settings | {"tail": False, "importance": "sampled", "reduction": "max"}
         about = f"{entry['about']}, as published (dense steps: {entry['dense_steps']})"
-        presets[name + PUBLISHED_SUFFIX] = Preset(name + PUBLISHED_SUFFIX, about, published, correction=None)
+        name += PUBLISHED_SUFFIX
+        presets[name] = Preset(name, about, published, correction=None, in_menu=menu == "published")
     return presets

@@ -33,8 +33,8 @@ class PatchInputs:
     """The inputs of PSA Patch, as its widgets show them. This is the one home of the node's and `apply_psa`'s defaults.
 
     Attributes:
-        preset: a name from `user_presets.preset_names`, or `auto`; psa_pyramid: the levels of a connected PSA Pyramid,
-            used instead of the preset.
+        preset: a name that `user_presets.find_preset` understands, or `auto`; psa_pyramid: the levels of a connected
+            PSA Pyramid, used instead of the preset.
         The others are named like the node's inputs; the tooltips there explain them.
     """
 
@@ -208,6 +208,12 @@ def check_window(start_percent: float, end_percent: float) -> None:
     if not start_percent < end_percent:
         allowed = f"less than end_percent, which is {end_percent}"
         raise InputError("start_percent", start_percent, allowed, do="lower start_percent or raise end_percent")
+
+
+def check_preset(preset: str) -> None:
+    """Raise InputError if no preset has that name, in the menu or not, or if its file is wrong."""
+    if preset != AUTO:
+        find_preset(preset)
 
 
 def check_one_pyramid(preset: str, psa_pyramid_given: bool, node: str = "PSA Patch") -> None:

@@ -14,10 +14,13 @@ from typing import Any
 
 from ..kernels.config import IMPORTANCES, MODES, ORDERS, PRECISIONS, REDUCTIONS, ConfigError
 from ..kernels.refusal import refusal, shown
+from .correction import AUTO
 from .errors import InputError
 from .presets import OWN_SHAPE, PUBLISHED_SUFFIX, Preset, load_presets
 
 PREFIX = "user/"
+PAPER = "paper: "
+"""Begins the published presets' names in the menu; NAME (published) means the same."""
 MOST_BYTES = 65536
 MOST_FILES = 200
 MOST_DENSE_STEPS = 1000
@@ -52,27 +55,33 @@ def folder() -> Path | None:
     return Path(folder_paths.get_user_directory()) / "psa_presets"
 
 
+def preset_menu(where: Path | None = None) -> list[str]:
+    """The presets that the nodes offer: made for a case of its own, the user's, the paper's. The user's include files
+    that turn out to be wrong."""
+    offered = [name for name, preset in load_presets().items() if preset.in_menu]
+    papers = [PAPER + name.removesuffix(PUBLISHED_SUFFIX) for name in offered if name.endswith(PUBLISHED_SUFFIX)]
+    ours = [name for name in offered if not name.endswith(PUBLISHED_SUFFIX)]
+    return [*ours, *(PREFIX + path.stem for path in _files(where or folder())), *papers]
+
+
 def preset_names(where: Path | None = None) -> list[str]:
-    """Names of all presets, those that a user is likely to want first: made for a case of its own, the user's, with the
-    levels of a published one, the published ones. The user's include files that turn out to be wrong."""
-    presets = load_presets()
-    published = [name for name in presets if name.endswith(PUBLISHED_SUFFIX)]
-    levels_of = [name.removesuffix(PUBLISHED_SUFFIX) for name in published]
-    own = [name for name in presets if name not in (*published, *levels_of)]
-    return [*own, *(PREFIX + path.stem for path in _files(where or folder())), *levels_of, *published]
+    """All names that are understood: those of the menu, then those that older workflows and prompts have."""
+    menu = preset_menu(where)
+    return [*menu, *(name for name in load_presets() if name not in menu)]
 
 
 def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -> Preset:
-    """The preset of that name, the pack's or the user's; `node` is the one that an error names.
+    """The preset of that name, the pack's, the paper's or the user's; `node` is the one that an error names.
 
     Raises:
         InputError: no such preset, or its file is wrong; says what is wrong.
     """
     if not name.startswith(PREFIX):
         presets = load_presets()
-        if name not in presets:
-            raise InputError.of_choice("preset", name, preset_names(where), node)
-        return presets[name]
+        stored = name.removeprefix(PAPER) + PUBLISHED_SUFFIX if name.startswith(PAPER) else name
+        if stored not in presets:
+            raise _unknown(name, where, node)
+        return presets[stored]
     for path in _files(where or folder()):
         if PREFIX + path.stem == name:
             try:
@@ -81,7 +90,11 @@ def find_preset(name: str, where: Path | None = None, node: str = "PSA Patch") -
                 allowed = f"a preset file that can be read; {path.name}: {error}"
                 do = "mend the file or choose another preset"
                 raise InputError("preset", name, allowed, node, do=do) from error
-    raise InputError.of_choice("preset", name, preset_names(where), node)
+    raise _unknown(name, where, node)
+
+
+def _unknown(name: str, where: Path | None, node: str) -> InputError:
+    return InputError.of_choice("preset", name, [AUTO, *preset_names(where)], node)
 
 
 def fingerprint(name: str, where: Path | None = None) -> str:

@@ -91,7 +91,7 @@ class PSANode(io.ComfyNode):
         """
         schema = cls.define_schema()
         rules = cls.rules + cls.early_rules
-        alone = {next(iter(judged)) for rule in rules if len(judged := inspect.signature(rule).parameters) == 1}
+        alone = {judged[0] for rule in rules if len(judged := _required(rule)) == 1}
         check_values(schema.display_name, schema.inputs, inputs, alone)
         # Inputs that an old workflow does not have yet get their default.
         defaults = {spec.id: getattr(spec, "default", None) for spec in schema.inputs if spec.optional}
@@ -99,6 +99,12 @@ class PSANode(io.ComfyNode):
             wanted = _arguments(rule, defaults | inputs)
             if wanted is not None:
                 rule(**wanted)
+
+
+def _required(rule: Callable[..., object]) -> list[str]:
+    """The inputs without which a rule has nothing to check."""
+    parameters = inspect.signature(rule).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.default is parameter.empty]
 
 
 def _arguments(rule: Callable[..., object], inputs: dict[str, Any]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from functools import partial
 from comfy_api.latest import io
 
 from ..choices.settings import AUTO, check_one_pyramid
-from ..choices.user_presets import check_name, fingerprint, preset_names
+from ..choices.user_presets import check_name, fingerprint, preset_menu
 from ..reports.calibrate import GOALS, NODE, calibrate, check_shape, sampler
 from ..reports.draw_curve import draw_calibration
 from ..reports.show import check_prefix, to_image
@@ -67,7 +67,7 @@ class PSACalibrate(PSANode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=[AUTO, *preset_names()],
+                    options=[AUTO, *preset_menu()],
                     default=AUTO,
                     tooltip="Levels and ranking, as in PSA Patch; threshold presets have no sparsity to calibrate.",
                 ),

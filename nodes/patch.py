@@ -15,10 +15,11 @@ from ..choices.settings import (
     check_blocks,
     check_one_pyramid,
     check_place,
+    check_preset,
     check_shape,
     check_window,
 )
-from ..choices.user_presets import fingerprint, preset_names
+from ..choices.user_presets import fingerprint, preset_menu
 from ..kernels.backends import BACKENDS
 from ..kernels.config import BLOCK_SIZES, IMPORTANCES, MODES, ORDERS, PRECISIONS
 from ..kernels.falling import MOST_FALLING
@@ -36,6 +37,7 @@ def _from_preset(name: str, options: tuple, tooltip: str) -> io.Combo.Input:
 class PSAPatch(PSANode):
     """Patch a video model with Pyramid Sparse Attention (arXiv 2512.04025)."""
 
+    rules = (check_preset,)
     early_rules = (check_window, check_one_pyramid, check_place, check_shape, check_blocks)
 
     @classmethod
@@ -86,11 +88,11 @@ class PSAPatch(PSANode):
                 ),
                 io.Combo.Input(
                     "preset",
-                    options=[AUTO, *preset_names()],
+                    options=[AUTO, *preset_menu()],
                     default=PatchInputs.preset,
                     tooltip=(
-                        "Levels and ranking. auto: module-default, the best so far. published: the settings of the "
-                        "paper and its release. user/...: your files in user/psa_presets."
+                        "Levels and ranking. auto: best so far. 4step: for 4-step LoRAs. generic: a model that PSA "
+                        "does not know. user/...: your own. paper: as published."
                     ),
                     extra_dict={"psa_sparsities": suggested_sparsities()},
                 ),
@@ -239,4 +241,5 @@ class PSAPatch(PSANode):
         node = cls.hidden.unique_id
         asked = asked_of(cls.hidden.prompt, node)
         patched = patch_model(model, **inputs, **listeners(node, asked))
-        return io.NodeOutput(patched, ui={"psa": told(model, patched, node), "psa_asked": [asked]})
+        shown = {"psa": told(model, patched, node), "psa_asked": [asked], "psa_sparsity": [inputs["sparsity"]]}
+        return io.NodeOutput(patched, ui=shown)

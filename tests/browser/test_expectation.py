@@ -6,18 +6,18 @@ import pytest
 
 from comfyui_psa.choices.expectation import expect
 from comfyui_psa.choices.presets import load_presets
+from comfyui_psa.choices.user_presets import find_preset, preset_names
 
 MODULE = "/extensions/ComfyUI-PSA/"
 ROUTE = "**/psa/check"
 
 
-def test_every_preset_is_drawn_with_its_own_figures(pages, definitions):
+def test_every_preset_is_drawn_with_its_own_figures(pages):
     frontend = pages()
     node = frontend.add("PSAPatch")
-    choices = definitions["PSAPatch"]["input"]["required"]["preset"][1]["options"]
-    for name in choices:
+    for name in ("auto", *preset_names()):
         frontend.choose(node, "preset", name)
-        preset = load_presets()["module-default" if name == "auto" else name]
+        preset = find_preset("module-default" if name == "auto" else name)
         expected = expect(preset.config(0.85))
         seen = frontend.picture(node)
         assert not seen["problem"], name

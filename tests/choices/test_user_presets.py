@@ -14,6 +14,7 @@ from comfyui_psa.choices.user_presets import (
     PresetError,
     find_preset,
     parse_preset,
+    preset_menu,
     preset_names,
     read_preset,
     usable_presets,
@@ -31,7 +32,7 @@ def put(folder, name, content):
 
 def test_a_good_file_is_listed_and_used(tmp_path):
     put(tmp_path, "mine.json", GOOD)
-    assert sorted(preset_names(tmp_path)) == sorted([*load_presets(), "user/mine"])
+    assert sorted(preset_names(tmp_path)) == sorted([*load_presets(), "user/mine", "paper: module-default"])
     preset = find_preset("user/mine", tmp_path)
     config = preset.config(0.8)
     assert (config.shares, config.block_kv, config.tail, config.sparsity) == ({1: 0.05, 4: 0.3}, 32, True, 0.8)
@@ -39,15 +40,22 @@ def test_a_good_file_is_listed_and_used(tmp_path):
     assert preset.sparsity == 0.9
 
 
-def test_the_menu_begins_with_what_a_user_is_likely_to_want(tmp_path):
+def test_the_menu_is_short_with_the_users_own_before_the_papers(tmp_path):
     put(tmp_path, "mine.json", GOOD)
-    names = preset_names(tmp_path)
-    first = names[: names.index("user/mine") + 1]
-    assert first == ["wan-4step-lora", "generic", "user/mine"]
-    rest = names[len(first) :]
-    published = [name for name in rest if name.endswith(" (published)")]
-    assert rest == [*(name.removesuffix(" (published)") for name in published), *published]
-    assert len(published) > 5
+    few = ["wan-4step-lora", "cogvideox-5b-4step", "generic", "user/mine", "paper: module-default"]
+    assert preset_menu(tmp_path) == few
+    assert preset_names(tmp_path)[: len(few)] == few
+
+
+@pytest.mark.parametrize("name", load_presets())
+def test_a_preset_that_is_not_in_the_menu_is_found_all_the_same(tmp_path, name):
+    assert find_preset(name, tmp_path) == load_presets()[name]
+    paper = f"paper: {name.removesuffix(' (published)')}"
+    if name.endswith("(published)"):
+        assert find_preset(paper, tmp_path) == load_presets()[name]
+    for wrong in (f"{name} ", f"paper: {name}x", f"user/{name}"):
+        with pytest.raises(InputError, match=r"allowed: auto, wan-4step-lora, .*Set preset to one of them\."):
+            find_preset(wrong, tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name, preset in load_presets().items() if not preset.as_written])
@@ -98,7 +106,7 @@ def test_what_is_wrong_is_said_when_the_file_is_chosen(tmp_path, content, words)
     with pytest.raises(InputError, match=rf"(?s)PSA Patch, input preset: 'user/bad'.*bad\.json: .*{words}"):
         find_preset("user/bad", tmp_path)
     # The others are still there, and so is the bad one, so that choosing it can say why.
-    assert [name for name in preset_names(tmp_path) if name not in load_presets()] == ["user/bad", "user/good"]
+    assert [name for name in preset_menu(tmp_path) if name.startswith("user/")] == ["user/bad", "user/good"]
     assert "user/good" in usable_presets(tmp_path)
     assert "user/bad" not in usable_presets(tmp_path)
 
@@ -107,12 +115,12 @@ def test_strange_names_and_folders_are_left_out(tmp_path):
     for name in ("..json", "<img src=x>.json", "a\nb.json", "x" * 80 + ".json", "notes.txt"):
         put(tmp_path, name, GOOD)
     (tmp_path / "folder.json").mkdir()
-    assert set(preset_names(tmp_path)) == {*load_presets(), "user/folder"}
+    assert [name for name in preset_menu(tmp_path) if name.startswith("user/")] == ["user/folder"]
     with pytest.raises(InputError, match="cannot be read"):
         find_preset("user/folder", tmp_path)
     with pytest.raises(InputError, match=r"preset: 'user/\.\./x'"):
         find_preset("user/../x", tmp_path)
-    assert sorted(preset_names(tmp_path / "missing")) == sorted(load_presets())
+    assert not any(name.startswith("user/") for name in preset_names(tmp_path / "missing"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="named pipes are files on Unix only")

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from comfyui_psa.choices.errors import InputError, NodeError
+from comfyui_psa.choices.presets import load_presets
 
 SENTENCE = re.compile(r"^PSA [A-Z][\w ]*, input [\w, ]+: .* was given; allowed: .*\. [A-Z].*\.$", re.DOTALL)
 """Node, input, what was given, what is allowed, and a last sentence that says what to do."""
@@ -90,6 +91,21 @@ def test_the_patch_is_refused_before_the_model_is_loaded_by_the_sentence_of_the_
     assert SENTENCE.match(str(refused)), refused
     assert refused.startswith(f"PSA Patch, input {field}: ")
     assert refused == said(nodes["PSAPatch"], inputs | {"model": inputs["model"] or model()})
+
+
+@pytest.mark.parametrize("name", ["PSAPatch", "PSACalibrate"])
+def test_a_preset_that_left_the_menu_is_taken_from_workflows_and_prompts(nodes, name):
+    node = nodes[name]
+    (menu,) = (spec.options for spec in node.define_schema().inputs if spec.id == "preset")
+    assert len([entry for entry in menu if not entry.startswith("user/")]) <= 5
+    meets_a_sparsity = {other for other, preset in load_presets().items() if preset.is_scaled}
+    names = load_presets() if name == "PSAPatch" else meets_a_sparsity
+    others = set(names) - set(menu)
+    assert {"wan2.2-a14b", "cogvideox-5b", "module-default"} <= others
+    for preset in [*others, *menu]:
+        assert node.validate_inputs(**defaults(node) | {"preset": preset}) is True, preset
+    wrong = defaults(node) | {"preset": "wan2.2-a14"}
+    assert "'wan2.2-a14' was given; allowed: auto" in node.validate_inputs(**wrong)
 
 
 def model():
