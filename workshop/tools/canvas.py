@@ -18,7 +18,9 @@ GAP, PADDING, GROUP_TITLE = 40, 20, 60
 TITLE, ROW = 30, 24
 TEXT_HEIGHT = 130
 # Room for what web/psa.js adds to a node, and for previews.
-PICTURE_HEIGHTS = {"PSAPatch": 230, "PSAPyramid": 150, "PSAReport": 360, "SaveAnimatedWEBP": 360}
+PICTURE_HEIGHTS = {"PSAPatch": 230, "PSAPyramid": 180, "PSAReport": 410, "PSACompare": 60, "SaveAnimatedWEBP": 360}
+FOLDED = ("PSAPatch", "PSAPyramid")
+"""Nodes that show a button instead of their advanced inputs, with both renderers."""
 COLOURS = {"blue": "#3f789e", "green": "#3f9e6b", "violet": "#7a5fa8", "grey": "#6b7280"}
 
 
@@ -82,7 +84,7 @@ class Canvas:
         unknown = set(given) - {spec.name for spec in specs}
         if unknown:
             raise ValueError(f"{class_type} has no input {', '.join(sorted(unknown))}")
-        inputs, values, text = [], [], 0
+        inputs, values, text, hidden = [], [], 0, 0
         for spec in specs:
             if not spec.is_widget:
                 optional = {} if spec.required else {"shape": 7}
@@ -90,6 +92,7 @@ class Canvas:
                 continue
             values.append(given.get(spec.name, default_value(spec)))
             text += TEXT_HEIGHT * bool(spec.options.get("multiline"))
+            hidden += class_type in FOLDED and bool(spec.options.get("advanced"))
             if spec.companion is not None:
                 values.append(spec.companion)
         names = definition.get("output_name") or definition["output"]
@@ -97,8 +100,8 @@ class Canvas:
             {"name": name, "type": kind, "slot_index": slot, "links": []}
             for slot, (name, kind) in enumerate(zip(names, definition["output"], strict=True))
         ]
-        # The classic renderer shows the advanced inputs too.
-        height = TITLE + ROW * (max(len(inputs), len(outputs)) + len(values)) + text + 10
+        rows = max(len(inputs), len(outputs)) + len(values) - hidden + bool(hidden)
+        height = TITLE + ROW * rows + text + 10
         height += PICTURE_HEIGHTS.get(class_type, 0)
         node = self._place(class_type, title, values, inputs, outputs, height)
         if models:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from .canvas import Canvas, Node, Output
-from .workflow_parts import HUB, ModelFile, save_video
+from comfyui_psa.loading.download import FILE, REPOSITORY
 
-LORA = "cogvideox-5b-psa-lora/pytorch_lora_weights.safetensors"
+from .canvas import Canvas, Node, Output
+from .workflow_parts import HUB, ModelFile, load_vae, save_video
+
+LORA = {"name": FILE, "url": f"{HUB}/{REPOSITORY}/resolve/main/{FILE}", "directory": "loras"}
 TEXT_ENCODER = ModelFile(
     "text_encoders", f"{HUB}/comfyanonymous/flux_text_encoders/resolve/main/t5xxl_fp16.safetensors", 9.8
 )
@@ -29,10 +31,10 @@ TIMES = {"1.0": (180, 90), "1.5": (1000, 550)}
 def _four_steps(canvas: Canvas) -> None:
     seconds = [round(time / 50 / 2 * 4) for time in TIMES["1.0"]]
     time = f"4 dense steps without guidance: about {seconds[0]} s on an A100, {seconds[1]} s on an H100 (an estimate)"
-    lora = f"- `models/loras/{LORA}`: **PSA LoRA Download** downloads it and shows its size\n"
+    lora = f"- `models/loras/{FILE}`: **PSA LoRA Download** downloads it and shows its size\n"
     model, clip, vae = _load(canvas, "CogVideoX 5B, 4 steps with the PSA LoRA", "CogVideoX-5b", time, lora)
     with canvas.group("LoRA"):
-        model = canvas.add("PSALoraLoader", model=model, lora_name=LORA, strength=1.0).output("MODEL")
+        model = canvas.add("PSALoraLoader", model=model, lora_name=FILE, models=[LORA]).output("MODEL")
     positive, negative, latent = _prompts(canvas, clip, (720, 480, 49))
     psa = dict(preset="cogvideox-5b-4step", sparsity=0.84, start_percent=0.0)
     samples = _sample(canvas, model, positive, negative, latent, psa, steps=4, cfg=1.0)
@@ -83,7 +85,8 @@ def _fifty_step_time(version: str) -> str:
 
 
 def _load(canvas: Canvas, title: str, folder: str, time: str, more: str = "") -> tuple[Node, Node, Node]:
-    vae_file = f"{folder}/vae/diffusion_pytorch_model.safetensors"
+    address = f"{HUB}/zai-org/{folder}/resolve/main/vae/diffusion_pytorch_model.safetensors"
+    vae_file = ModelFile("vae", address, 0.43, inside=f"{folder}/vae/")
     with canvas.group("Files", "grey", width=480):
         canvas.note(
             f"""
@@ -92,7 +95,7 @@ def _load(canvas: Canvas, title: str, folder: str, time: str, more: str = "") ->
 Files, relative to ComfyUI's folder:
 
 - `models/diffusers/{folder}/`: `transformer/` and `scheduler/` (11.1 GB)
-- `models/vae/{vae_file}` (0.43 GB)
+- `models/vae/{vae_file.name}` ({vae_file.size} GB)
 - `models/text_encoders/{TEXT_ENCODER.name}` ({TEXT_ENCODER.size} GB)
 {more}
 Run these commands in that folder to download them:
@@ -110,7 +113,7 @@ Run these commands in that folder to download them:
     with canvas.group("Load"):
         model = canvas.add("PSACogVideoXLoader", checkpoint=folder)
         clip = canvas.add("CLIPLoader", clip_name=TEXT_ENCODER.name, type="cogvideox", models=[TEXT_ENCODER.download])
-        vae = canvas.add("VAELoader", vae_name=vae_file)
+        vae = load_vae(canvas, vae_file)
     return model, clip, vae
 
 

@@ -42,6 +42,7 @@ def run_demo(comfyui: Path, steps: int | None, sparsity: float | None) -> None:
         client = Client(server.url)
         prompt = graph_to_prompt(load_workflow(WORKFLOW), client.get("/object_info"))
         apply_options(prompt, steps, sparsity)
+        print("One video is sampled twice, which takes a few minutes in all on a CPU.")
         result = _sample(server, client, prompt)
         videos = download_videos(client, prompt, result)
     psa_report = report_of(prompt, result)
@@ -79,12 +80,22 @@ def samplers_of(prompt: Prompt) -> dict[str, str]:
     return {"dense": dense, "psa": psa}
 
 
+def phases_of(prompt: Prompt) -> dict[str, str]:
+    """Node id -> what it does and for which video, in words, for the nodes that take a while."""
+    videos = {node: {"dense": "dense", "psa": "PSA"}[name] for name, node in samplers_of(prompt).items()}
+    titles = {node: f"Sampling, {video}" for node, video in videos.items()}
+    for node, entry in prompt.items():
+        if entry["class_type"] == "VAEDecode":
+            videos[node] = videos[entry["inputs"]["samples"][0]]
+            titles[node] = f"Decoding, {videos[node]}"
+    for node, entry in prompt.items():
+        if entry["class_type"] == "SaveAnimatedWEBP":
+            titles[node] = f"Saving, {videos.get(entry['inputs']['images'][0], 'side by side')}"
+    return titles
+
+
 def _sample(server: ComfyServer, client: Client, prompt: Prompt) -> PromptResult:
-    samplers = samplers_of(prompt)
-    classes = {"VAEDecode": "Decoding", "SaveAnimatedWEBP": "Saving"}
-    titles = {node: classes[e["class_type"]] for node, e in prompt.items() if e["class_type"] in classes}
-    titles |= {samplers["dense"]: "Sampling, dense", samplers["psa"]: "Sampling, PSA"}
-    display = _Display(titles)
+    display = _Display(phases_of(prompt))
     try:
         return client.run(prompt, display)
     except Failure as failure:

@@ -23,16 +23,18 @@ class ModelFile:
 
     Attributes:
         folder: the one in ComfyUI's `models/` that it goes into; url: where it is, ending in its name.
-        size: in GB (10^9 bytes), as download pages show it.
+        size: in GB (10^9 bytes), as download pages show it; inside: the folder in `folder` for it, if it has its own.
     """
 
     folder: str
     url: str
     size: float
+    inside: str = ""
 
     @property
     def name(self) -> str:
-        return self.url.rsplit("/", 1)[1]
+        """The file's name in the menus of loaders."""
+        return self.inside + self.url.rsplit("/", 1)[1]
 
     @property
     def download(self) -> dict:
