@@ -28,37 +28,34 @@ const STYLE = `
 .psa-picture .psa-key { display: inline-block; width: 8px; height: 8px; margin-right: 4px; border-radius: 2px; }
 /* Mixed with the text colour, so that it is readable on light and dark nodes. */
 .psa-picture .psa-problem { color: color-mix(in srgb, #e8590c 60%, var(--input-text, #ddd)); font-weight: 600; }
-.psa-picture .psa-old { opacity: 0.6; }
+.psa-picture .psa-old { opacity: 0.75; }
 /* Waiting for the server's answer. The delay keeps a quick answer from making the figures flicker. */
-.psa-picture.psa-waiting { opacity: 0.6; transition: opacity 0.2s 0.5s; }
+.psa-picture.psa-waiting { opacity: 0.75; transition: opacity 0.2s 0.5s; }
 .psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; border-radius: 3px;
     background: #2a2c31; }
 `;
 
-/** A block of figures that follow a slider and, with `live`, the curve of a run. */
+/** A block of figures that follow a slider and, with `live`, the curve of a run. `content` is as tall as its words. */
 export class Picture {
     constructor(live) {
         this.element = part("div", "psa-picture");
-        this.headline = this.element.appendChild(part("div", "psa-headline"));
-        this.speed = this.element.appendChild(part("div", "psa-quiet psa-speed"));
+        this.content = this.element.appendChild(part("div"));
+        this.headline = this.content.appendChild(part("div", "psa-headline"));
+        this.speed = this.content.appendChild(part("div", "psa-quiet psa-speed"));
         this.bar = this.row("psa-bar psa-seen");
         this.work = this.row("psa-bar psa-work");
-        this.legend = this.element.appendChild(part("div", "psa-legend"));
-        this.note = this.element.appendChild(part("div", "psa-quiet psa-note"));
+        this.legend = this.content.appendChild(part("div", "psa-legend"));
+        this.note = this.content.appendChild(part("div", "psa-quiet psa-note"));
         if (live) {
-            this.line = this.element.appendChild(svg("svg", { viewBox: "0 0 300 34", preserveAspectRatio: "none" }));
-            this.caption = this.element.appendChild(part("div", "psa-caption"));
-            this.sentence = this.element.appendChild(part("div", "psa-sentence"));
+            this.line = this.content.appendChild(svg("svg", { viewBox: "0 0 300 34", preserveAspectRatio: "none" }));
+            this.caption = this.content.appendChild(part("div", "psa-caption"));
+            this.sentence = this.content.appendChild(part("div", "psa-sentence"));
         }
-        if (!document.getElementById("psa-picture-style")) {
-            const style = document.head.appendChild(part("style"));
-            style.id = "psa-picture-style";
-            style.textContent = STYLE;
-        }
+        addStyle();
     }
 
     row(classes) {
-        const row = this.element.appendChild(part("div", "psa-row"));
+        const row = this.content.appendChild(part("div", "psa-row"));
         row.append(part("span", "psa-quiet"), part("div", classes), part("span", "psa-quiet"));
         return row.children[1];
     }
@@ -129,6 +126,7 @@ export class Picture {
         this.draw(SPARSITY, "psa-sparsity", steps.map((s) => [xOf(s.step), 31 - 28 * (s.sparsity ?? 0)]));
         const measured = last.sparsity?.toFixed(3);
         const sparsity = measured === undefined ? text(`${last.kind}Step`) : text("measured", { sparsity: measured });
+        const top = text("top", { seconds: longest.toFixed(2) });
         this.caption.append(`${text(old ? "liveOld" : "live", { step: last.step + 1, steps: total })} `);
         const seconds = text("seconds", { seconds: last.seconds.toFixed(2) });
         for (const [colour, words] of [[SPARSITY, sparsity], [SECONDS, seconds]]) {
@@ -137,6 +135,7 @@ export class Picture {
             mark.append(words);
             this.caption.append(" ");
         }
+        this.caption.append(top);
         const reasons = Object.entries((run ?? last).reasons);
         const remarks = reasons.map(([reason, calls]) => text("denseCalls", { calls, reason: told(language, reason) }));
         for (const note of run?.notes ?? []) remarks.push(text("remark", { note: told(language, note) }));
@@ -152,6 +151,26 @@ export class Picture {
         const [x, y] = points[points.length - 1];
         this.line.append(svg("circle", { cx: x, cy: y, r: 2, fill: colour }));
     }
+}
+
+/** A node's figures in words, for nodes whose own picture is too small to read. */
+export class Line {
+    constructor() {
+        this.element = part("div", "psa-picture psa-line");
+        this.content = this.element.appendChild(part("div"));
+        addStyle();
+    }
+
+    show(text) {
+        this.content.textContent = text;
+    }
+}
+
+function addStyle() {
+    if (document.getElementById("psa-picture-style")) return;
+    const style = document.head.appendChild(part("style"));
+    style.id = "psa-picture-style";
+    style.textContent = STYLE;
 }
 
 /** Show a bar, with words before it and a figure after it. */

@@ -1,23 +1,30 @@
-/* Adds the picture to PSA Patch and PSA Pyramid and keeps it up to date with sliders, wires and runs.
- * Works with both renderers: it only reads widget values, and adds one DOM widget that is never saved.
+/* Adds the picture to PSA Patch and PSA Pyramid and keeps it up to date with sliders, wires and runs. Adds a line of
+ * figures to the nodes that measure. Works with both renderers: it only reads widget values, and adds widgets that are
+ * never saved.
  */
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { fold } from "./fold.js";
+import { lineOf, WITH_LINE } from "./line.js";
 import { happened, lastRun } from "./outcome.js";
-import { Picture } from "./picture.js";
+import { Line, Picture } from "./picture.js";
 import { learn, told } from "./translate.js";
 import { say as sayIn } from "./words.js";
 
 const PATCH = "PSAPatch";
 const PYRAMID = "PSAPyramid";
-const HEIGHT = { [PATCH]: 216, [PYRAMID]: 128 };
-const WIDTH = 340;
+const WITH_PRESET = [PATCH, "PSACalibrate"];
+/** Width and height of what is added to a node; a node that shows a picture of its own is wider. */
+const SIZE = { [PATCH]: [340, 216], [PYRAMID]: [340, 168] };
+const LINE_SIZE = [460, 46];
+const PADDING = 8;
 
 /** Preset name -> the sparsity it was made for, from the node's definition. */
 let suggested = {};
-/** Node -> {picture, queued: its inputs in the last prompt, auto: the preset that `auto` meant then, asked: the latest
- * question for the server, answer: its last answer (null: none yet), waiting: whether one is due, ...NO_RUN}. */
+/** Node -> {picture, arrange: shows and hides inputs, queued: its inputs in the last prompt, auto: the preset that `auto` meant then, received: the
+ * sparsity that it got then (null: none yet), asked: the latest question for the server, answer: its last answer (null:
+ * none yet), waiting: whether one is due, ...NO_RUN}. */
 const states = new WeakMap();
 /** A node's state before any run. id: the run's; run: the message sent at its end; note: why the model was not patched;
  * replaced: the id of the PSA Patch that took the node's place. */
@@ -33,6 +40,9 @@ app.registerExtension({
         const [stats] = await Promise.all([api.getSystemStats().catch(() => null), learn(language())]);
         measuredHere = (stats?.devices ?? []).some((device) => MEASURED_ON.test(device.name));
         everyNode(refresh);
+        app.ui.settings.addEventListener("Comfy.VueNodes.Enabled.change", () => {
+            requestAnimationFrame(() => everyNode((node) => states.get(node)?.arrange()));
+        });
     },
 
     beforeRegisterNodeDef(_, definition) {
@@ -41,52 +51,90 @@ app.registerExtension({
 
     refreshComboInNodes(definitions) {
         if (definitions?.[PATCH]) readSuggested(definitions[PATCH]);
+        everyNode(keepPreset);
         everyNode(refresh);
     },
 
     nodeCreated(node) {
-        if (node.comfyClass !== PATCH && node.comfyClass !== PYRAMID) return;
-        const picture = new Picture(node.comfyClass === PATCH);
-        const height = HEIGHT[node.comfyClass];
-        picture.element.style.minHeight = `${height}px`;
-        states.set(node, { picture, queued: null, auto: "", asked: "", answer: null, waiting: false, ...NO_RUN });
-        const widget = node.addDOMWidget("psa_picture", "psa_picture", picture.element, {
-            serialize: false,
-            hideOnZoom: false,
-            hideInPanel: true,
-            getMinHeight: () => height,
-            getMaxHeight: () => height,
-        });
-        widget.serialize = false;
-        // Nodes 2.0 hides the advanced inputs and fits a node's height to its content; the classic renderer shows all.
-        const [width, minHeight] = node.computeSize();
-        node.setSize([Math.max(WIDTH, width), LiteGraph.vueNodesMode ? 0 : minHeight]);
-
-        for (const other of node.widgets) {
-            if (other === widget) continue;
-            chain(other, "callback", (value) => {
-                if (other.name === "preset") suggestSparsity(node, value);
-                refreshWithNeighbours(node);
-            });
-        }
-        chain(node, "onConfigure", () => refreshWithNeighbours(node));
-        chain(node, "onAdded", () => refreshWithNeighbours(node)); // before, it has no neighbours
-        chain(node, "onConnectionsChange", () => queueMicrotask(() => refreshWithNeighbours(node)));
-        chain(node, "onExecuted", (output) => {
-            if (!output?.psa) return;
-            const [note = "", auto = ""] = output.psa;
-            Object.assign(states.get(node), NO_RUN, { note, auto, queued: output.psa_asked?.[0] ?? null });
-            refresh(node);
-        });
-        refresh(node);
-        // The classic renderer positions a DOM widget only on its second draw.
-        requestAnimationFrame(() => requestAnimationFrame(() => app.canvas?.setDirty(true, true)));
+        if (WITH_LINE.includes(node.comfyClass)) addLine(node);
+        if (node.comfyClass in SIZE) addPicture(node);
+        if (WITH_PRESET.includes(node.comfyClass)) chain(node, "onConfigure", () => keepPreset(node));
     },
 
     afterConfigureGraph() {
         everyNode(refresh);
     },
 });
+
+function addLine(node) {
+    const line = new Line();
+    const show = (json) => line.show(lineOf(language(), node.comfyClass, json));
+    addElement(node, "psa_line", line, LINE_SIZE);
+    chain(node, "onExecuted", (output) => output?.text && show(output.text[0]));
+    show();
+}
+
+function addPicture(node) {
+    const picture = new Picture(node.comfyClass === PATCH);
+    const arrange = fold(node, language);
+    const unknown = { queued: null, auto: "", received: null, asked: "", answer: null, waiting: false };
+    states.set(node, { picture, arrange, ...unknown, ...NO_RUN });
+    addElement(node, "psa_picture", picture, SIZE[node.comfyClass]);
+    arrange();
+
+    for (const other of node.widgets) {
+        if (other.serialize === false) continue;
+        chain(other, "callback", (value) => {
+            if (other.name === "preset") suggestSparsity(node, value);
+            refreshWithNeighbours(node);
+        });
+    }
+    chain(node, "onConfigure", () => {
+        arrange();
+        refreshWithNeighbours(node);
+    });
+    chain(node, "onAdded", () => refreshWithNeighbours(node)); // before, it has no neighbours
+    chain(node, "onConnectionsChange", () => {
+        queueMicrotask(() => {
+            arrange();
+            refreshWithNeighbours(node);
+        });
+    });
+    chain(node, "onExecuted", (output) => {
+        if (!output?.psa) return;
+        const [note = "", auto = ""] = output.psa;
+        const received = output.psa_sparsity?.[0] ?? null;
+        Object.assign(states.get(node), NO_RUN, { note, auto, received, queued: output.psa_asked?.[0] ?? null });
+        refresh(node);
+    });
+    refresh(node);
+    // The classic renderer positions a DOM widget only on its second draw.
+    requestAnimationFrame(() => requestAnimationFrame(() => app.canvas?.setDirty(true, true)));
+}
+
+/** Add a DOM widget that is neither saved nor shown in the properties panel, and make room for it; it becomes higher if
+ * its words need that, in a narrow node. */
+function addElement(node, name, { element, content }, [width, height]) {
+    let current = height;
+    element.style.minHeight = `${height}px`;
+    const widget = node.addDOMWidget(name, name, element, {
+        serialize: false,
+        hideOnZoom: false,
+        hideInPanel: true,
+        getMinHeight: () => current,
+        getMaxHeight: () => current,
+    });
+    new ResizeObserver(() => {
+        if (!content.offsetHeight) return; // not on the page
+        current = Math.max(height, content.offsetHeight + PADDING);
+        element.style.minHeight = `${current}px`;
+        if (!LiteGraph.vueNodesMode) node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
+    }).observe(content);
+    widget.serialize = false;
+    // Nodes 2.0 hides the advanced inputs and fits a node's height to its content.
+    const [minWidth, minHeight] = node.computeSize();
+    node.setSize([Math.max(width, minWidth), LiteGraph.vueNodesMode ? 0 : minHeight]);
+}
 
 api.addEventListener("reconnected", () => everyNode(askAgain));
 
@@ -141,11 +189,11 @@ function draw(node, state) {
 }
 
 /** What Picture.show draws of a node's inputs: {problem, figures, stock, notes}. */
-function settingOf(node, { answer }) {
+function settingOf(node, { answer, received }) {
     const patch = node.comfyClass === PATCH;
-    const wired = patch && input(node, "sparsity")?.link != null;
+    const wired = patch && isWired(node);
     const sparsity = patchSparsity(node);
-    const notes = wired ? [say("wired", { sparsity: sparsity.toFixed(2) })] : [];
+    const notes = wired ? [say(received === null ? "wired" : "wiredRan", { sparsity: sparsity.toFixed(2) })] : [];
     const { refused, figures = null } = answer ?? {};
     const names = { ...namesOf(patch && source(node)), ...namesOf(node) };
     const problem = refused ? told(language(), refused, names) : null;
@@ -204,6 +252,7 @@ function question(node, { auto }) {
         return { ...asked, sparsity: patch ? patchSparsity(patch) : null };
     }
     const pyramid = source(node);
+    asked.inputs.sparsity = patchSparsity(node);
     if (pyramid?.comfyClass !== PYRAMID) return { ...asked, auto };
     return { ...asked, pyramid: { node: PYRAMID, ...widgetsOf(pyramid) } };
 }
@@ -244,13 +293,26 @@ function suggestSparsity(node, name) {
     if (sparsity != null && slider) slider.value = Math.min(sparsity, slider.options.max ?? 1);
 }
 
+/** Let the menu of a node have its own preset, also one that is not offered to new nodes, from an older workflow. */
+function keepPreset(node) {
+    if (!WITH_PRESET.includes(node.comfyClass)) return;
+    const { options, value } = node.widgets.find((widget) => widget.name === "preset");
+    if (!options.values.includes(value)) options.values = [...options.values, value];
+}
+
 function readSuggested(definition) {
     const [, options] = definition.input?.required?.preset ?? [];
     suggested = options?.psa_sparsities ?? {};
 }
 
+/** The sparsity that a PSA Patch has: its slider's, or over a wire that of the last run, if there was one. */
 function patchSparsity(node) {
-    return Number(value(node, "sparsity") ?? 0);
+    const received = isWired(node) ? states.get(node)?.received : null;
+    return Number(received ?? value(node, "sparsity") ?? 0);
+}
+
+function isWired(node) {
+    return input(node, "sparsity")?.link != null;
 }
 
 function value(node, name) {

@@ -179,6 +179,36 @@ def test_choosing_a_preset_of_the_user_moves_the_slider(pages, server):
             (folder / f"{name}.json").unlink()
 
 
+MENU = """(id) => {
+    const { options } = app.canvas.graph.getNodeById(id).widgets.find((widget) => widget.name === "preset");
+    return options.values.filter((name) => !name.startsWith("user/")); // another test's files
+}"""
+
+
+@pytest.mark.parametrize("kind", ["PSAPatch", "PSACalibrate"])
+def test_a_preset_that_left_the_menu_stays_in_a_workflow_that_has_it(frontend, kind):
+    node = frontend.add(kind)
+    short = frontend.page.evaluate(MENU, node)
+    assert short == ["auto", "wan-4step-lora", "cogvideox-5b-4step", "generic", "paper: module-default"]
+    frontend.choose(node, "preset", "wan2.2-a14b")
+    saved = frontend.serialized()
+    frontend.clear()
+    frontend.load(saved)
+    assert frontend.value(node, "preset") == "wan2.2-a14b"
+    assert frontend.page.evaluate(MENU, node) == [*short, "wan2.2-a14b"]
+    frontend.page.evaluate("() => app.refreshComboInNodes()")
+    frontend.page.wait_for_timeout(500)
+    assert frontend.page.evaluate(MENU, node) == [*short, "wan2.2-a14b"]
+    assert frontend.page.evaluate(MENU, frontend.add(kind, 700)) == short
+    prompt = frontend.page.evaluate("async () => (await app.graphToPrompt()).output")
+    assert prompt[str(node)]["inputs"]["preset"] == "wan2.2-a14b"
+    assert frontend.page.locator(f'[data-node-id="{node}"] [aria-invalid="true"]').count() == 0
+    if kind == "PSAPatch":
+        seen = frontend.picture(node)
+        assert not seen["problem"]
+        assert seen["headline"] == "85 % of the attention work saved in the sparse steps"
+
+
 @pytest.mark.slow
 def test_the_demo_runs_from_the_page_and_the_line_moves(frontend, demo):
     frontend.load(demo)
@@ -215,8 +245,10 @@ def test_the_demo_runs_from_the_page_and_the_line_moves(frontend, demo):
     assert f"last run, step {STEPS} of {STEPS}" in moved["text"]
     frontend.choose(node, "sparsity", 0.85)
     assert frontend.picture(node) == seen
-    # The report's picture is in its node.
+    # The report's picture is in its node, and the same figures as words.
     report = find(demo, "PSAReport")["id"]
+    words = "(id) => app.rootGraph.getNodeById(id).widgets.find((w) => w.name === 'psa_line').element.textContent"
+    assert frontend.page.evaluate(words, report).startswith(ran.removeprefix("This run: ") + "; sparse steps")
     size = frontend.page.evaluate(
         """async (id) => {
             const node = app.rootGraph.getNodeById(id);

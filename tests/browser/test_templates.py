@@ -68,6 +68,41 @@ def test_every_template_has_its_picture_and_opens(pages, name):
     assert frontend.errors == []
 
 
+@pytest.mark.parametrize("name", ["psa_demo", "wan21_t2v_psa"])
+def test_a_templates_nodes_have_no_empty_room(frontend, name):
+    frontend.load(load_workflow(WORKFLOWS / f"{name}.json"))
+    frontend.page.wait_for_timeout(300)
+    empty = frontend.page.evaluate(
+        """() => {
+            const { ds } = app.canvas;
+            const node = app.rootGraph.nodes.find((found) => found.type === "PSAPatch");
+            const { element } = node.widgets.find((widget) => widget.name === "psa_picture");
+            const place = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();
+            const top = app.canvas.canvas.getBoundingClientRect().top;
+            const bottom = top + (node.pos[1] + node.size[1] + ds.offset[1]) * ds.scale;
+            return ((place?.bottom ?? bottom) - element.getBoundingClientRect().bottom) / ds.scale;
+        }"""
+    )
+    assert empty <= 70, "a button for the other inputs has room there, and nothing else"
+
+
+@pytest.mark.parametrize("name", ["wan21_t2v_psa", "cogvideox5b_psa_4step_lora"])
+def test_every_missing_file_has_its_download_button(pages, name):
+    frontend = pages()
+    workflow = load_workflow(WORKFLOWS / f"{name}.json")
+    files = [entry["name"] for node in workflow["nodes"] for entry in node["properties"].get("models", ())]
+    assert len(files) == 3
+    frontend.load(workflow)
+    frontend.page.get_by_test_id("error-overlay-see-errors").click()
+    try:
+        buttons = frontend.page.get_by_test_id("missing-model-download")
+        buttons.first.wait_for()
+        labels = [button.get_attribute("aria-label") for button in buttons.all()]
+        assert [sum(file in label for label in labels) for file in files] == [1, 1, 1]
+    finally:
+        frontend.page.get_by_role("button", name="Toggle properties panel").first.click()
+
+
 @pytest.mark.slow(seconds=30)
 def test_the_demo_runs_at_once(frontend):
     open_template(frontend, "psa_demo")
@@ -91,3 +126,15 @@ def test_a_search_for_scene_does_not_find_the_demos_node(pages):
     assert "PSA Patch" in search(frontend, "psa patch", "PSA Patch")
     for words in ("scene", "demo", "PSADemoScene"):
         assert "PSA Demo" not in search(frontend, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "node"),
+    [
+        *((words, "PSA Patch") for words in ("wan faster", "accelerate", "optimize", "sage attention", "稀疏", "加速")),
+        *((words, "PSA LoRA Loader") for words in ("lightx2v", "wan lora")),
+        ("video quality", "PSA Compare"),
+    ],
+)
+def test_a_search_for_what_is_wanted_finds_the_node(pages, words, node):
+    assert node in search(pages(), words, node)
