@@ -25,8 +25,7 @@ def browse(frontend):
 
 
 def open_template(frontend, name):
-    """Click a template's card and wait until its workflow is the one that is shown."""
-    browse(frontend)
+    """Click a template's card, which is shown, and wait until its workflow is the one on the page."""
     frontend.page.get_by_test_id(f"template-workflow-{name}").click()
     nodes = len(load_workflow(WORKFLOWS / f"{name}.json")["nodes"])
     frontend.page.wait_for_function("(nodes) => app.rootGraph.nodes.length === nodes", arg=nodes)
@@ -57,8 +56,6 @@ def test_every_template_has_its_picture_and_opens(pages, name):
     card.scroll_into_view_if_needed()  # before that it need not have a picture
     picture = card.locator("img").first
     frontend.page.wait_for_function("(image) => image.naturalWidth === 512", arg=picture.element_handle())
-    frontend.page.keyboard.press("Escape")
-    frontend.settle()
     open_template(frontend, name)
     known = frontend.page.evaluate(
         "() => app.rootGraph.nodes.map((node) => [node.type, !!LiteGraph.registered_node_types[node.type]])"
@@ -104,7 +101,9 @@ def test_every_missing_file_has_its_download_button(pages, name):
 
 
 @pytest.mark.slow(seconds=30)
-def test_the_demo_runs_at_once(frontend):
+def test_the_demo_runs_at_once(pages):
+    frontend = pages("nodes2")
+    browse(frontend)
     open_template(frontend, "psa_demo")
     frontend.page.wait_for_timeout(1000)
     assert not frontend.page.get_by_test_id("error-overlay").is_visible(), "neither a node nor a file is missing"
@@ -119,6 +118,7 @@ def test_the_demo_runs_at_once(frontend):
         "() => Object.values(app.nodeOutputs).flatMap((output) => (output.images ?? []).map((image) => image.filename))"
     )
     assert sum(film.endswith(".webp") for film in films) == 3
+    assert frontend.errors == []
 
 
 def test_a_search_for_scene_does_not_find_the_demos_node(pages):

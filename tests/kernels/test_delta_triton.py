@@ -40,7 +40,7 @@ def test_the_kernel_reads_every_number_of_eight_bits(triton_device):
 def test_a_corrected_call_is_that_of_the_torch_backend(triton_device, random_tensor, order, dim, group, batch):
     layout = TokenLayout((3, 8, 9), before=5)
     dtype, tolerance = (torch.float32, 2e-5) if triton_device == "cpu" else (torch.float16, 4e-3)
-    q, k, v = (random_tensor(batch, 3, layout.length, dim, seed=s).to(triton_device, dtype) for s in (1, 2, 3))
+    q, k, v = (random_tensor(batch, 2, layout.length, dim, seed=s).to(triton_device, dtype) for s in (1, 2, 3))
     config = PyramidConfig(mode="topk", sparsity=0.8, block_q=32, block_kv=32, order=order)
     first = pyramid_sparse_attention(q, k, v, config, layout=layout, backend="torch")
     video = first.output[:, :, layout.before :]

@@ -60,6 +60,8 @@ def sink(length, dim, logit, at, device):
 def test_peaky_rows_are_ranked_and_attended(triton_device, mode, logit, dim):
     """No worse than the same levels chosen and attended in float32, plus twice what float16 costs dense attention."""
     small = triton_device == "cpu"
+    if small and logit in (14, 16):
+        pytest.skip("the interpreter tries the lowest and the highest logits")
     q, k, v = alike(1 if small else 4, 640 if small else 9216, dim, logit, triton_device)
     expected = dense(q, k, v)
     config = MODES[mode]
@@ -77,6 +79,8 @@ def test_peaky_rows_are_ranked_and_attended(triton_device, mode, logit, dim):
 @pytest.mark.parametrize("logit", [0, 6, 9, 11, 12, 13, 16, 24, 80])
 def test_no_mass_is_lost_beside_a_sink(triton_device, logit, at):
     """Of a sink and thousands of flat keys, both sides keep their share: the output says how much the sink took."""
+    if triton_device == "cpu" and logit not in (0, 11, 13, 80):
+        pytest.skip("the interpreter tries a few of the logits")
     q, k, v = sink(1024 if triton_device == "cpu" else 65_536, 64, logit, at, triton_device)
     q = q[:, :, :64].contiguous()
     out = pyramid_sparse_attention(q, k, v, FULL, backend="triton").output.double()
@@ -135,7 +139,8 @@ def test_scores_that_are_not_finite_rank_last(triton_device, mode, bad):
     from comfyui_psa.kernels.gpu.levels import choose_lists_triton
 
     config = dataclasses.replace(MODES[mode], tail=False)
-    scores = torch.rand(1, 2, 64, 90, generator=torch.Generator().manual_seed(1)).to(triton_device)
+    rows = 8 if triton_device == "cpu" else 64
+    scores = torch.rand(1, 2, rows, 90, generator=torch.Generator().manual_seed(1)).to(triton_device)
     scores[..., 10:20] = 0
     scores[:, :, :, 3] = bad
     scores[:, :, 5, 40:50] = bad
@@ -143,7 +148,7 @@ def test_scores_that_are_not_finite_rank_last(triton_device, mode, bad):
     factors = lists.factors()
     assert (factors[..., 3] == 0).all()
     assert (factors[:, :, 5, 40:50] == 0).all()
-    assert lists.unranked.sum() == 2 * (64 + 10)
+    assert lists.unranked.sum() == 2 * (rows + 10)
     assert torch.equal(lists.unranked[0, 0, 5].cpu(), torch.tensor(11, dtype=torch.int32))
     if mode != "budget":  # which learns its scale from a part of the rows
         assert torch.equal(factors, choose_levels(scores, config))

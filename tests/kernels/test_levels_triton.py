@@ -121,8 +121,7 @@ def test_budget_learns_its_scale_from_a_part_of_the_rows(triton_device, monkeypa
     assert lists.density.mean().item() == pytest.approx(0.15, abs=0.01)
 
 
-@pytest.mark.parametrize("rows", [1024, 16, 7])
-@pytest.mark.parametrize("sizes", [(3, 3), (1, 3, 2)])
+@pytest.mark.parametrize(("rows", "sizes"), [(1024, (3, 3)), (16, (1, 3, 2)), (7, (1, 3, 2))])
 def test_a_budget_is_that_of_all_heads_wherever_they_are(triton_device, in_parts, monkeypatch, rows, sizes):
     """The rows that the scale is learnt from are the same, too."""
     from comfyui_psa.kernels.gpu import levels as levels_triton
