@@ -43,13 +43,6 @@ def beside(*pngs):
     return buffer.getvalue()
 
 
-@pytest.fixture(autouse=True)
-def only_the_cores_own_frontend(request):
-    """The pictures are of the frontend that the core brings; how nodes look in the newest one, `test_nodes.py` tells."""
-    if "newest" in request.node.name:
-        pytest.skip("the pictures are taken in the core's own frontend")
-
-
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_picture_of_the_node(pages, name):
     frontend = pages("nodes2")

@@ -114,7 +114,7 @@ def test_float16_is_measured_beside_bfloat16_on_a_gpu(measured):
 def test_dense_attention_of_every_type_is_always_measured(measured, monkeypatch, only):
     run, _ = measured
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
-    arguments = run.argparse.Namespace(lengths=False, full=False, only=only)
+    arguments = run.argparse.Namespace(lengths=False, full=False, crossover=False, only=only)
     chosen = run._chosen(128, arguments)
     dense = [m.precision for m in chosen if m.name == "sdpa-cudnn"]
     assert dense == ["bfloat16", "float16"]
