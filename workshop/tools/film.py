@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ...reports.paint import INK, PAPER, QUIET, font
+from comfyui_psa.reports.paint import INK, PAPER, QUIET, font
+
 from .pictures import amplified_difference
 
 FPS = 12
