@@ -1,5 +1,6 @@
 """dev.py from outside: failures are one sentence and an exit code, and what must agree does agree."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -52,6 +53,16 @@ def test_a_core_that_is_not_there_is_refused(tmp_path, monkeypatch):
     for found in (by_dev, by_pytest):
         assert found.returncode != 0
         assert f"here is no ComfyUI in {tmp_path.resolve()}" in found.stderr
+
+
+def test_what_the_commands_import_can_be_imported():
+    """For the tests the workshop is a part of the pack; for dev.py it is not, and an import out of it fails there."""
+    tree = ast.parse((ROOT / "dev.py").read_text("utf-8"))
+    late = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.col_offset]
+    assert len(late) > 5
+    program = "; ".join(["from workshop.pack import load_pack", "load_pack()", *late])
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
 
 
 def test_an_unknown_option_is_refused():
