@@ -22,9 +22,9 @@ const PADDING = 8;
 
 /** Preset name -> the sparsity it was made for, from the node's definition. */
 let suggested = {};
-/** Node -> {picture, arrange: shows and hides inputs, queued: its inputs in the last prompt, auto: the preset that `auto` meant then, received: the
- * sparsity that it got then (null: none yet), asked: the latest question for the server, answer: its last answer (null:
- * none yet), waiting: whether one is due, ...NO_RUN}. */
+/** Node -> {picture, arrange: shows and hides inputs, queued: its inputs in the last prompt, auto: the preset that `auto`
+ * meant then, received: the sparsity that it got then (null: none yet), asked: the latest question for the server,
+ * answer: its last answer (null: none yet), waiting: whether one is due, ...NO_RUN}. */
 const states = new WeakMap();
 /** A node's state before any run. id: the run's; run: the message sent at its end; note: why the model was not patched;
  * replaced: the id of the PSA Patch that took the node's place. */
