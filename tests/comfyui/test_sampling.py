@@ -84,6 +84,8 @@ def forget_everything(client):
 @pytest.mark.slow(seconds=30)
 def test_the_demo_runs_at_a_small_size(client, definitions, workflow, tmp_path):
     prompt = graph_to_prompt(workflow, definitions)
+    tried = client.run(demo.warm_up(prompt))
+    assert [len(tried.step_seconds(node)) for node in demo.samplers_of(prompt).values()] == [2, 2]
     result = client.run(prompt)
     report = demo.report_of(prompt, result)
     videos = demo.download_videos(client, prompt, result)

@@ -9,7 +9,8 @@ from PIL import Image
 
 from comfyui_psa.loading.download import FILE, REPOSITORY
 from comfyui_psa.workshop.tools.build_workflows import build_all
-from comfyui_psa.workshop.tools.demo import phases_of
+from comfyui_psa.workshop.tools.client import Progress, PromptResult
+from comfyui_psa.workshop.tools.demo import most_seconds, phases_of, samplers_of, warm_up
 from comfyui_psa.workshop.tools.paths import WORKFLOWS
 from comfyui_psa.workshop.tools.workflow import NOTES, find_problems, graph_to_prompt, load_workflow
 
@@ -108,6 +109,22 @@ def test_the_terminal_says_of_which_video_each_phase_of_the_demo_is(definitions)
         *(f"{work}, {video}" for work in ("Decoding", "Sampling") for video in ("PSA", "dense")),
         *("Saving, PSA", "Saving, dense", "Saving, side by side"),
     ]
+
+
+def test_both_samplers_of_the_demo_have_run_before_they_are_timed(definitions):
+    prompt = graph_to_prompt(load_workflow(WORKFLOWS / "psa_demo.json"), definitions)
+    short = warm_up(prompt)
+    outputs = {entry["inputs"]["source"][0] for entry in short.values() if entry["class_type"] == "PreviewAny"}
+    assert outputs == set(samplers_of(prompt).values())
+    for node, entry in short.items():
+        if node in prompt:
+            changed = {"steps": 2} if entry["class_type"] == "KSampler" else {}
+            assert entry["inputs"] == prompt[node]["inputs"] | changed, "the same work, and less of it"
+    assert {entry["class_type"] for entry in short.values()} & {"VAEDecode", "SaveAnimatedWEBP"} == set()
+    # What is told beforehand: 16 steps for each sampler, as long as the last dense one of the warm-up.
+    dense = samplers_of(prompt)["dense"]
+    tried = PromptResult("", progress=[Progress(dense, "KSampler", step, 2, (0, 9, 11)[step]) for step in range(3)])
+    assert most_seconds(prompt, tried) == 2 * 16 * 2
 
 
 @pytest.mark.parametrize("name", NEED_DOWNLOADS)

@@ -45,7 +45,7 @@ class Figures:
 
     @property
     def dense_step(self) -> float | None:
-        """Median seconds per step of the dense run, without the first, which loads the model."""
+        """Median seconds per step of the dense run, without the first, which includes what the sampler prepares."""
         return _median(self.dense_seconds[1:])
 
     @property
