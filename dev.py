@@ -15,7 +15,7 @@
     python dev.py workflows    regenerate workflows/*.json and locales/en after changing a node's schema
     python dev.py docs     write the lists of messages in docs/troubleshooting.md, and the table of models in
                            docs/compatibility.md, again after changing them
-    python dev.py registry --address URL --tag v1.2.3    complete pyproject.toml for a release to ComfyUI's registry
+    python dev.py registry --address URL --tag v1.2.3    write the address into a release to ComfyUI's registry
     python dev.py weights  download the 4-step LoRA for CogVideoX-5B into weights/; only needs huggingface-hub
 
 Needs only Python 3.10 or newer; the first run installs the rest into .dev/ (a few minutes, about 8 GB).
@@ -135,7 +135,8 @@ def _registry(arguments: argparse.Namespace, *_: object) -> int:
     from workshop.tools.registry import complete
 
     try:
-        print(f"Written: {complete(ROOT, arguments.address, arguments.tag)}")
+        for path in complete(ROOT, arguments.address, arguments.tag):
+            print(f"Written: {path}")
     except LookupError as error:
         raise Failure(str(error)) from error
     return 0

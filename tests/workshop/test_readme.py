@@ -5,7 +5,9 @@ import re
 import statistics
 
 import pytest
+import yaml
 
+from comfyui_psa.choices.settings import PatchInputs
 from comfyui_psa.workshop.table import read_rows
 from comfyui_psa.workshop.tools.paths import ROOT
 
@@ -99,6 +101,79 @@ def test_the_captions_figures_are_those_of_the_picture():
     assert shown(share, 100 * (1 - run["report"]["saved"]))
 
 
+def test_most_of_a_wan_steps_time_is_attention():
+    """A step that is over twice as fast, with nothing but its attention changed, was attention for the most part."""
+    for model in ("wan2.1-14b", "wan2.1-1.3b"):
+        assert max(float(row["speedup"] or 0) for row in step_times(model)) > 2
+
+
+@pytest.mark.parametrize("compute", ["0.362", "0.438", "0.500", "0.667"])
+def test_the_correction_gives_most_of_the_loss_back(compute):
+    ours, without = (
+        statistics.mean(float(row["psnr"]) for row in quality(f"{setting} @ {compute}"))
+        for setting in ("default", "uncorrected")
+    )
+    assert 10 ** (-(ours - without) / 10) < 0.5, "what is left of the squared difference from dense"
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in table("What you get") if re.search(r"\d", row[2])], ids=lambda row: row[0]
+)
+def test_a_models_seconds_are_of_the_size_that_is_named(row):
+    width, height, frames = map(int, re.search(r"(\d+)x(\d+), (\d+) frames", row[0]).groups())
+    model = next(MODELS[part] for part in MODELS if row[0].startswith(part))
+    tokens = ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
+    assert {int(found["video_tokens"]) for found in step_times(model)} == {tokens}
+
+
+def test_what_is_said_below_the_table_is_so():
+    said = section("What you get")
+    rows = {model: step_times(model) for model in MODELS.values()}
+    assert "corrected (CogVideoX without)" in said
+    corrected = {model for model in rows if any(row["method"] == "psa-corrected" for row in rows[model])}
+    assert corrected == {"wan2.1-14b", "wan2.1-1.3b"}
+    assert "Other cards are not measured yet" in said
+    gpus = {row["gpu"] for row in read_rows(ROOT / "workshop" / "results" / "model-gpu.csv")}
+    assert all(gpu.startswith("NVIDIA H100") for gpu in gpus)
+    assert "the first quarter of a run stays dense" in said
+    assert PatchInputs().start_percent == 0.25
+
+
+def test_the_first_runs_values_are_the_nodes_own():
+    assert f"Leave `sparsity` at {PatchInputs().sparsity}: it saves 85 % of" in section("Your first run")
+
+
+def test_versions_and_licence_are_those_of_the_package():
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    comfyui, python = re.search(r"ComfyUI \((\S+) or newer\)[^¶]*?Python (\S+) or newer", README, re.DOTALL).groups()
+    assert f'requires-comfyui = ">={comfyui}.0"' in project
+    assert f'requires-python = ">={python}"' in project
+    licence, authors = re.search(r"^## Licence\n\n(\S+)\. The method is by (.+) \(arXiv", README, re.MULTILINE).groups()
+    assert f'license = {{ text = "{licence}" }}' in project
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["preferred-citation"]["authors"]
+    assert authors.replace(" and ", ", ").split(", ") == [f"{a['given-names']} {a['family-names']}" for a in cited]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_the_pages_is_one(page):
+    known = re.findall(r'^    "(\w+)": _', (ROOT / "dev.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(known) > 10
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"python dev\.py (\w+)", text)) <= set(known)
+    for script in re.findall(r"(?<![\w/])(?:for_diffusers|workshop)/\S+\.py", text):
+        assert (ROOT / script).is_file(), script
+
+
+def test_every_model_is_in_the_table_of_variants():
+    compatibility = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    lines = [line for line in compatibility.splitlines() if line.startswith("| ") and "`test_" in line]
+    known = " ".join(cell.strip().lower() for line in lines for cell in line.split("|")[1:3])
+    families = {row[0]: row[1] for row in table("Models")}
+    named = families["Wan variants"].split(", ")
+    named += next(family for family in families if family.startswith("HunyuanVideo")).split(", ")
+    assert [name for name in named if name.lower() not in known] == []
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= MOST_LINES
 
@@ -141,8 +216,6 @@ def test_the_index_lists_every_page():
 
 
 def test_issue_forms_and_citation_can_be_read():
-    import yaml
-
     for form in ("bug", "feature"):
         read = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{form}.yml").read_text(encoding="utf-8"))
         assert read["name"]

@@ -1,7 +1,7 @@
-"""Completes `pyproject.toml` for a release to ComfyUI's registry: `python dev.py registry`.
+"""Completes `pyproject.toml` and the pages for a release to ComfyUI's registry: `python dev.py registry`.
 
-The registry wants the addresses of the repository and of the icon. A repository can move and be forked, so they are not
-written into the file that it keeps, but added where a release is made.
+The registry wants the addresses of the repository and of the icon, and the pages tell what to clone. A repository can
+move and be forked, so they are not written into the files that it keeps, but added where a release is made.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import re
 from pathlib import Path
 
 ICON = "docs/pictures/icon.svg"
+PAGES = ("README.md", "docs/quick-start.md")
+UNKNOWN = "<address of this repository>"
+"""What the pages say instead."""
 ADDRESS = re.compile(r"https://[\w.-]+(/[\w.-]+){2,}")
 
 
@@ -22,7 +25,7 @@ def completed(text: str, address: str, tag: str) -> str:
     Raises:
         LookupError: the address or the tag is wrong, or the text has an address already.
     """
-    address = address.removesuffix("/").removesuffix(".git")
+    address = _bare(address)
     if not ADDRESS.fullmatch(address):
         raise LookupError(f"--address is {address!r}; allowed: the repository's, such as https://HOST/OWNER/NAME.")
     found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
@@ -41,8 +44,16 @@ def completed(text: str, address: str, tag: str) -> str:
     return text.replace("[tool.comfy]\n", "\n".join([*lines, icon]) + "\n")
 
 
-def complete(root: Path, address: str, tag: str) -> Path:
-    """Write `pyproject.toml` in `root` with its addresses, see `completed`, and return its path."""
+def complete(root: Path, address: str, tag: str) -> list[Path]:
+    """Write `pyproject.toml` in `root` with its addresses, see `completed`, and PAGES with the repository's; return
+    the paths."""
     path = root / "pyproject.toml"
     path.write_text(completed(path.read_text(encoding="utf-8"), address, tag), encoding="utf-8")
-    return path
+    pages = [root / name for name in PAGES]
+    for page in pages:
+        page.write_text(page.read_text(encoding="utf-8").replace(UNKNOWN, _bare(address)), encoding="utf-8")
+    return [path, *pages]
+
+
+def _bare(address: str) -> str:
+    return address.removesuffix("/").removesuffix(".git")

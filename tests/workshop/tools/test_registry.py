@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from comfyui_psa.workshop.tools.paths import ROOT
-from comfyui_psa.workshop.tools.registry import completed
+from comfyui_psa.workshop.tools.registry import PAGES, UNKNOWN, complete, completed
 from comfyui_psa.workshop.tools.release import tracked_files
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no reader of TOML")
@@ -85,6 +85,19 @@ def test_only_addresses_are_added():
     for url, head in ((icon, "raw"), (urls["Documentation"], "blob")):
         assert url.startswith(f"{ADDRESS}/{head}/v{VERSION}/")
         assert url.removeprefix(f"{ADDRESS}/{head}/v{VERSION}/") in tracked_files(ROOT)
+
+
+def test_the_pages_of_a_release_say_what_to_clone(tmp_path):
+    for name in ("pyproject.toml", *PAGES):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    complete(tmp_path, f"{ADDRESS}.git", f"v{VERSION}")
+    for name in PAGES:
+        released = (tmp_path / name).read_text(encoding="utf-8")
+        assert f"git clone {ADDRESS} " in released
+        assert released == (ROOT / name).read_text(encoding="utf-8").replace(UNKNOWN, ADDRESS)
+    kept = [path for path in tracked_files(ROOT) if path.endswith(".md")]
+    assert {path for path in kept if UNKNOWN in (ROOT / path).read_text(encoding="utf-8")} == set(PAGES)
 
 
 def test_the_icon_is_a_small_drawing_of_a_size_that_is_allowed():
