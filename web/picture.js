@@ -33,6 +33,7 @@ const STYLE = `
 .psa-picture.psa-waiting { opacity: 0.75; transition: opacity 0.2s 0.5s; }
 .psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; border-radius: 3px;
     background: #2a2c31; }
+.psa-picture svg:empty { background: color-mix(in srgb, var(--input-text, #ddd) 15%, transparent); }
 `;
 
 /** A block of figures that follow a slider and, with `live`, the curve of a run. `content` is as tall as its words. */

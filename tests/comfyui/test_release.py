@@ -58,7 +58,7 @@ def test_a_server_offers_all_of_it(released, files):
     client = Client(released.url)
     definitions = client.get("/object_info")
     known = {name.split("/")[2].removesuffix(".md") for name in files if name.startswith("web/docs/PSA")}
-    assert {*known, "PSADemoScene"} == {name for name in definitions if name.startswith("PSA")}
+    assert known == {name for name in definitions if name.startswith("PSA")}
     assert sorted(client.get("/workflow_templates")[PACK]) == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
     menus = {choice for spec in inputs_of(definitions["UNETLoader"]) for choice in spec.choices or ()}
     assert "psa_demo_wan_dit.safetensors" in menus

@@ -181,7 +181,15 @@ def test_the_readme_is_short():
 def test_every_node_is_listed():
     known = {path.stem for path in (ROOT / "web" / "docs").glob("PSA*.md")}
     titles = {(ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8").split("\n")[0][2:] for name in known}
-    assert {row[0].strip("*") for row in table("Nodes")} == {*titles, "PSA Demo Prompt"}
+    assert {row[0].strip("*") for row in table("Nodes")} == titles
+
+
+def test_the_page_of_the_nodes_links_every_help_page_and_has_their_pictures():
+    page = (ROOT / "docs" / "nodes.md").read_text(encoding="utf-8")
+    known = {path.name for path in (ROOT / "web" / "docs").glob("PSA*.md")}
+    assert set(re.findall(r"\(\.\./web/docs/(\w+\.md)\)", page)) == known
+    sheets = {f"{renderer}-{theme}.webp" for renderer in ("nodes2", "classic") for theme in ("dark", "light")}
+    assert set(re.findall(r"\(pictures/nodes/(\S+)\)", page)) == sheets
 
 
 def test_every_template_is_named():
