@@ -263,9 +263,19 @@ CONTRAST = """(id) => {
         const [r, g, b] = colour.map((c) => linear(c / 255));
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
-    const paper = parse(LiteGraph.NODE_DEFAULT_BGCOLOR).slice(0, 3);
+    // The classic renderer draws the node below the text, Nodes 2.0 has it as an element around it.
+    const paperBelow = (element) => {
+        if (!LiteGraph.vueNodesMode) return parse(LiteGraph.NODE_DEFAULT_BGCOLOR).slice(0, 3);
+        const layers = [];
+        for (let e = element; e; e = e.parentElement) {
+            layers.push(parse(getComputedStyle(e).backgroundColor));
+            if (layers.at(-1)[3] === 1) break;
+        }
+        return layers.reverse().reduce((below, layer) => over(layer, below), [0, 0, 0]);
+    };
     const found = {};
     for (const widget of node.widgets.filter((w) => w.name.startsWith("psa_") && w.element)) {
+        const paper = paperBelow(widget.element);
         for (const element of [widget.element, ...widget.element.querySelectorAll("*")]) {
             const own = [...element.childNodes].some((n) => n.nodeType === Node.TEXT_NODE && n.textContent.trim());
             if (!own) continue;
@@ -283,8 +293,9 @@ CONTRAST = """(id) => {
 
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
-def test_all_text_can_be_read_in_both_themes(pages, theme):
-    frontend = pages("classic")
+@pytest.mark.parametrize("renderer", ["classic", "nodes2"])
+def test_all_text_can_be_read_in_both_themes(pages, renderer, theme):
+    frontend = pages(renderer)
     frontend.page.evaluate("(id) => app.extensionManager.setting.set('Comfy.ColorPalette', id)", theme)
     try:
         patch, compare = frontend.add("PSAPatch"), frontend.add("PSACompare", 600)

@@ -405,8 +405,15 @@ def test_what_the_server_tells_of_other_ends_is_in_bold(pages):
     assert frontend.errors == []
 
 
+WIDTH = """(id) => {
+    const { element } = app.canvas.graph.getNodeById(id).widgets.find((widget) => widget.name === "psa_picture");
+    return Math.round(element.getBoundingClientRect().width);
+}"""
+
+
 def test_the_properties_panel_has_no_row_for_the_picture(frontend):
     node = frontend.add("PSAPatch")
+    width = frontend.page.evaluate(WIDTH, node)
     panel = frontend.page.get_by_test_id("properties-panel")
     toggle = frontend.page.get_by_role("button", name="Toggle properties panel").first
     if not panel.is_visible():
@@ -415,6 +422,7 @@ def test_the_properties_panel_has_no_row_for_the_picture(frontend):
         frontend.page.evaluate("(id) => app.canvas.selectNode(app.canvas.graph.getNodeById(id))", node)
         panel.get_by_text("start_percent").first.wait_for()
         assert "psa_picture" not in panel.inner_text()
+        assert frontend.page.evaluate(WIDTH, node) == width
     finally:
         panel.get_by_role("button", name="Toggle properties panel").or_(toggle).first.click()
 

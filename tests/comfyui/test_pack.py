@@ -59,11 +59,10 @@ def test_the_sparsity_slider_has_its_range(definitions):
 
 
 @pytest.mark.parametrize("node", NODES)
-def test_every_node_but_the_demos_has_a_help_page(node):
-    if node != "PSADemoScene":
-        page = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
-        assert f"(pictures/{node}.png)" in page
-        assert (ROOT / "web" / "docs" / "pictures" / f"{node}.png").stat().st_size < 120_000
+def test_every_node_has_a_help_page(node):
+    page = (ROOT / "web" / "docs" / f"{node}.md").read_text(encoding="utf-8")
+    assert f"(pictures/{node}.png)" in page
+    assert (ROOT / "web" / "docs" / "pictures" / f"{node}.png").stat().st_size < 120_000
 
 
 @pytest.mark.parametrize("node", NODES)
@@ -74,6 +73,7 @@ def test_every_input_is_explained(definitions, node):
 
 SEARCHED = {
     "PSAPatch": [
+        "faster",
         "wan faster",
         "accelerate",
         "optimize",
@@ -82,6 +82,7 @@ SEARCHED = {
         "radial attention",
         "稀疏",
         "加速",
+        "注意力",
     ],
     "PSALoraLoader": ["lightx2v", "wan lora"],
     "PSACompare": ["quality"],
@@ -108,6 +109,13 @@ def test_every_limit_and_default_can_be_read_in_its_field(definitions):
             decimals = max(0, -math.floor(math.log10(step)))
             shown = [spec.options[name] for name in ("min", "max", "default")]
             assert [round(value, decimals) for value in shown] == shown, (node, spec.name)
+
+
+def test_no_seed_changes_by_itself(definitions):
+    """It would make a node work again in every run: PSA Calibrate takes minutes."""
+    seeds = [spec for node in NODES for spec in inputs_of(definitions[node]) if "seed" in spec.name]
+    assert seeds
+    assert {spec.options["control_after_generate"] for spec in seeds} == {"fixed"}
 
 
 def test_the_everyday_inputs_come_first_and_the_rest_is_folded_away(definitions):
