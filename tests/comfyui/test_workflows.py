@@ -11,6 +11,7 @@ from comfyui_psa.loading.download import FILE, REPOSITORY
 from comfyui_psa.workshop.tools.build_workflows import build_all
 from comfyui_psa.workshop.tools.client import Progress, PromptResult
 from comfyui_psa.workshop.tools.demo import most_seconds, phases_of, samplers_of, warm_up
+from comfyui_psa.workshop.tools.notes_chinese import in_chinese
 from comfyui_psa.workshop.tools.paths import WORKFLOWS
 from comfyui_psa.workshop.tools.workflow import NOTES, find_problems, graph_to_prompt, load_workflow
 
@@ -31,6 +32,7 @@ NAMES = [
 ]
 
 
+CHINESE = "说明"
 NEED_DOWNLOADS = [name for name in NAMES if name != "psa_demo"]
 STOCK = importlib.resources.files("comfyui_workflow_templates_json") / "templates"
 """ComfyUI's own templates: which files there are, where, and how much they take together."""
@@ -48,10 +50,11 @@ def offered(workflow):
     return {(entry["name"], entry["url"].split("?")[0], entry["directory"]) for entry in entries}
 
 
-def note_of(workflow):
-    """The text of its note."""
-    (note,) = (node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES)
-    return note
+def note_of(workflow, title="Note"):
+    """The text of its note; `title`: which one, by language."""
+    notes = {node["title"]: node["widgets_values"][0] for node in workflow["nodes"] if node["type"] in NOTES}
+    assert set(notes) == {"Note", CHINESE}
+    return notes[title]
 
 
 def sizes_in(note):
@@ -125,6 +128,22 @@ def test_both_samplers_of_the_demo_have_run_before_they_are_timed(definitions):
     dense = samplers_of(prompt)["dense"]
     tried = PromptResult("", progress=[Progress(dense, "KSampler", step, 2, (0, 9, 11)[step]) for step in range(3)])
     assert most_seconds(prompt, tried) == 2 * 16 * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_note_is_there_in_chinese_with_the_same_files_and_figures(name):
+    workflow = load_workflow(WORKFLOWS / f"{name}.json")
+    english, chinese = note_of(workflow), note_of(workflow, CHINESE)
+    for same in (r"^## ", r"^- `\S+`", r"https://\S+", r"^    .+", r"\d+\.\d+", r"\d{2,}"):
+        found, expected = (sorted(re.findall(same, text, re.MULTILINE)) for text in (chinese, english))
+        assert found == expected, same
+    words = re.sub(r"^    .+|`[^`]+`|https://\S+", "", chinese, flags=re.MULTILINE)
+    assert not re.search(r"[A-Za-z]{2,}(?: [A-Za-z]{2,}){3,}", words), "no English sentence is left"
+
+
+def test_a_paragraph_without_a_translation_is_named():
+    with pytest.raises(LookupError, match="no translation of: Nobody has translated this"):
+        in_chinese("## Wan 2.1 text to video, 1.3B\n\nNobody has\ntranslated this.")
 
 
 @pytest.mark.parametrize("name", NEED_DOWNLOADS)

@@ -12,13 +12,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from .notes_chinese import in_chinese
 from .workflow import default_value, inputs_of
 
 GAP, PADDING, GROUP_TITLE = 40, 20, 60
 TITLE, ROW = 30, 24
 TEXT_HEIGHT = 130
-# Room for what web/psa.js adds to a node, and for previews.
-PICTURE_HEIGHTS = {"PSAPatch": 230, "PSAPyramid": 180, "PSAReport": 410, "PSACompare": 60, "SaveAnimatedWEBP": 360}
+# Room for what web/psa.js adds to a node, for previews, and for the higher rows of Nodes 2.0 where a node has many.
+ROOM = {
+    "PSAPatch": 230,
+    "PSAPyramid": 180,
+    "PSAReport": 410,
+    "PSACompare": 60,
+    "PSADemoScene": 60,
+    "SaveAnimatedWEBP": 360,
+}
 FOLDED = ("PSAPatch", "PSAPyramid")
 """Nodes that show a button instead of their advanced inputs, with both renderers."""
 COLOURS = {"blue": "#3f789e", "green": "#3f9e6b", "violet": "#7a5fa8", "grey": "#6b7280"}
@@ -64,8 +72,9 @@ class Canvas:
         self._x += width + PADDING + GAP
 
     def note(self, markdown: str, height: int) -> None:
-        """Add a note for the reader."""
+        """Add a note for the reader, and the same in Chinese below it."""
         self._place("MarkdownNote", "Note", [markdown.strip()], [], [], height)
+        self._place("MarkdownNote", "说明", [in_chinese(markdown)], [], [], 4 * height // 5)  # Chinese is shorter
 
     def add(self, class_type: str, title: str | None = None, models: Sequence[dict] = (), **given: object) -> Node:
         """Add a node.
@@ -102,7 +111,7 @@ class Canvas:
         ]
         rows = max(len(inputs), len(outputs)) + len(values) - hidden + bool(hidden)
         height = TITLE + ROW * rows + text + 10
-        height += PICTURE_HEIGHTS.get(class_type, 0)
+        height += ROOM.get(class_type, 0)
         node = self._place(class_type, title, values, inputs, outputs, height)
         if models:
             node["properties"]["models"] = list(models)
