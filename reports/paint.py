@@ -13,7 +13,14 @@ DENSE = (92, 95, 104)
 # From dark violet through teal to yellow: lighter means more, even if the colours cannot be told apart.
 _HEAT = np.array([(59, 28, 92), (52, 82, 139), (33, 139, 140), (94, 201, 98), (253, 231, 37)], dtype=np.float64)
 # The same colours as in web/picture.js.
-LEVELS = {1: (253, 231, 37), 2: (94, 201, 98), 4: (33, 145, 140), 8: (59, 124, 196), 16: (90, 85, 176)}
+LEVELS = {
+    1: (253, 231, 37),
+    2: (94, 201, 98),
+    4: (33, 145, 140),
+    8: (59, 124, 196),
+    16: (90, 85, 176),
+    32: (109, 74, 160),
+}
 COARSE, UNSEEN = (125, 74, 150), (74, 76, 83)
 
 
