@@ -1,12 +1,14 @@
 """The pages: the README is short, its figures come from workshop/results, and every link leads somewhere."""
 
 import json
+import math
 import re
 import statistics
 
 import pytest
 import yaml
 
+from comfyui_psa.choices.presets import load_presets
 from comfyui_psa.choices.settings import PatchInputs
 from comfyui_psa.workshop.table import read_rows
 from comfyui_psa.workshop.tools.paths import ROOT
@@ -197,6 +199,27 @@ def test_every_template_is_named():
     quick_start = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `(\w+)` \|", quick_start, re.MULTILINE)) == known
     assert known <= set(re.findall(r"`(\w+)`", README))
+
+
+def test_the_quick_starts_tokens_add_up():
+    text = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    least = PatchInputs().min_tokens
+    assert f"below about {round(least, -3):,} tokens stay dense" in text
+    width, height, frames, tokens = re.search(r"(\d+)x(\d+) with (\d+) frames are (\d+,\d+)", text).groups()
+    # LTX's VAE takes 32 x 32 pixels and 8 frames together, and the model one place at a time.
+    grid = [(int(frames) - 1) // 8 + 1, int(height) // 32, int(width) // 32]
+    assert math.prod(grid) == int(tokens.replace(",", "")) > least
+    assert grid[0] * (int(height) // 64) * (int(width) // 64) < least, "the first stage is at half the width and height"
+    longer = int(re.search(r"`ltx2_t2v_psa` samples (\d+) frames", text)[1])
+    template = json.loads((ROOT / "workflows" / "ltx2_t2v_psa.json").read_text(encoding="utf-8"))
+    (latent,) = (node for node in template["nodes"] if node["type"] == "EmptyLTXVLatentVideo")
+    assert latent["widgets_values"][:3] == [int(width), int(height), longer]
+
+
+def test_the_preset_for_4_step_loras_keeps_what_the_quick_start_says():
+    text = (ROOT / "docs" / "quick-start.md").read_text(encoding="utf-8")
+    assert "`wan-4step-lora`. It keeps the first step dense" in text
+    assert load_presets()["wan-4step-lora"].dense_steps == 1
 
 
 def anchors(text):
