@@ -19,18 +19,20 @@ const STYLE = `
 .psa-picture .psa-headline { font-size: 14px; font-weight: 600; }
 .psa-picture .psa-row { display: flex; align-items: center; gap: 6px; }
 .psa-picture .psa-row span { flex: 0 0 auto; min-width: 34px; }
-.psa-picture .psa-quiet { opacity: 0.75; }
+/* Quiet by its size and not by being faint: some palettes have no contrast to spare. */
+.psa-picture .psa-quiet { font-size: 11px; }
 .psa-picture .psa-bar { flex: 1; display: flex; height: 14px; margin: 2px 0; border-radius: 3px; overflow: hidden;
     background: color-mix(in srgb, var(--input-text, #ddd) 15%, transparent); }
 .psa-picture .psa-bar div { height: 100%; min-width: 0; }
 .psa-picture .psa-work { height: 8px; }
 .psa-picture .psa-legend { display: flex; flex-wrap: wrap; gap: 0 10px; }
 .psa-picture .psa-key { display: inline-block; width: 8px; height: 8px; margin-right: 4px; border-radius: 2px; }
-/* Mixed with the text colour, so that it is readable on light and dark nodes. */
-.psa-picture .psa-problem { color: color-mix(in srgb, #e8590c 60%, var(--input-text, #ddd)); font-weight: 600; }
-.psa-picture .psa-old { opacity: 0.75; }
-/* Waiting for the server's answer. The delay keeps a quick answer from making the figures flicker. */
-.psa-picture.psa-waiting { opacity: 0.75; transition: opacity 0.2s 0.5s; }
+/* Mixed with the text colour, so that it is readable in every palette. */
+.psa-picture .psa-problem { color: color-mix(in srgb, #ff922b 50%, var(--input-text, #ddd)); font-weight: 600; }
+.psa-picture .psa-old { font-style: italic; }
+.psa-picture svg.psa-old { opacity: 0.75; }
+/* Waiting for the server's answer. The delay keeps a quick answer from making the bars flicker. */
+.psa-picture.psa-waiting .psa-bar { opacity: 0.5; transition: opacity 0.2s 0.5s; }
 .psa-picture svg { display: block; width: 100%; height: 34px; margin-top: 3px; border-radius: 3px;
     background: #2a2c31; }
 .psa-picture svg:empty { background: color-mix(in srgb, var(--input-text, #ddd) 15%, transparent); }

@@ -292,26 +292,41 @@ CONTRAST = """(id) => {
 }"""
 
 
-@pytest.mark.parametrize("theme", ["dark", "light"])
+PALETTES = {
+    "dark": "#ddd",
+    "light": "#222",
+    "solarized": "#93a1a1",
+    "arc": "#ddd",
+    "nord": "#bcc2c8",
+    "github": "#bcc2c8",
+}
+"""The core's own, with the colour of their text."""
+
+
 @pytest.mark.parametrize("renderer", ["classic", "nodes2"])
-def test_all_text_can_be_read_in_both_themes(pages, renderer, theme):
+def test_all_text_can_be_read_in_every_palette(pages, renderer):
     frontend = pages(renderer)
-    frontend.page.evaluate("(id) => app.extensionManager.setting.set('Comfy.ColorPalette', id)", theme)
+    patch, compare = frontend.add("PSAPatch"), frontend.add("PSACompare", 600)
+    wrong = frontend.add("PSAPatch", 1100)
+    frontend.choose(wrong, "end_percent", 0.1)
+    # A run with other inputs is drawn in another way, and so is a mistake.
+    steps = {"node": str(patch), "run": 1.0, "steps": 4, "seconds": 1.0, "reasons": {}, "asked": {"sparsity": 0.2}}
+    for step in range(2):
+        told = {**steps, "step": step, "sparsity": 0.8, "kind": "sparse"}
+        frontend.page.evaluate("(detail) => app.api.dispatchCustomEvent('psa.step', detail)", told)
+    frontend.settle()
     try:
-        patch, compare = frontend.add("PSAPatch"), frontend.add("PSACompare", 600)
-        dark = frontend.page.evaluate("() => getComputedStyle(document.body).getPropertyValue('--input-text')")
-        assert dark.strip() == {"dark": "#ddd", "light": "#222"}[theme]
-        # A run with other inputs is drawn fainter, and a mistake in another colour.
-        steps = {"node": str(patch), "run": 1.0, "steps": 4, "seconds": 1.0, "reasons": {}, "asked": {"sparsity": 0.2}}
-        for step in range(2):
-            told = {**steps, "step": step, "sparsity": 0.8, "kind": "sparse"}
-            frontend.page.evaluate("(detail) => app.api.dispatchCustomEvent('psa.step', detail)", told)
-        frontend.settle()
-        found = frontend.page.evaluate(CONTRAST, patch) | frontend.page.evaluate(CONTRAST, compare)
-        assert any(words.startswith("last run, step") for words in found)
-        frontend.choose(patch, "end_percent", 0.1)
-        wrong = frontend.page.evaluate(CONTRAST, patch)
-        assert any("Lower start_percent" in words for words in wrong)
-        assert {words: ratio for words, ratio in (found | wrong).items() if ratio < READABLE} == {}
+        for palette, text in PALETTES.items():
+            frontend.page.evaluate("(id) => app.extensionManager.setting.set('Comfy.ColorPalette', id)", palette)
+            frontend.page.wait_for_function(
+                "(text) => getComputedStyle(document.body).getPropertyValue('--input-text').trim() === text", arg=text
+            )
+            frontend.settle()
+            found = {}
+            for node in (patch, compare, wrong):
+                found |= frontend.page.evaluate(CONTRAST, node)
+            assert any(words.startswith("last run, step") for words in found)
+            assert any("Lower start_percent" in words for words in found)
+            assert {words: ratio for words, ratio in found.items() if ratio < READABLE} == {}, palette
     finally:
         frontend.page.evaluate("() => app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
