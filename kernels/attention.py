@@ -156,11 +156,13 @@ def _default_order(layout: TokenLayout, config: PyramidConfig, device: torch.dev
 
 
 def _video(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    if layout.video == layout.length:
+        return x
     return x[:, :, layout.before : layout.before + layout.video]
 
 
 def _others(x: torch.Tensor, layout: TokenLayout) -> torch.Tensor | None:
-    if not layout.before and not layout.after:
+    if layout.video == layout.length:
         return None
     return torch.cat([x[:, :, : layout.before], x[:, :, x.shape[2] - layout.after :]], 2)
 

@@ -32,9 +32,11 @@ def gradient_reason(*tensors: torch.Tensor) -> str | None:
 
     A backend that did compute the call would return an output without a graph, and nothing would be trained.
     """
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    wanted = wanted or any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-    return NO_GRADIENTS if wanted else None
+    recorded = torch.is_grad_enabled()
+    for tensor in tensors:
+        if (recorded and tensor.requires_grad) or forward_ad.unpack_dual(tensor).tangent is not None:
+            return NO_GRADIENTS
+    return None
 
 
 def triton_reason(q: torch.Tensor) -> str | None:

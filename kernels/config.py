@@ -7,6 +7,7 @@ named after its pooling factor: 1 is full resolution; 2, 4 and 8 are mean-pooled
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
@@ -191,12 +192,12 @@ class PyramidConfig:
                 "set sparsity within it, or change the levels",
             )
 
-    @property
+    @functools.cached_property
     def ranking(self) -> Ranking:
         """The part of the setting that says how blocks are ranked."""
         return Ranking(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Ranking)})
 
-    @property
+    @functools.cached_property
     def factors(self) -> tuple[int, ...]:
         """Pooling factors of the levels that are chosen by importance, finest first."""
         return tuple(self.shares)
@@ -206,7 +207,7 @@ class PyramidConfig:
         """The factor of a block that no level takes: `block_kv` (the tail row) or 0 (dropped)."""
         return self.block_kv if self.tail else 0
 
-    @property
+    @functools.cached_property
     def stored_factors(self) -> tuple[int, ...]:
         """Every pooling factor whose rows attention may read, finest first: levels, tail, and what the cap can give."""
         factors = set(self.factors)
@@ -217,7 +218,7 @@ class PyramidConfig:
             factors.update(f for f in self.similarity_cap if f < max(self.factors))
         return tuple(sorted(factors))
 
-    @property
+    @functools.cached_property
     def bounds(self) -> tuple[float, ...]:
         """Cumulative shares, finest level first: the `tau_h` of the paper in threshold mode."""
         total, bounds = 0.0, []

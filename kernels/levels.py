@@ -57,7 +57,7 @@ class BlockLists:
     @functools.cached_property
     def mean_ends(self) -> torch.Tensor:
         """Share of the key blocks up to the end of each level, mean over all rows: float32 [n_levels]."""
-        return self.ends.float().mean((0, 1, 2)) / self.shape[-1]
+        return self.ends.mean((0, 1, 2), dtype=torch.float32) / self.shape[-1]
 
     @property
     def shape(self) -> tuple[int, ...]:

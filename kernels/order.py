@@ -28,12 +28,12 @@ class TokenLayout:
     before: int = 0
     after: int = 0
 
-    @property
+    @functools.cached_property
     def video(self) -> int:
         """Number of video tokens."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
-    @property
+    @functools.cached_property
     def length(self) -> int:
         """Number of tokens of the whole sequence."""
         return self.before + self.video + self.after

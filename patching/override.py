@@ -183,7 +183,8 @@ def _wrong_assumption(run: Run, q: torch.Tensor) -> str | None:
 
 def _by_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, L, H*D] -> [B, H, L, D], a view."""
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+    batch, tokens, width = x.shape
+    return x.view(batch, tokens, heads, width // heads).transpose(1, 2)
 
 
 def failure(run: Run, error: Exception, then: str) -> str:

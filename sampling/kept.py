@@ -123,4 +123,6 @@ class Kept:
 
     def refusal(self, cases: Iterable[Hashable]) -> str | None:
         """Why a call that belongs to these cases is not tried; None if it is."""
+        if not self._refusals:
+            return None
         return next((self._refusals[case] for case in cases if case in self._refusals), None)

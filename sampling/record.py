@@ -259,7 +259,7 @@ class Record:
         self.density(block, _mean([one.density for one in results]))
         step.grids.append(layout.grid)
         step.corrected += corrected
-        step.unranked += [one.unranked for one in results if one.unranked is not None]
+        step.unranked += [count for one in results if (count := one.unranked) is not None]
         step.level_ends.append(_mean([one.lists.mean_ends for one in results]))
         if self._pictured_block < 0:
             return

@@ -143,9 +143,9 @@ def learn(
     densities: list[torch.Tensor] = []
     try:
         for piece in _pieces(run, q.shape, prompts):
-            some_q, some_k, some_v, some_dense = (x[piece.part] for x in (q, k, v, dense))
+            some_q, some_k, some_v, some_dense = piece.of(q, k, v, dense)
             try:
-                result = _call(run, some_q, some_k, some_v, scale, lists=None, shared=piece.of(shared))
+                result = _call(run, some_q, some_k, some_v, scale, lists=None, shared=piece.of_heads(shared))
             except Exception as error:
                 if host.is_out_of_memory(error):
                     raise
@@ -219,18 +219,22 @@ def _refuse(run: Run, q: torch.Tensor, error: Exception, host: Host) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """What is computed at a time. part: of the batch and the heads; place: where it is known again in later steps;
-    whole: whether it has all heads of the call."""
+    """What is computed at a time. part: of the batch and the heads, None for the whole call; place: where it is known
+    again in later steps; whole: whether it has all heads of the call."""
 
-    part: tuple[slice, slice]
+    part: tuple[slice, slice] | None
     place: Hashable
     whole: bool
 
-    def of(self, shared: SharedHeads | None) -> SharedHeads | None:
+    def of(self, *tensors: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The piece of tensors [B, H, ...]."""
+        return tensors if self.part is None else [x[self.part] for x in tensors]
+
+    def of_heads(self, shared: SharedHeads | None) -> SharedHeads | None:
         """The heads elsewhere that share this piece's budget: none if not even the heads here are together."""
         if shared is None or not self.whole:
             return None
-        return dataclasses.replace(shared, entry=self.part[0].start or 0)
+        return dataclasses.replace(shared, entry=self.part[0].start or 0 if self.part else 0)
 
 
 def _pieces(run: Run, shape: Sequence[int], prompts: Sequence[Hashable]) -> list[_Piece]:
@@ -240,9 +244,10 @@ def _pieces(run: Run, shape: Sequence[int], prompts: Sequence[Hashable]) -> list
     if run.losses.on or run.kept.keeps(run.config.order):
         entries = [(slice(row, row + 1), prompt) for row, prompt in enumerate(prompts)]
     size = -(-heads // run.kept.groups)
+    alone = size == heads and len(entries) == 1
     return [
         _Piece(
-            (rows, slice(first, first + size)),
+            None if alone else (rows, slice(first, first + size)),
             (run.position.block, prompt, run.position.layout, first, size),
             whole=size == heads,
         )
@@ -281,11 +286,11 @@ def _in_pieces(
     results: list[AttentionResult] = []
     corrected = True
     for piece in pieces:
-        some_q, some_k, some_v, out = (x[piece.part] for x in (q, k, v, output))
+        some_q, some_k, some_v, out = piece.of(q, k, v, output)
         loss = run.losses.get(piece.place)
         corrected &= loss is not None
         delta, lists = (None, None) if loss is None else (loss.delta, loss.lists)
-        given = {"delta": delta, "out": out, "shared": piece.of(shared)}
+        given = {"delta": delta, "out": out, "shared": piece.of_heads(shared)}
         if lists is not None:
             result = _call(run, some_q, some_k, some_v, scale, lists=lists, **given)
         else:

@@ -168,7 +168,7 @@ def _head_of(pointer, strides, b, h):
 
 @triton.jit(do_not_specialize=["heads", "length_q", "length_k", "length_order", "length_extra", "n_listed"])
 def _attend(
-    q_ptr, q8, fine, k_desc, v_desc, coarse, extra, lists, again_ptr, out_ptr, order, delta,
+    k_desc, v_desc, q_ptr, q8, fine, coarse, extra, lists, again_ptr, out_ptr, order, delta,
     stride_q, stride_k, stride_v, stride_coarse, stride_extra, stride_out,
     heads, length_q, length_k, length_order, length_extra, n_listed, scale,
     FACTORS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, TILE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -353,37 +353,44 @@ def attend_triton(
     best = lists.best
     if best is None:  # the levels were given: any block of the finest level will do
         best = lists.blocks[..., 0].contiguous()
-    for careful in (False, True):
-        descriptors: tuple[object | None, object | None] = (None, None)
-        bulk = tile.bulk and not careful and pyramid.block_kv >= tile.rows
-        if bulk and keys is not None and values is not None:
-            descriptors = _descriptor(keys, tile.rows, padded), _descriptor(values, tile.rows, padded)
-        _attend[(n_q, batch * heads)](
-            q, q8, None if keys is None else (keys, values, pyramid.scales),
-            *(descriptors if None not in descriptors else (None, None)), coarse, extra,
-            (lists.blocks, best, lists.ends, rows), again, out, None if index is None else (index, index),
-            passed(delta),
-            q.stride()[:3], _strides(keys), _strides(values), _strides(coarse and coarse[0]),
-            _strides(extra and extra[0]), out.stride()[:3],
-            heads, length_q, pyramid.length, length_q if index is not None and index.ndim > 1 else 0,
-            extra[0].shape[2] if extra else 0, n_listed, scale * _LOG2_E,
-            FACTORS=lists.levels, BLOCK_Q=block_q, BLOCK_KV=pyramid.block_kv, TILE=tile.rows, HEAD_DIM=dim, DIM=padded,
-            CAREFUL=careful, STAGES=tile.stages, WAIT=tile.wait, HALVES=tile.halves and block_q >= 128,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    descriptors: tuple[object | None, object | None] = (None, None)
+    if tile.bulk and keys is not None and values is not None and pyramid.block_kv >= tile.rows:
+        descriptors = _descriptors(keys, values, tile.rows, padded)
+    given = (
+        q, q8, None if keys is None else (keys, values, pyramid.scales), coarse, extra,
+        (lists.blocks, best, lists.ends, rows), again, out, None if index is None else (index, index), passed(delta),
+        _strides(q), _strides(keys), _strides(values), _strides(coarse and coarse[0]), _strides(extra and extra[0]),
+        _strides(out),
+        heads, length_q, pyramid.length, length_q if index is not None and index.ndim > 1 else 0,
+        extra[0].shape[2] if extra else 0, n_listed, scale * _LOG2_E,
+    )  # fmt: skip
+    constants = {
+        "FACTORS": lists.levels, "BLOCK_Q": block_q, "BLOCK_KV": pyramid.block_kv, "TILE": tile.rows, "HEAD_DIM": dim,
+        "DIM": padded, "STAGES": tile.stages, "WAIT": tile.wait, "HALVES": tile.halves and block_q >= 128,
+        "num_warps": tile.warps, "num_stages": tile.stages,
+    }  # fmt: skip
+    launch = _attend[n_q, batch * heads]
+    launch(*descriptors, *given, CAREFUL=False, **constants)
+    launch(None, None, *given, CAREFUL=True, **constants)
 
 
-def _strides(x: torch.Tensor | None) -> tuple[int, int, int] | None:
-    return None if x is None else (x.stride(0), x.stride(1), x.stride(2))
+def _strides(x: torch.Tensor | None) -> tuple[int, ...] | None:
+    """Of batch entry, head and token."""
+    return None if x is None else x.stride()[:3]
 
 
-def _descriptor(x: torch.Tensor, rows: int, columns: int) -> object | None:
-    """A descriptor for bulk copies of `rows` rows of x [B, H, L, D]; None if x is not aligned as they require."""
+def _descriptors(
+    keys: torch.Tensor, values: torch.Tensor, rows: int, columns: int
+) -> tuple[object, object] | tuple[None, None]:
+    """Descriptors for bulk copies of `rows` rows of keys and values [B, H, L, D]; None if one of them is not aligned as
+    they require."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:3]):
-        return None
-    return TensorDescriptor.from_tensor(x, [1, 1, rows, columns])
+    for x in (keys, values):
+        if x.data_ptr() % 16 or any(stride * x.element_size() % 16 for stride in x.stride()[:3]):
+            return None, None
+    block = [1, 1, rows, columns]
+    return TensorDescriptor.from_tensor(keys, block), TensorDescriptor.from_tensor(values, block)
 
 
 def _unit_stride(x: torch.Tensor) -> torch.Tensor:

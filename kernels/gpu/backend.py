@@ -19,7 +19,7 @@ from ..order import TokenOrder
 from ..similarity import similarity_cap
 from .attend import attend_triton
 from .autotune import Case, choose_tile
-from .exact import Call
+from .call import Call
 from .importance import reduced_softmax_triton
 from .levels import choose_lists_triton
 from .order import apply_order_triton, undo_order_triton
@@ -63,13 +63,11 @@ def attend_video(
     trusted.refuse()
     if lists is None:
         lists = _choose(q, k, config, query_order, key_order, scale, generator, shared)
-    for part in _parts(q, whole=key_order.index is None):
-        others_k, others_v = (None if extra is None else extra[part] for extra in (extra_k, extra_v))
-        orders, lost = (query_order[part], key_order[part]), None if delta is None else delta[part]
-        some = q[part], k[part], v[part], lists[part]
-        _attend_part(*some, config, *orders, scale, others_k, others_v, out[part], lost, tile)
+    call = Call(q, k, v, config, query_order, key_order, scale, extra_k, extra_v, lists, delta)
+    for some, place in _in_parts(call, out):
+        _attend(some, place, tile)
     if not trusted.checked and may_check(q.device):
-        trusted.check(Call(q, k, v, config, query_order, key_order, scale, extra_k, extra_v, lists, delta), out)
+        trusted.check(call, out)
     return lists
 
 
@@ -86,60 +84,49 @@ def _choose(
     ranking = config.ranking
     if ranking.importance == "sampled":
         generator = generator or default_generator(ranking, q.device)
-        chosen_q = _sampled(q, ranking.block_q, ranking.sample_share, generator, query_order)
-        chosen_k = summed_k = _sampled(k, ranking.block_kv, ranking.sample_share, generator, key_order)
+        queries = _sampled(q, ranking.block_q, ranking.sample_share, generator, query_order)
+        keys = summed = _sampled(k, ranking.block_kv, ranking.sample_share, generator, key_order)
     else:
-        (chosen_q,) = means(q, ranking.block_q, (group_size(ranking, ranking.block_q),), query_order)
-        keys = means(k, ranking.block_kv, key_groups(ranking), key_order)
-        chosen_k, summed_k = keys[0], keys[-1]
-    scores = reduced_softmax_triton(chosen_q, chosen_k, scale, ranking.reduction, summed_k)
+        (queries,) = means(q, ranking.block_q, (group_size(ranking, ranking.block_q),), query_order)
+        keys, *others = means(k, ranking.block_kv, key_groups(ranking), key_order)
+        summed = others[0] if others else keys
+    scores = reduced_softmax_triton(queries, keys, scale, ranking.reduction, summed)
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
     return choose_lists_triton(scores, config, cap, k.shape[2], shared)
 
 
-def _attend_part(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lists: BlockLists,
-    config: PyramidConfig,
-    query_order: TokenOrder,
-    key_order: TokenOrder,
-    scale: float,
-    extra_k: torch.Tensor | None,
-    extra_v: torch.Tensor | None,
-    out: torch.Tensor,
-    delta: Delta | None,
-    tile: AttendTile,
-) -> None:
+def _attend(call: Call, out: torch.Tensor, tile: AttendTile) -> None:
     """A separate function, so that its copies are freed before the next part makes its own."""
+    q, config, order = call.q, call.config, call.query_order
     int8 = config.precision == "int8"
-    pyramid = build_pyramid_triton(k, v, config.stored_factors, config.block_kv, key_order, int8=int8)
+    pyramid = build_pyramid_triton(call.k, call.v, config.stored_factors, config.block_kv, call.key_order, int8=int8)
+    extra_k = call.extra_k
     if pyramid.mean is not None and extra_k is not None:
         extra_k = (extra_k - pyramid.mean).to(q.dtype)
-    inputs = pyramid, lists, config.block_q, scale, extra_k, extra_v
+    inputs = pyramid, call.lists, config.block_q, call.scale, extra_k, call.extra_v
     uneven = config.mode != "topk"
-    if query_order.index is None or q.shape[-1] <= FINDS_QUERIES:
-        attend_triton(q, *inputs, out, order=query_order, delta=delta, uneven=uneven, tile=tile)
+    if order.index is None or q.shape[-1] <= FINDS_QUERIES:
+        attend_triton(q, *inputs, out, order=order, delta=call.delta, uneven=uneven, tile=tile)
     else:
-        ordered = apply_order_triton(q, query_order)
+        ordered = apply_order_triton(q, order)
         attend_triton(ordered, *inputs, ordered, uneven=uneven, tile=tile)
         # Added here, it costs what it takes to read; added by the kernel above, its loops would lose registers.
-        undo_order_triton(ordered, query_order, out, delta)
+        undo_order_triton(ordered, order, out, call.delta)
 
 
-def _parts(q: torch.Tensor, *, whole: bool) -> Iterator[tuple[slice, slice]]:
-    """What is computed at a time: everything, or as many heads of one batch entry as may be copied at a time."""
-    batch, heads, length, dim = q.shape
-    head_bytes = length * dim * q.element_size()
-    if whole or batch * heads * head_bytes <= COPIED_AT_ONCE:
-        yield slice(None), slice(None)
+def _in_parts(call: Call, out: torch.Tensor) -> Iterator[tuple[Call, torch.Tensor]]:
+    """What is computed at a time, with its output: everything, or as many heads of one batch entry as may be copied."""
+    batch, heads, length, dim = call.q.shape
+    head_bytes = length * dim * call.q.element_size()
+    if call.key_order.index is None or batch * heads * head_bytes <= COPIED_AT_ONCE:
+        yield call, out
         return
     parts = min(heads, -(-heads * head_bytes // COPIED_AT_ONCE))
-    for entry, part in itertools.product(range(batch), range(parts)):
-        yield slice(entry, entry + 1), slice(part * heads // parts, (part + 1) * heads // parts)
+    for entry, number in itertools.product(range(batch), range(parts)):
+        part = slice(entry, entry + 1), slice(number * heads // parts, (number + 1) * heads // parts)
+        yield call[part], out[part]
 
 
 def means(x: torch.Tensor, block: int, groups: tuple[int, ...], order: TokenOrder) -> list[Representatives]:

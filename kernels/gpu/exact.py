@@ -13,11 +13,9 @@ import math
 
 import torch
 
-from ..config import PyramidConfig
-from ..delta import Delta
 from ..int8 import dequantise, mean_key, quantise
 from ..levels import BlockLists
-from ..order import TokenOrder
+from .call import Call
 
 RUNS, ROWS = 2, 64
 """How many runs of query rows of a head are computed again, and how many rows a run has at most."""
@@ -27,23 +25,6 @@ RUNS, ROWS = 2, 64
 _MARGIN, _ROUNDINGS, _OF_OUTPUT = 2.0, 2.0, 1e-3
 _UNIT = {torch.bfloat16: 2.0**-8}
 _SHORTEST_UNIT = 2.0**-11  # of float16
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The inputs of `backend.attend_video`, and the levels that it used."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    config: PyramidConfig
-    query_order: TokenOrder
-    key_order: TokenOrder
-    scale: float
-    extra_k: torch.Tensor | None
-    extra_v: torch.Tensor | None
-    lists: BlockLists
-    delta: Delta | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +56,7 @@ def what_differs(call: Call, out: torch.Tensor) -> str | None:
     batch, heads, length, _ = call.q.shape
     runs = [_runs(head, heads, length, call.config.block_q) for head in range(heads)]
     blocks = torch.tensor([[rows.start // call.config.block_q for rows in some] for some in runs], device=out.device)
-    factors, wrong = _factors(call.lists, blocks)
+    factors, wrong = factors_of_rows(call.lists, blocks)
     sizes = torch.where(factors > 0, call.config.block_kv // factors.clamp_min(1), 0)
     totals = [int(wrong), *sizes.sum(-1).flatten().tolist()]
     if totals.pop(0):
@@ -116,7 +97,7 @@ def _runs(head: int, heads: int, length: int, block_q: int) -> list[range]:
     return runs
 
 
-def _factors(lists: BlockLists, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def factors_of_rows(lists: BlockLists, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The factors [B, H, n, n_k] of the query blocks [H, n], and whether the lists contradict themselves."""
     heads = torch.arange(len(blocks), device=blocks.device)[:, None]
     listed, ends = lists.blocks[:, heads, blocks].long(), lists.ends[:, heads, blocks]

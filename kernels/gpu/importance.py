@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..importance import CEILING, Representatives
-from .tiles import gpu_of, importance_stages
+from .tiles import gpu_of, importance_stages, padded_dim
 
 _LOG2_E = 1.4426950408889634
 _CEILING = tl.constexpr(CEILING)
@@ -138,9 +138,9 @@ def reduced_softmax_triton(
     n_q, n_k = q.blocks, k.blocks
     norm = norm or k
     scores = torch.empty(batch, heads, n_q, n_k, dtype=torch.float32, device=q.rows.device)
-    rows, padded = max(128, q.padded), max(16, triton.next_power_of_2(dim))
+    rows, padded = max(128, q.padded), padded_dim(dim)
     tile = max(64, k.padded)
-    _reduce[(triton.cdiv(n_q * q.padded, rows), batch * heads)](
+    _reduce[(-(-n_q * q.padded // rows), batch * heads)](
         q.rows, k.rows, norm.rows, scores, *q.rows.stride()[:3], *k.rows.stride()[:3], *norm.rows.stride()[:3],
         heads, q.length, k.length, n_q, n_k, scale * _LOG2_E,
         GROUP_Q=q.group, BLOCK_Q=q.block, COUNT_Q=q.count, PADDED_Q=q.padded,

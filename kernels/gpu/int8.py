@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..order import TokenOrder
 from .order import load_rows
+from .tiles import padded_dim
 
 
 @triton.jit(do_not_specialize=["heads", "length", "length_index", "blocks"])
@@ -44,13 +45,13 @@ def quantise_queries_triton(q: torch.Tensor, block_q: int, order: TokenOrder) ->
     [B, H, blocks]. Numbers that are not finite become 0.
     """
     batch, heads, length, dim = q.shape
-    blocks = triton.cdiv(length, block_q)
+    blocks = -(-length // block_q)
     rows = torch.empty(q.shape, dtype=torch.int8, device=q.device)
     scales = torch.empty(batch, heads, blocks, dtype=torch.float32, device=q.device)
     index = None if order.index is None else order.index.contiguous()
     _quantise[(blocks, batch * heads)](
         q, q if index is None else index, rows, scales, *q.stride()[:3], heads, length,
         length if index is not None and index.ndim > 1 else 0, blocks,
-        BLOCK=block_q, HEAD_DIM=dim, DIM=max(16, triton.next_power_of_2(dim)), ORDERED=index is not None, num_warps=4,
+        BLOCK=block_q, HEAD_DIM=dim, DIM=padded_dim(dim), ORDERED=index is not None, num_warps=4,
     )  # fmt: skip
     return rows, scales

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ..config import PyramidConfig
 from ..levels import FLOOR, BlockLists, SharedHeads, budget_scale, depth_cuts, remaining_mass, topk_ends
+from .tiles import power_of_two
 
 _TOPK, _MASS = 0, 1
 # Rows of importance, per batch entry, from which budget mode learns the scale of its cuts.
@@ -142,7 +143,7 @@ def choose_lists_triton(
     ends = torch.empty(batch, heads, n_q, len(stored), dtype=torch.int32, device=scores.device)
     density = torch.empty(batch, heads, n_q, dtype=torch.float32, device=scores.device)
     unranked, best = (torch.empty_like(density, dtype=torch.int32) for _ in range(2))
-    width = max(32, triton.next_power_of_2(n_k))
+    width = max(32, power_of_two(n_k))
     _choose[(batch * heads * n_q,)](
         scores, scores if cap is None else cap.contiguous(), scores if scale is None else scale, blocks, ends, density,
         unranked, best, heads, n_q, n_k, length_k, cuts,

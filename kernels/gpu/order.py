@@ -9,6 +9,7 @@ import triton.language as tl
 from ..delta import Delta
 from ..order import TokenOrder
 from .delta import lost_rows, passed
+from .tiles import power_of_two
 
 _ROWS = 64
 
@@ -76,8 +77,8 @@ def undo_order_triton(x: torch.Tensor, order: TokenOrder, out: torch.Tensor, del
 def _launch(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor, delta: Delta | None = None, *, undo: bool) -> None:
     x = x if x.stride(3) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
-    _move[(triton.cdiv(length, _ROWS), batch * heads)](
+    _move[(-(-length // _ROWS), batch * heads)](
         x, index.contiguous(), out, passed(delta), *x.stride()[:3], *out.stride()[:3], heads, length,
-        length if index.ndim > 1 else 0, UNDO=undo, ROWS=_ROWS, HEAD_DIM=dim, DIM=triton.next_power_of_2(dim),
+        length if index.ndim > 1 else 0, UNDO=undo, ROWS=_ROWS, HEAD_DIM=dim, DIM=power_of_two(dim),
         num_warps=4,
     )  # fmt: skip

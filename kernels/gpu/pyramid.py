@@ -1,4 +1,4 @@
-"""The pyramid in Triton: one pass over keys or values puts them in order, pools them and, for int8, rounds them at full
+"""The pyramid in Triton: one launch puts keys and values in order, pools them and, for int8, rounds keys at full
 resolution.
 
 The kernel for `pyramid.build_pyramid` and `int8.quantise_keys`, whose results it reproduces. A program reads a few
@@ -14,6 +14,7 @@ import triton.language as tl
 from ..int8 import mean_key
 from ..order import TokenOrder
 from ..pyramid import Pyramid
+from .tiles import padded_dim
 
 
 @triton.jit
@@ -43,18 +44,20 @@ def _shifted(rows, mean, there):
 
 @triton.jit(do_not_specialize=["heads", "length", "length_index", "blocks", "coarse_rows"])
 def _pool(
-    x_ptr, index_ptr, mean_ptr, fine_ptr, coarse_ptr, scales_ptr,
-    stride_b, stride_h, stride_l, heads, length, length_index, blocks, coarse_rows,
+    x_ptr, y_ptr, index_ptr, mean_ptr, fine_ptr, coarse_ptr, scales_ptr, stride_x, stride_y,
+    heads, length, length_index, blocks, coarse_rows,
     FACTORS: tl.constexpr, LEVELS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, ORDERED: tl.constexpr, FINE: tl.constexpr, INT8: tl.constexpr,
+    HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Blocks from BLOCKS * program_id(0) of head `program_id(1)`, read as groups of 8 neighbouring tokens.
 
-    x: [B, H, L, D] with unit stride in D. length_index: entries of the index from one head to the next; 0 if all heads
-    share one. FACTORS: pooling factors of the levels, finest first; levels above 1 go to
-    `coarse` [B, H, coarse_rows, D], level after level. FINE: whether level 1 is written, to `fine` [B, H, L, D].
-    INT8: the mean key is subtracted from all levels, and level 1 is rounded with one scale per block.
+    x, and y for `program_id(2)` 1: [B, H, L, D] with unit stride in D; strides are those of batch entry, head and
+    token. A missing tensor is None. length_index: entries of the index from one head to the next; 0 if all heads share
+    one. FACTORS: pooling factors of the levels, finest first; levels above 1 go to `coarse`
+    [tensors, B, H, coarse_rows, D], level after level, level 1 to `fine` [tensors, B, H, L, D] if it is copied.
+    mean, scales: of int8 keys; the mean key is subtracted from all levels, level 1 is rounded with one scale per block.
     """
+    INT8: tl.constexpr = scales_ptr is not None
     GROUPS: tl.constexpr = BLOCKS * BLOCK // 8
     first_block = tl.program_id(0) * BLOCKS
     first = first_block * BLOCK
@@ -62,13 +65,17 @@ def _pool(
     dims = tl.arange(0, DIM)
     dim_exists = dims < HEAD_DIM
     group = tl.arange(0, GROUPS)
-    base = x_ptr + (head // heads) * stride_b + (head % heads) * stride_h
+    base, stride = x_ptr + (head // heads) * stride_x[0] + (head % heads) * stride_x[1], stride_x[2]
+    if y_ptr is not None:
+        is_x = tl.program_id(2) == 0
+        base = tl.where(is_x, base, y_ptr + (head // heads) * stride_y[0] + (head % heads) * stride_y[1])
+        stride = tl.where(is_x, stride, stride_y[2])
     mean = tl.zeros([DIM], tl.float32)
     if INT8:
         mean = tl.load(mean_ptr + head * HEAD_DIM + dims, mask=dim_exists, other=0)
-    fine_ptr += head * length * HEAD_DIM
-    coarse_ptr += head * coarse_rows * HEAD_DIM
-    scales_ptr += head * blocks
+        scales_ptr += head * blocks
+    written = head + tl.program_id(2) * tl.num_programs(1)
+    coarse_ptr += written * coarse_rows * HEAD_DIM
     # Rows of the blocks after the last one are never written.
     inside = first + group * 8 < blocks * BLOCK
 
@@ -76,12 +83,13 @@ def _pool(
     for i in tl.static_range(8):
         token = first + group * 8 + i
         source = token
-        if ORDERED:
+        if index_ptr is not None:
             source = tl.load(index_ptr + head * length_index + token, mask=token < length, other=0)
-        address = base + source[:, None].to(tl.int64) * stride_l + dims[None, :]
+        address = base + source[:, None].to(tl.int64) * stride + dims[None, :]
         mask = (token < length)[:, None] & dim_exists[None, :]
         rows = rows + (tl.load(address, mask=mask, other=0).to(tl.float32),)
-    if FINE:
+    if fine_ptr is not None:
+        fine_ptr += written * length * HEAD_DIM
         largest = tl.zeros([GROUPS], tl.float32)
         scale = largest
         if INT8:
@@ -138,11 +146,8 @@ def _held(first, row, FACTOR: tl.constexpr, length):
 
 def pool_triton(x: torch.Tensor, factors: tuple[int, ...], block: int, order: TokenOrder) -> list[torch.Tensor]:
     """As `pyramid.pool` of the ordered x [B, H, L, D], for factors from 2 to `block`, ascending, all in one pass."""
-    blocks = -(-x.shape[2] // block)
-    rows = [blocks * (block // factor) for factor in factors]
-    storage = x.new_empty(*x.shape[:2], sum(rows), x.shape[3])
-    _launch(x, order, block, factors=factors, coarse=storage)
-    return list(storage.split(rows, 2))
+    (levels,) = _levels((x,), factors, block, order)
+    return list(levels.values())
 
 
 def build_pyramid_triton(
@@ -155,53 +160,46 @@ def build_pyramid_triton(
     int8: bool = False,
 ) -> Pyramid:
     """As `pyramid.build_pyramid` of the ordered k and v [B, H, L, D]; with int8, its `int8.quantise_keys`."""
-    blocks = -(-k.shape[2] // block_kv)
-    coarse = [factor for factor in factors if factor > 1]
-    rows = [blocks * (block_kv // factor) for factor in coarse]
-
-    def level(x: torch.Tensor, dtype: torch.dtype, **more: torch.Tensor) -> dict[int, torch.Tensor]:
-        storage = x.new_empty(*x.shape[:2], sum(rows), x.shape[3])
-        copied = 1 in factors and (dtype != x.dtype or order.index is not None)
-        fine = torch.empty(x.shape, dtype=dtype, device=x.device) if copied else None
-        _launch(x, order, block_kv, factors=factors, fine=fine, coarse=storage, **more)
-        result = {1: x if fine is None else fine} if 1 in factors else {}
-        return result | dict(zip(coarse, storage.split(rows, 2), strict=True))
-
-    mean, scales = None, None
-    more: dict[str, torch.Tensor] = {}
+    length = k.shape[2]
     if int8:
         mean = mean_key(k)
-        scales = torch.empty(*k.shape[:2], blocks, dtype=torch.float32, device=k.device)
-        more = {"mean": mean, "scales": scales}
-    keys = level(k, torch.int8 if int8 else k.dtype, **more)
-    return Pyramid(keys, level(v, v.dtype), block_kv, k.shape[2], scales, mean)
+        scales = torch.empty(*k.shape[:2], -(-length // block_kv), dtype=torch.float32, device=k.device)
+        (keys,) = _levels((k,), factors, block_kv, order, mean, scales)
+        (values,) = _levels((v,), factors, block_kv, order)
+        return Pyramid(keys, values, block_kv, length, scales, mean)
+    keys, values = _levels((k, v), factors, block_kv, order)
+    return Pyramid(keys, values, block_kv, length)
 
 
-def _launch(
-    x: torch.Tensor,
-    order: TokenOrder,
-    block: int,
-    *,
+def _levels(
+    tensors: tuple[torch.Tensor, ...],
     factors: tuple[int, ...],
-    fine: torch.Tensor | None = None,
-    coarse: torch.Tensor | None = None,
-    scales: torch.Tensor | None = None,
+    block: int,
+    order: TokenOrder,
     mean: torch.Tensor | None = None,
-) -> None:
-    x = x if x.stride(3) == 1 else x.contiguous()
+    scales: torch.Tensor | None = None,
+) -> list[dict[int, torch.Tensor]]:
+    """Pooling factor -> level, for one or two tensors [B, H, L, D], in one launch. mean, scales: for int8 keys."""
+    tensors = tuple(x if x.stride(3) == 1 else x.contiguous() for x in tensors)
+    x, y = tensors[0], tensors[1] if len(tensors) > 1 else None
     batch, heads, length, dim = x.shape
-    blocks = -(-length // block)
-    at_once = max(1, 128 // block)
-    # A missing tensor is never touched, so any other can be passed for it.
+    blocks, at_once = -(-length // block), max(1, 128 // block)
+    pooled = [factor for factor in factors if factor > 1]
+    rows = [blocks * (block // factor) for factor in pooled]
+    coarse = x.new_empty(len(tensors), batch, heads, sum(rows), dim)
+    fine = None
+    if 1 in factors and (scales is not None or order.index is not None):
+        dtype = x.dtype if scales is None else torch.int8
+        fine = torch.empty(len(tensors), *x.shape, dtype=dtype, device=x.device)
     index = None if order.index is None else order.index.contiguous()
-    index_, mean_, fine_, coarse_, scales_ = (
-        x if tensor is None else tensor for tensor in (index, mean, fine, coarse, scales)
-    )
-    _pool[(-(-blocks // at_once), batch * heads)](
-        x, index_, mean_, fine_, coarse_, scales_,
-        *x.stride()[:3], heads, length, length if index is not None and index.ndim > 1 else 0, blocks,
-        0 if coarse is None else coarse.shape[2],
+    _pool[(-(-blocks // at_once), batch * heads, len(tensors))](
+        x, y, index, mean, fine, coarse, scales, x.stride()[:3], None if y is None else y.stride()[:3],
+        heads, length, length if index is not None and index.ndim > 1 else 0, blocks, coarse.shape[3],
         FACTORS=factors, LEVELS=len(factors), BLOCK=block, BLOCKS=at_once, HEAD_DIM=dim,
-        DIM=max(16, triton.next_power_of_2(dim)), ORDERED=index is not None, FINE=fine is not None,
-        INT8=scales is not None, num_warps=4,
+        DIM=padded_dim(dim), num_warps=4,
     )  # fmt: skip
+    finest = tensors if fine is None else fine.unbind(0)
+    return [
+        ({1: first} if 1 in factors else {}) | dict(zip(pooled, part.split_with_sizes(rows, 2), strict=True))
+        for first, part in zip(finest, coarse.unbind(0), strict=True)
+    ]

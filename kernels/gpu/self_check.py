@@ -21,7 +21,8 @@ from ..config import PyramidConfig
 from ..delta import Delta
 from ..levels import BlockLists
 from .cache import read_fact, source_of, write_fact
-from .exact import Call, what_differs
+from .call import Call
+from .exact import what_differs
 from .tiles import AttendTile
 
 log = logging.getLogger("ComfyUI-PSA")

@@ -7,7 +7,8 @@ import torch
 
 from comfyui_psa.kernels import PyramidConfig, TokenLayout, pyramid_sparse_attention
 from comfyui_psa.kernels.delta import measure_delta
-from comfyui_psa.kernels.gpu.exact import Call, what_differs
+from comfyui_psa.kernels.gpu.call import Call
+from comfyui_psa.kernels.gpu.exact import what_differs
 from comfyui_psa.kernels.int8 import dequantise_keys, mean_key, quantise_keys
 from comfyui_psa.kernels.levels import group_by_level
 from comfyui_psa.kernels.order import TokenOrder
