@@ -20,11 +20,12 @@ from ..similarity import similarity_cap
 from .attend import attend_triton
 from .autotune import Case, choose_tile
 from .call import Call
+from .exact_ranking import Ranked
 from .importance import reduced_softmax_triton
 from .levels import choose_lists_triton
 from .order import apply_order_triton, undo_order_triton
 from .pyramid import build_pyramid_triton, pool_triton
-from .self_check import Kind, may_check, trust
+from .self_check import Kind, Trust, may_check, trust
 from .tiles import AttendTile
 
 # Up to this head size the attention kernel finds queries in raster order itself; larger heads leave it no registers.
@@ -62,7 +63,7 @@ def attend_video(
     trusted = trust(q.device, Kind.of(q, config, indices, lists, extra_k, delta, tile))
     trusted.refuse()
     if lists is None:
-        lists = _choose(q, k, config, query_order, key_order, scale, generator, shared)
+        lists = _choose(q, k, config, query_order, key_order, scale, generator, shared, trusted)
     call = Call(q, k, v, config, query_order, key_order, scale, extra_k, extra_v, lists, delta)
     for some, place in _in_parts(call, out):
         _attend(some, place, tile)
@@ -80,6 +81,7 @@ def _choose(
     scale: float,
     generator: torch.Generator | None,
     shared: SharedHeads | None,
+    trusted: Trust,
 ) -> BlockLists:
     ranking = config.ranking
     if ranking.importance == "sampled":
@@ -94,7 +96,14 @@ def _choose(
     cap = None
     if config.similarity_cap:
         cap = similarity_cap(key_order.apply(k), config.similarity_cap, config.block_kv)
-    return choose_lists_triton(scores, config, cap, k.shape[2], shared)
+    lists = choose_lists_triton(scores, config, cap, k.shape[2], shared)
+    if not trusted.checked and may_check(q.device):
+        seen = Ranked(
+            q, k, config, query_order, key_order, scale, queries, keys, summed, scores, lists,
+            capped=cap is not None, shared=shared is not None,
+        )  # fmt: skip
+        trusted.check_ranking(seen)
+    return lists
 
 
 def _attend(call: Call, out: torch.Tensor, tile: AttendTile) -> None:

@@ -109,6 +109,27 @@ def _choose(
         tl.store(ends_ptr + row * STORED_LEVELS + level, start)
 
 
+def learned_scale(
+    scores: torch.Tensor, config: PyramidConfig, cap: torch.Tensor | None, shared: SharedHeads | None = None
+) -> torch.Tensor:
+    """The factor [B, 1, 1, 1] of all cuts in budget mode, for scores float32 [B, H, n_q, n_k], contiguous.
+
+    It is learnt from some of the rows, evenly spread over every head, here and elsewhere. So heads that several
+    processes share have the rows that they would have in one.
+    """
+    batch, heads, n_q, n_k = scores.shape
+    before, all_heads = (0, heads) if shared is None else (shared.first, shared.heads)
+    step = max(1, all_heads * n_q // _BUDGET_ROWS)
+    start = -before * n_q % step
+    part = scores.view(batch, 1, heads * n_q, n_k)[:, :, start::step]
+    left, ranked = remaining_mass(part, floor=FLOOR)
+    part_cap = None
+    if cap is not None:
+        rows = torch.arange(start, heads * n_q, step, device=scores.device) // n_q
+        part_cap = cap[:, rows][:, None].gather(-1, ranked)
+    return budget_scale(-left.log(), depth_cuts(config), config, part_cap, shared)
+
+
 def choose_lists_triton(
     scores: torch.Tensor,
     config: PyramidConfig,
@@ -116,29 +137,14 @@ def choose_lists_triton(
     length_k: int,
     shared: SharedHeads | None = None,
 ) -> BlockLists:
-    """As `levels.group_by_level` of `levels.choose_levels`. Scores float32 [B, H, n_q, n_k], contiguous.
-
-    In budget mode the scale of the cuts is learnt from some of the rows, evenly spread over every head, here and
-    elsewhere. So heads that several processes share have the rows that they would have in one.
-    """
+    """As `levels.group_by_level` of `levels.choose_levels`. Scores float32 [B, H, n_q, n_k], contiguous."""
     batch, heads, n_q, n_k = scores.shape
     stored = config.stored_factors
-    scale = None
+    scale = learned_scale(scores, config, cap, shared) if config.mode == "budget" else None
     if config.mode == "topk":
         cuts, rule = tuple(float(end) for end in topk_ends(n_k, config)), _TOPK
     else:
         cuts, rule = depth_cuts(config), _MASS
-        if config.mode == "budget":
-            before, all_heads = (0, heads) if shared is None else (shared.first, shared.heads)
-            step = max(1, all_heads * n_q // _BUDGET_ROWS)
-            start = -before * n_q % step
-            part = scores.view(batch, 1, heads * n_q, n_k)[:, :, start::step]
-            left, ranked = remaining_mass(part, floor=FLOOR)
-            part_cap = None
-            if cap is not None:
-                rows = torch.arange(start, heads * n_q, step, device=scores.device) // n_q
-                part_cap = cap[:, rows][:, None].gather(-1, ranked)
-            scale = budget_scale(-left.log(), cuts, config, part_cap, shared)
     blocks = torch.empty(batch, heads, n_q, n_k, dtype=torch.int32, device=scores.device)
     ends = torch.empty(batch, heads, n_q, len(stored), dtype=torch.int32, device=scores.device)
     density = torch.empty(batch, heads, n_q, dtype=torch.float32, device=scores.device)

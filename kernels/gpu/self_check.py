@@ -1,4 +1,5 @@
-"""Whether the kernels compute what they should on this machine: the first call of every kind is checked (`exact.py`).
+"""Whether the kernels compute what they should on this machine: the first call of every kind is checked, its choice of
+levels (`exact_ranking.py`) and its output (`exact.py`).
 
 Compilers and drivers have turned right kernels into wrong ones before, and a wrong picture looks like a bad model. What
 was found is kept in Triton's cache beside the tuned tile, until the GPU, its driver, Triton, torch or the kernels
@@ -23,6 +24,7 @@ from ..levels import BlockLists
 from .cache import read_fact, source_of, write_fact
 from .call import Call
 from .exact import what_differs
+from .exact_ranking import Ranked, what_misranks
 from .tiles import AttendTile
 
 log = logging.getLogger("ComfyUI-PSA")
@@ -107,10 +109,18 @@ class Trust:
         if self.differs is not None:
             raise KernelError(self._machine, self.differs)
 
+    def check_ranking(self, ranked: Ranked) -> None:
+        """Compare how the first call chose its levels; raises KernelError if that is wrong."""
+        differs = what_misranks(ranked)
+        if differs is not None:
+            self._found(differs)
+
     def check(self, call: Call, out: torch.Tensor) -> None:
         """Compare the output [B, H, L, D] of the first call; raises KernelError if it is wrong."""
-        self.differs = what_differs(call, out)
-        self.checked = True
+        self._found(what_differs(call, out))
+
+    def _found(self, differs: str | None) -> None:
+        self.differs, self.checked = differs, True
         write_fact(self._key, FILE, {"differs": self.differs})
         log.debug("PSA: kernels checked, %s: %s", self._key, self.differs or "right")
         self.refuse()

@@ -1,5 +1,6 @@
 """The first call of a kind on a machine is checked, and a broken kernel ends there; in the interpreter or on a GPU."""
 
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from comfyui_psa.kernels import PyramidConfig, TokenLayout, pyramid_sparse_attention
 from comfyui_psa.kernels.broken import KernelError
 from comfyui_psa.kernels.delta import measure_delta
+from comfyui_psa.kernels.order import TokenOrder
 
 pytest.importorskip("triton")
 
@@ -24,7 +26,7 @@ def machine(triton_device, monkeypatch, tmp_path):
     """A machine that has checked nothing yet; `checks` holds what each check found, `files()` what is kept."""
 
     class Machine:
-        device, checks = triton_device, []
+        device, checks, rankings = triton_device, [], []
 
         @staticmethod
         def files():
@@ -38,8 +40,13 @@ def machine(triton_device, monkeypatch, tmp_path):
         Machine.checks.append(genuine(*call))
         return Machine.checks[-1]
 
-    genuine = self_check.what_differs
+    def what_misranks(ranked):
+        Machine.rankings.append(genuine_ranking(ranked))
+        return Machine.rankings[-1]
+
+    genuine, genuine_ranking = self_check.what_differs, self_check.what_misranks
     monkeypatch.setattr(self_check, "what_differs", what_differs)
+    monkeypatch.setattr(self_check, "what_misranks", what_misranks)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     Machine.restart()
     yield Machine
@@ -61,10 +68,10 @@ def call(machine, random_tensor):
 def test_the_first_call_of_a_kind_is_checked_and_no_other_one(machine, call):
     first = call()
     call()
-    assert machine.checks == [None]
+    assert machine.checks == machine.rankings == [None]
     machine.restart()
     call()
-    assert machine.checks == [None], "kept for the next process"
+    assert machine.checks == machine.rankings == [None], "kept for the next process"
     (file,) = machine.files()
     assert json.loads(file.read_text()) == {"differs": None}
     video = first.output[:, :, LAYOUT.before :]
@@ -72,6 +79,7 @@ def test_the_first_call_of_a_kind_is_checked_and_no_other_one(machine, call):
     call(lists=first.lists.packed())
     call(lists=first.lists.packed(), delta=delta)
     assert machine.checks == [None] * 3, "other kernels"
+    assert machine.rankings == [None], "these have chosen nothing"
     call(lists=first.lists.packed(), delta=delta)
     assert len(machine.checks) == 3
 
@@ -158,7 +166,154 @@ def test_a_broken_kernel_is_refused_here_and_in_the_next_process(machine, call, 
         with pytest.raises(KernelError, match=r"compute wrong results on .*: .*; update"):
             call()
         machine.restart()
-    assert len(machine.checks) == len(calls) == 1, "what is known to be wrong is not tried"
+    assert len(calls) == 1, "what is known to be wrong is not tried"
+    assert [found for found in machine.checks + machine.rankings if found] == [
+        json.loads(machine.files()[0].read_text())["differs"]
+    ]
+
+
+def unordered_means(x, groups, block, order):
+    return GENUINE_POOL(x, groups, block, TokenOrder(None, None))
+
+
+def forgotten_block(x, groups, block, order):
+    means = GENUINE_POOL(x, groups, block, order)
+    means[-1][:, -1, -block // groups[-1] * 2 : -block // groups[-1]] = 0
+    return means
+
+
+def upside_down(*arguments):
+    return 1 - GENUINE_SCORES(*arguments)
+
+
+def flat(*arguments):
+    return GENUINE_SCORES(*arguments) ** 0.1
+
+
+def one_wrong_score(*arguments):
+    scores = GENUINE_SCORES(*arguments)
+    scores[0, 1, -1, 1] *= 2
+    return scores
+
+
+def least_important(scores, *arguments):
+    return GENUINE_LISTS((-scores).exp(), *arguments)
+
+
+def swapped(scores, *arguments):
+    """Two blocks of a row at one another's level."""
+    other = scores.clone()
+    first, last = scores[0, 1, 0].argmax(), scores[0, 1, 0].argmin()
+    other[0, 1, 0, first], other[0, 1, 0, last] = scores[0, 1, 0, last], scores[0, 1, 0, first]
+    return GENUINE_LISTS(other, *arguments)
+
+
+def too_many(scores, config, *arguments):
+    sparsity = None if config.sparsity is None else config.sparsity - 0.25
+    shares = config.shares if sparsity is not None else {factor: 0.3 for factor in config.shares}
+    return GENUINE_LISTS(scores, dataclasses.replace(config, shares=shares, sparsity=sparsity), *arguments)
+
+
+def one_head_with_more(scores, config, *arguments):
+    lists, more = GENUINE_LISTS(scores, config, *arguments), too_many(scores, config, *arguments)
+    for name in ("blocks", "ends", "density"):
+        getattr(lists, name)[:, 1] = getattr(more, name)[:, 1]
+    return lists
+
+
+def wrong_density(*arguments):
+    lists = GENUINE_LISTS(*arguments)
+    lists.density.mul_(1.1)
+    return lists
+
+
+def wrong_best(*arguments):
+    lists = GENUINE_LISTS(*arguments)
+    lists.best.copy_(lists.best.max() - lists.best)
+    return lists
+
+
+GENUINE_POOL, GENUINE_SCORES = backend.pool_triton, backend.reduced_softmax_triton
+MISRANKED = {
+    "pool_triton": ("means", [unordered_means, forgotten_block]),
+    "reduced_softmax_triton": ("scores", [upside_down, flat, one_wrong_score]),
+    "choose_lists_triton": (
+        "levels",
+        [doubled_lists, least_important, swapped, too_many, one_head_with_more, wrong_density, wrong_best],
+    ),
+}
+MODES = {
+    "topk": {"mode": "topk", "sparsity": 0.6},
+    "threshold": {"mode": "threshold", "sparsity": None, "shares": {1: 0.3, 2: 0.2, 8: 0.2}},
+    "budget": {"mode": "budget", "sparsity": 0.6},
+}
+IN_ALL_MODES = (swapped, too_many, one_head_with_more)
+LONG = TokenLayout((4, 8, 12), before=3)
+
+
+@pytest.fixture
+def rank(machine, random_tensor, monkeypatch):
+    """rank(config, change): a call of two heads with 12 blocks of keys, without the attention itself."""
+    dtype = torch.float32 if machine.device == "cpu" else torch.float16
+    q, k, v = (random_tensor(1, 2, LONG.length, 16, seed=seed).to(machine.device, dtype) for seed in (1, 2, 3))
+    monkeypatch.setattr(backend, "_attend", lambda *_: None)
+    monkeypatch.setattr(self_check, "what_differs", lambda *_: None)
+
+    def run(change=lambda q: q, **settings):
+        config = PyramidConfig(**{"block_q": 32, "block_kv": 32, "order": "curve"} | settings)
+        return pyramid_sparse_attention(change(2 * q), k, v, config, layout=LONG, backend="triton")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "fault", "mode"),
+    [
+        (name, part, fault, mode)
+        for name, (part, faults) in MISRANKED.items()
+        for fault in faults
+        for mode in (MODES if fault in IN_ALL_MODES else ["topk"])
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_a_broken_ranking_is_refused(machine, rank, monkeypatch, name, part, fault, mode):
+    """Exact attention over the levels that were chosen would show nothing."""
+    monkeypatch.setattr(backend, name, fault)
+    for _ in range(2):
+        with pytest.raises(KernelError, match=rf"the {part} of head \d are wrong; update"):
+            rank(**MODES[mode])
+        machine.restart()
+    assert len(machine.rankings) == 1, "what is known to be wrong is not tried"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "topk", "importance": "means"}, {"mode": "budget", "importance": "sampled"},
+        {"mode": "topk", "order": "semantic", "clusters": (3, 4)}, {**MODES["threshold"], "reduction": "mean"},
+        {"mode": "budget", "similarity_cap": {2: 0.2}}, {"mode": "budget", "tail": False},
+        {"mode": "topk", "shares": {1: 0.2, 32: 0.3}}, {"mode": "topk", "block_q": 128, "block_kv": 64},
+        {**MODES["budget"], "sparsity": 0.9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_right_ranking_passes(machine, rank, settings):
+    rank(**{"sparsity": 0.6} | settings)
+    assert machine.rankings == [None]
+
+
+ODD = {
+    "equal scores": torch.zeros_like,
+    "one query is not finite": lambda q: q.index_fill(2, torch.tensor([40], device=q.device), float("nan")),
+    "very peaky": lambda q: 30 * q,
+}
+
+
+@pytest.mark.parametrize("change", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("mode", MODES)
+def test_odd_scores_raise_no_false_alarm(machine, rank, mode, change):
+    rank(change, **MODES[mode])
+    assert machine.rankings == [None]
 
 
 def test_a_broken_correction_is_refused_and_plain_calls_are_not(machine, call, monkeypatch):

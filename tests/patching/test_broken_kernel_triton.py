@@ -34,6 +34,11 @@ def broken(monkeypatch, tmp_path):
             if part == "attention":
                 arguments[-1].mul_(1.2)
 
+        def reduced_softmax_triton(*arguments):
+            calls.append("ranking")
+            scores = reduce(*arguments)
+            return 1 - scores if part == "ranking" else scores
+
         def undo_order_triton(x, order, out, delta=None):
             undo(x, order, out, ten_thousandfold(delta))
 
@@ -43,7 +48,8 @@ def broken(monkeypatch, tmp_path):
             calls.append("correction")
             return dataclasses.replace(delta, scales=1e4 * delta.scales)
 
-        attend, undo = backend.attend_triton, backend.undo_order_triton
+        attend, undo, reduce = backend.attend_triton, backend.undo_order_triton, backend.reduced_softmax_triton
+        monkeypatch.setattr(backend, "reduced_softmax_triton", reduced_softmax_triton)
         monkeypatch.setattr(backend, "attend_triton", attend_triton)
         monkeypatch.setattr(backend, "undo_order_triton", undo_order_triton)
         return calls
@@ -56,22 +62,22 @@ def told(caplog):
     return [record.getMessage() for record in caplog.records if WRONG in record.getMessage()]
 
 
-@pytest.mark.parametrize("correction", ["auto", "off"])
-def test_a_broken_kernel_leaves_the_picture_of_dense_attention(tiny_wan, broken, caplog, correction):
+@pytest.mark.parametrize(("part", "correction"), [("attention", "auto"), ("attention", "off"), ("ranking", "off")])
+def test_a_broken_kernel_leaves_the_picture_of_dense_attention(tiny_wan, broken, caplog, part, correction):
     model = tiny_wan.load("t2v")
     stock = tiny_wan.sample(model, steps=4, size=SIZE)
     psa = patch_model(model, **PATCH, correction=correction, backend="triton")
-    calls = broken("attention")
+    calls = broken(part)
     assert torch.equal(tiny_wan.sample(psa, steps=4, size=SIZE), stock)
     (line,) = told(caplog)
     assert line.startswith("PSA: staying dense: ")
     assert line.endswith("update the GPU's driver and Triton, PSA then checks them again")
-    assert len(calls) == 1, "no call after the one that was wrong"
+    assert calls.count(part) == 1, "no call after the one that was wrong"
     report = psa.get_attachment(KEY).report
     assert [step["sparse_calls"] for step in report["steps"]] == [0, 0, 0, 0]
     assert [entry["calls"] for entry in report["fallbacks"]] == [6]
     assert torch.equal(tiny_wan.sample(psa, steps=4, size=SIZE), stock)
-    assert len(calls) == 1
+    assert calls.count(part) == 1
 
 
 def test_a_broken_correction_is_left_out_and_the_rest_is_sparse(tiny_wan, broken, caplog):
