@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 # Before torch is imported. Servers and other processes that tests start inherit all of it.
-if IS_WORKER:  # as many workers as cores, so each of them computes on one
+if IS_WORKER:  # there are enough workers that each of them computes on one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What would otherwise be written into the user's home.
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / ".dev" / "cache" / "triton"))
@@ -37,14 +37,16 @@ def pytest_configure():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
-    """`-n auto`, which `dev.py test` asks for: a worker a core, none for a single file or where tests share a GPU."""
+    """`-n auto`, which `dev.py test` asks for: a worker more than cores, because a quarter of the time tests wait for a
+    browser or a server; none for a single file or where tests share a GPU."""
     import torch
 
     files = {argument.split("::")[0] for argument in config.args}
     is_one_file = len(files) == 1 and files.pop().endswith(".py")
     if is_one_file or config.option.capture == "no" or torch.cuda.is_available():
         return 0
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1
 
 
 def pytest_collection_modifyitems(items):
