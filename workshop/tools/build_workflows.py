@@ -12,6 +12,7 @@ from .canvas import Canvas, Node, Output
 from .cogvideox_workflows import COGVIDEOX_BUILDERS
 from .hunyuan_ltx_workflows import HUNYUAN_LTX_BUILDERS
 from .wan_workflows import WAN_BUILDERS
+from .workflow_parts import note_in_both
 
 
 def build_all(definitions: dict, folder: Path) -> list[Path]:
@@ -28,7 +29,8 @@ def build_all(definitions: dict, folder: Path) -> list[Path]:
 
 def _demo(canvas: Canvas) -> None:
     with canvas.group("What this is", "grey", width=420):
-        canvas.note(
+        note_in_both(
+            canvas,
             """
 ## Dense against sparse, with a model that ships with this repository
 

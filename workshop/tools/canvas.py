@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from .notes_chinese import in_chinese
 from .workflow import default_value, inputs_of
 
 GAP, PADDING, GROUP_TITLE = 40, 20, 60
@@ -71,10 +70,9 @@ class Canvas:
         )
         self._x += width + PADDING + GAP
 
-    def note(self, markdown: str, height: int) -> None:
-        """Add a note for the reader, and the same in Chinese below it."""
-        self._place("MarkdownNote", "Note", [markdown.strip()], [], [], height)
-        self._place("MarkdownNote", "说明", [in_chinese(markdown)], [], [], 4 * height // 5)  # Chinese is shorter
+    def note(self, markdown: str, height: int, title: str = "Note") -> None:
+        """Add a note for the reader."""
+        self._place("MarkdownNote", title, [markdown.strip()], [], [], height)
 
     def add(self, class_type: str, title: str | None = None, models: Sequence[dict] = (), **given: object) -> Node:
         """Add a node.

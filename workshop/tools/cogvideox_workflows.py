@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfyui_psa.loading.download import FILE, REPOSITORY
 
 from .canvas import Canvas, Node, Output
-from .workflow_parts import HUB, ModelFile, load_vae, save_video
+from .workflow_parts import HUB, ModelFile, load_vae, note_in_both, save_video
 
 LORA = {"name": FILE, "url": f"{HUB}/{REPOSITORY}/resolve/main/{FILE}", "directory": "loras"}
 TEXT_ENCODER = ModelFile(
@@ -88,7 +88,8 @@ def _load(canvas: Canvas, title: str, folder: str, time: str, more: str = "") ->
     address = f"{HUB}/zai-org/{folder}/resolve/main/vae/diffusion_pytorch_model.safetensors"
     vae_file = ModelFile("vae", address, 0.43, inside=f"{folder}/vae/")
     with canvas.group("Files", "grey", width=480):
-        canvas.note(
+        note_in_both(
+            canvas,
             f"""
 ## {title}
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .canvas import Canvas, Node, Output
+from .notes_chinese import in_chinese
 
 HUB = "https://huggingface.co"
 PROMPT = (
@@ -42,6 +43,12 @@ class ModelFile:
         return {"name": self.name, "url": self.url, "directory": self.folder}
 
 
+def note_in_both(canvas: Canvas, markdown: str, height: int) -> None:
+    """Add a note, and the same in Chinese, which is shorter, below it."""
+    canvas.note(markdown, height)
+    canvas.note(in_chinese(markdown), 4 * height // 5, "说明")
+
+
 def files_note(
     canvas: Canvas, title: str, files: Sequence[ModelFile], note: str = "", dense: str = DENSE_START
 ) -> None:
@@ -49,7 +56,8 @@ def files_note(
     lines = "\n".join(f"- `models/{file.folder}/`: `{file.name}` ({file.size:g} GB)" for file in files)
     sources = "\n\n".join(dict.fromkeys(file.url.split("/resolve/")[0] for file in files))
     with canvas.group("Files", "grey", width=460):
-        canvas.note(
+        note_in_both(
+            canvas,
             f"""
 ## {title}
 
