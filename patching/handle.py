@@ -39,8 +39,9 @@ class PatchHandle:
 
 @dataclasses.dataclass
 class SamplingWrapper:
-    """The wrapper around a sampling run."""
+    """The wrapper around a sampling run. patch: of the override that acts in it, see `PSAOverride`."""
 
+    patch: str
     settings: PatchSettings
     blocks: int
     handle: PatchHandle
@@ -60,6 +61,7 @@ class SamplingWrapper:
             latent_size=core.latent_size(args, kwargs),
             pixels=core.pixels_per_latent(guider.model_patcher),
             prompts=core.prompt_count(guider, args, kwargs),
+            patch=self.patch,
         )
         options = core.run_options(guider)
         options[RUN_KEY] = run

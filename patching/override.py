@@ -31,14 +31,18 @@ _WITHOUT_TRITON = "set backend to auto, or install Triton where it is missing (o
 class PSAOverride:
     """The value of `transformer_options["optimized_attention_override"]`; holds no state of a run."""
 
-    def __init__(self, previous: Dense | None, host: Host | None = None) -> None:
-        """host: the program that runs the model, by default ComfyUI; another one for experiments without it."""
-        self.previous, self.host = previous, host or COMFYUI
+    def __init__(self, previous: Dense | None, host: Host | None = None, patch: str = "") -> None:
+        """host: the program that runs the model, by default ComfyUI; another one for experiments without it.
+
+        patch: it acts in runs of this patch only. Another node's override may call that of an earlier patch, which must
+        leave alone what the latest one has handed on.
+        """
+        self.previous, self.host, self.patch = previous, host or COMFYUI, patch
         self._in_graph = GraphCall(self.attend)
 
     def __reduce__(self) -> tuple:
         """Made again: what the compiler wrapped cannot be sent to another process."""
-        return PSAOverride, (self.previous, self.host)
+        return PSAOverride, (self.previous, self.host, self.patch)
 
     def __call__(self, func: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attention of q, k, v [B, L, H*D], or [B, H, L, D] with `skip_reshape`; see ComfyUI's attention functions."""
@@ -55,7 +59,7 @@ class PSAOverride:
         if torch.compiler.is_compiling():
             return self(func, *_taken(args), **kwargs)
         seen = [*(container.peek() for container in args[:3]), *args[3:]]
-        run, preferred = _run_that_acts(seen, kwargs), _preferred(seen, kwargs)
+        run, preferred = self._run_that_acts(seen, kwargs), _preferred(seen, kwargs)
         del seen
         if run is not None:
             return self._act(run, func, *_taken(args), **kwargs)
@@ -66,8 +70,22 @@ class PSAOverride:
 
     def attend(self, func: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The same as a call outside of a compiler's trace."""
-        run = _run_that_acts(args, kwargs)
+        run = self._run_that_acts(args, kwargs)
         return self._hand_on(func, *args, **kwargs) if run is None else self._act(run, func, *args, **kwargs)
+
+    def _run_that_acts(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run | None:
+        """The run, if PSA computes this call or learns from it; a call that it leaves alone is counted."""
+        run: Run | None = (kwargs.get("transformer_options") or {}).get(RUN_KEY)
+        if run is None or run.patch != self.patch or len(args) < 3:
+            return None
+        if not is_self_attention(run, *args[:3], **kwargs):
+            run.record.other_call()
+            return None
+        run.begin_self_attention(core.block_index(kwargs["transformer_options"], run.position.first_blocks))
+        if run.position.active or run.learns:
+            return run
+        run.record.dense_call()
+        return None
 
     def _hand_on(self, func: Dense, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.previous is not None:
@@ -106,21 +124,6 @@ class PSAOverride:
         if isinstance(output, str) or kwargs.get("skip_output_reshape"):
             return output
         return output.transpose(1, 2).flatten(2)
-
-
-def _run_that_acts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Run | None:
-    """The run, if PSA computes this call or learns from it; a call that it leaves alone is counted."""
-    run: Run | None = (kwargs.get("transformer_options") or {}).get(RUN_KEY)
-    if run is None or len(args) < 3:
-        return None
-    if not is_self_attention(run, *args[:3], **kwargs):
-        run.record.other_call()
-        return None
-    run.begin_self_attention(core.block_index(kwargs["transformer_options"], run.position.first_blocks))
-    if run.position.active or run.learns:
-        return run
-    run.record.dense_call()
-    return None
 
 
 def _preferred(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Dense | None:

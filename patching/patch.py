@@ -6,6 +6,7 @@ is in `core.py`.
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from ..choices.errors import require_model
@@ -70,10 +71,11 @@ def apply_patch(
     previous = core.get_override(patched)
     if previous is not None:
         log.info("PSA: the attention override that was there before computes what PSA leaves dense")
-    override = PSAOverride(previous)
+    patch = uuid.uuid4().hex
+    override = PSAOverride(previous, patch=patch)
     core.set_override(patched, override)
 
-    sampling = SamplingWrapper(settings, family.blocks, handle, on_step, on_end)
+    sampling = SamplingWrapper(patch, settings, family.blocks, handle, on_step, on_end)
     core.add_wrappers(patched, KEY, sampling=sampling, before_call=CallListener(family, override))
     core.wrap_network(patched, KEY, note_options)
     patched.set_attachments(KEY, handle)

@@ -38,7 +38,7 @@ class Run:
             part of the video.
         pixels: frames and pixels per step of the latent, in time and in space, for messages in the user's sizes.
         kept: what an earlier run on the same model kept. told: reasons that were logged already, see `Record`.
-        prompts: how many prompts a step has, if known.
+        prompts: how many prompts a step has, if known. patch: which patch of the model the run belongs to.
 
     Attributes:
         config: the settings of the attention at the step of the current model call.
@@ -60,8 +60,9 @@ class Run:
         kept: Kept | None = None,
         told: set[str] | None = None,
         prompts: int | None = None,
+        patch: str = "",
     ) -> None:
-        self.settings, self.config, self._prompts = settings, settings.config, prompts
+        self.settings, self.config, self._prompts, self.patch = settings, settings.config, prompts, patch
         self.position = Position(sigma_start, sigma_end, latent_size, pixels)
         self.kept = kept or Kept(settings.reuse_steps)
         self.record = Record(pictured_block, on_step, blocks=blocks, verbose=settings.verbose, told=told)
@@ -93,6 +94,7 @@ class Run:
     def _for_worker(self) -> Run:
         run = Run.__new__(Run)
         run.settings, run.config, run._prompts = self.settings, self.settings.config, self._prompts
+        run.patch = self.patch
         run.position, run.record = self.position.for_worker(), self.record.for_worker()
         run.kept = Kept(self.settings.reuse_steps)
         run._begin_learning()

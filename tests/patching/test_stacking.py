@@ -49,6 +49,7 @@ STACKING = {
     ("GGUF weights (stand-in)", "sparse"): ("test_packed_weights_and_a_patcher_of_their_own",),
     ("several PSA Patches in one graph", "each with its own settings; on one model the last"): (
         "test_several_patches_in_one_graph",
+        "test_a_patch_before_another_node_leaves_the_calls_to_the_latest",
     ),
     ("two models at once", "kept apart"): ("test_two_models_at_once", "test_two_clones_in_two_threads"),
     ("MultiGPU CFG Split (the CPU as two devices)", "sparse on every GPU, before or after"): (
@@ -547,6 +548,20 @@ def test_several_patches_in_one_graph(model, sample):
         sample(psa, steps=4)
         assert report(psa)["mean_sparsity"] == pytest.approx(target, abs=0.06)
     assert RUN_KEY not in high.model_options["transformer_options"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"correction": "off"}, {"dense_blocks": "1"}])
+def test_a_patch_before_another_node_leaves_the_calls_to_the_latest(model, sample, changes):
+    """The node's override asks the one before it for what it is handed."""
+    first = patch_model(model, **PATCH | {"sparsity": 0.3})
+    between = overridden(first, Counting(core.get_override(first)))
+    latest, alone = (patch_model(start, **PATCH | changes) for start in (between, model))
+    assert torch.equal(sample(latest, steps=4), sample(alone, steps=4))
+    for measured in ("saved", "fallbacks", "notes"):
+        assert report(latest)[measured] == report(alone)[measured]
+    for counted in ("kind", "sparse_calls", "dense_calls"):
+        assert [step[counted] for step in report(latest)["steps"]] == [step[counted] for step in report(alone)["steps"]]
+    assert torch.equal(sample(patch_model(between, **PATCH | {"sparsity": 0.0})), sample(model))
 
 
 def test_two_models_at_once(model, sample, tiny_wan):
