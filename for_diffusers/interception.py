@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
+from ..kernels.backends import in_autocast
 from .operator import Untraced, attention_operator
 from .state import Call, TransformerState
 
@@ -86,7 +87,7 @@ def attend_in_graph(
     **kwargs: Any,
 ) -> torch.Tensor:
     """The operator, with the arguments of scaled_dot_product_attention."""
-    return operator(query, key, value, block, *args, **kwargs)
+    return operator(*in_autocast(query, key, value), block, *args, **kwargs)
 
 
 class InterceptedForward:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ..choices.presets import load_presets
 from ..choices.settings import MOST_SPARSITY, PatchInputs
 from ..kernels.attention import pyramid_sparse_attention
-from ..kernels.backends import BACKENDS, gradient_reason
+from ..kernels.backends import BACKENDS, gradient_reason, in_autocast
 from ..kernels.order import TokenLayout
 from ..sampling.self_attention import own_words
 from .arguments import ArgumentChecks, wrong
@@ -98,7 +98,7 @@ class LocalAttention:
         for name, given in changes.items():
             if given is not None:
                 raise _error(name, given, "none, every token sees all tokens alike", "compute this attention elsewhere")
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        q, k, v = in_autocast(*(x.transpose(1, 2) for x in (query, key, value)))
         output = None
         if q.shape == k.shape:
             if q.shape[2] != self._layout.length:

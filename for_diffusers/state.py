@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..choices.settings import PatchSettings
-from ..kernels.backends import NO_GRADIENTS, BackendError
+from ..kernels.backends import NO_GRADIENTS, BackendError, in_autocast
 from ..kernels.broken import KernelError
 from ..kernels.config import ConfigError
 from ..kernels.order import TokenLayout
@@ -300,7 +300,7 @@ class TransformerState:
             self._stays_dense(call, None)
             return None
         tokens = query.shape[2]
-        (query, key, value), masked = self._without_padding(run, (query, key, value), attn_mask)
+        (query, key, value), masked = self._without_padding(run, in_autocast(query, key, value), attn_mask)
         masked |= is_causal or bool(dropout_p)
         found: torch.Tensor | str | None
         found = _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)
@@ -327,7 +327,9 @@ class TransformerState:
     ) -> None:
         """Called with the output of each call that stayed dense: measure what PSA would have lost, if it is time to."""
         run = call.run
-        (query, key, value, dense), masked = self._without_padding(run, (query, key, value, dense), attn_mask)
+        (query, key, value, dense), masked = self._without_padding(
+            run, in_autocast(query, key, value, dense), attn_mask
+        )
         masked |= is_causal or bool(dropout_p)
         if run.learns and not (_decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)):
             learn(run, query, key, value, dense, scale=scale, **_given(call, query))

@@ -39,6 +39,19 @@ def gradient_reason(*tensors: torch.Tensor) -> str | None:
     return None
 
 
+def in_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Tensors in the type in which torch's own attention computes them: inside torch.autocast that is autocast's, even
+    if a model hands over several types. Whoever takes a call out of torch's hands must do the same."""
+    device = tensors[0].device.type
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(
+        device
+    )  # compilers cannot trace the question
+    if not known or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
 def triton_reason(q: torch.Tensor) -> str | None:
     """Why the Triton backend cannot compute q [B, H, L, D], or None when it can."""
     if importlib.util.find_spec("triton") is None:

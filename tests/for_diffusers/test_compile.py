@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from comfyui_psa.for_diffusers import apply_psa
 from comfyui_psa.for_diffusers.operator import attention_operator
+from comfyui_psa.kernels.attention import pyramid_sparse_attention
+from comfyui_psa.sampling import self_attention
 
 SETTINGS = {"min_tokens": 0, "warm_up": 1}
 MANY = 10  # more than the graphs that a compiler makes of one piece of code before it gives up
@@ -129,6 +131,36 @@ def test_blocks_of_other_families(pipes, work, compiler, name):
         assert (applied.sparse_calls, applied.dense_calls) == (case.calls, 0)
     assert pipes.close(outputs[1], outputs[0], 1e-4)
     assert compiler["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("correction", ["off", "full"])
+def test_inside_autocast(pipes, work, compiler, monkeypatch, correction):
+    """The model then hands over queries and keys in another type than values, and torch's attention makes them one."""
+    models = work.helper("for_diffusers/test_models")
+    case = next(case for case in models.CASES if case.name == "HunyuanVideo15Transformer3DModel")
+    inputs, outputs = case.inputs(pipes, pipes.normal(*case.size, seed=1), **case.given), []
+    types = set()
+
+    def spy(q, k, v, *args, **kwargs):
+        types.update(x.dtype for x in (q, k, v))
+        return pyramid_sparse_attention(q, k, v, *args, **kwargs)
+
+    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", spy)
+    scheduler = SimpleNamespace(timesteps=torch.tensor([900.0, 500.0, 100.0]))
+    for psa, compiles in ((False, False), (False, True), (True, False), (True, True)):
+        model = models.load(case)
+        if psa:
+            pipe = SimpleNamespace(transformer=model, scheduler=scheduler)
+            applied = apply_psa(pipe, **pipes.FULL | {"warm_up": 1, "correction": correction})
+        if compiles:
+            repeated(SimpleNamespace(transformer=model), fullgraph=True)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for timestep in scheduler.timesteps:
+                output = model(**inputs | {"timestep": timestep[None]}, return_dict=False)[0]
+        outputs.append(output)
+        assert not psa or (applied.sparse_calls, applied.dense_calls) == (2 * case.calls, case.calls)
+    assert types == {torch.bfloat16}
+    assert all(output.dtype == outputs[0].dtype and pipes.close(output, outputs[0], 0.01) for output in outputs)
 
 
 class OwnKernel:

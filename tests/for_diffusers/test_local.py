@@ -41,6 +41,16 @@ def test_it_is_our_own_call(before, after, scale):
     assert not torch.allclose(output, dense(q, k, v, scale=scale), atol=1e-3)
 
 
+def test_inside_autocast_types_are_those_of_torchs_attention():
+    q, k, v = tensors()
+    with torch.autocast("cpu", torch.bfloat16):
+        attention = LocalAttention(GRID, 0.6)
+        output, _ = attention(q, k, v.bfloat16())
+        assert attention.sparse_calls == 1
+        attention.sparse = False
+        assert attention(q, k, v.bfloat16())[0].dtype == output.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("why", ["warm-up", "cross-attention", "causal", "gradients"])
 def test_what_it_leaves_dense(why):
     attention = LocalAttention(GRID, 0.6)
