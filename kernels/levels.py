@@ -86,15 +86,19 @@ class BlockLists:
         return self[batch, head]
 
     def factors(self) -> torch.Tensor:
-        """The map that the lists were made from: int16 [B, H, n_q, n_k], 0 = dropped."""
+        """The map that the lists were made from: int16 [B, H, n_q, n_k], 0 = dropped.
+
+        Nothing is copied from the host, which would wait for the device in the middle of a model call.
+        """
         place = torch.arange(self.blocks.shape[-1], device=self.blocks.device)
         group = (place >= self.ends[..., None]).sum(-2)  # [B, H, n_q, listed], number of levels that end before
-        by_level = torch.tensor([*self.levels, 0], dtype=torch.int16, device=self.blocks.device)
-        listed = group < len(self.levels)
+        value = torch.zeros_like(group, dtype=torch.int16)
+        for number, level in enumerate(self.levels):
+            value.masked_fill_(group == number, level)
         # One extra column collects the blocks that are not listed.
-        index = torch.where(listed, self.blocks.long(), self.shape[-1])
-        result = by_level.new_zeros(*self.shape[:-1], self.shape[-1] + 1)
-        return result.scatter_(-1, index, by_level[group])[..., :-1]
+        index = torch.where(group < len(self.levels), self.blocks.long(), self.shape[-1])
+        result = value.new_zeros(*self.shape[:-1], self.shape[-1] + 1)
+        return result.scatter_(-1, index, value)[..., :-1]
 
 
 @dataclasses.dataclass(frozen=True)

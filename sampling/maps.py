@@ -93,10 +93,10 @@ def block_map(
         seen.append(pair_cost(factors).mean(0))
         inverse = query_order.of_head(0, head).inverse
         if inverse is None:
-            row = torch.tensor([token // block_q], device=factors.device)
+            at_spot.append(factors[token // block_q])
         else:
             row = inverse[token : token + 1] // block_q  # stays on the device, so nothing has to wait
-        at_spot.append(factors.index_select(0, row)[0])
+            at_spot.append(factors.index_select(0, row)[0])
     places = key_order.inverse
     differ = places[0, : len(seen)].to(torch.int32) if places is not None and places.ndim > 1 else None
     return BlockMap(torch.stack(seen), torch.stack(at_spot), differ)
