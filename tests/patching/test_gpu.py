@@ -210,6 +210,7 @@ def test_a_full_gpu_is_retried_with_fewer_heads_and_then_dense(tiny_wan, sample,
     model = tiny_wan.load("t2v", torch.bfloat16, dim=1024, num_heads=8)
     size = (1, 16, 8, 64, 64)  # 8192 tokens: 16 MB for q
     psa = patch_model(model, **PATCH | {"start_percent": 0.0})
+    sample(model, steps=2, size=size)  # the dense attention of a process's first run differs from all others
     stock, expected = sample(model, steps=2, size=size), sample(psa, steps=2, size=size)
     needed = allowance["needed"]
     assert needed > 2**24
