@@ -50,7 +50,7 @@ class PatchInputs:
     block_q: str = FROM_PRESET
     block_kv: str = FROM_PRESET
     dense_blocks: str = ""
-    min_tokens: int = 12288
+    min_tokens: int = 10240
     backend: str = BACKENDS[0]
     verbose: bool = False
     precision: str = PyramidConfig.precision

@@ -7,7 +7,7 @@ from functools import partial
 
 from comfy_api.latest import io
 
-from ..choices.settings import AUTO, check_one_pyramid
+from ..choices.settings import AUTO, PatchInputs, check_one_pyramid
 from ..choices.user_presets import check_name, fingerprint, preset_menu
 from ..reports.calibrate import GOALS, NODE, calibrate, check_shape, sampler
 from ..reports.draw_curve import draw_calibration
@@ -101,7 +101,7 @@ class PSACalibrate(PSANode):
                 ),
                 io.Int.Input(
                     "min_tokens",
-                    default=12288,
+                    default=PatchInputs.min_tokens,
                     min=0,
                     max=1_000_000,
                     advanced=True,

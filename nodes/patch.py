@@ -162,7 +162,7 @@ class PSAPatch(PSANode):
                     min=0,
                     max=1_000_000,
                     advanced=True,
-                    tooltip="Shorter sequences stay dense: below about 12,000 tokens dense is usually faster on a GPU.",
+                    tooltip="Shorter sequences stay dense: below about 10,000 tokens dense is usually faster on a GPU.",
                 ),
                 io.Combo.Input(
                     "backend",

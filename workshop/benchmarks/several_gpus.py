@@ -269,7 +269,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int)
     parser.add_argument("--latent", type=int, nargs=3, default=[18, 90, 160], help="frames, rows, columns")
     parser.add_argument("--sparsity", type=float, default=0.85)
-    parser.add_argument("--min_tokens", type=int, default=12288)
+    parser.add_argument("--min_tokens", type=int, default=0)
     parser.add_argument("--steps", type=int, default=5, help="of a run with PSA; the first is dense")
     parser.add_argument("--seconds", type=float, default=200, help="after these, nothing more is begun")
     parser.add_argument("--csv", type=Path, default=Path("several-gpus.csv"), help="the rows are added to this file")

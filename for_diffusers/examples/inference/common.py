@@ -43,7 +43,7 @@ def make_parser(about: str, *, model: str, steps: int, guidance: float, size: tu
     parser.add_argument("--preset", default="auto", help="a preset of choices/presets.json")
     parser.add_argument("--warmup", type=float, default=0.3, help="share of the steps that stay dense")
     parser.add_argument("--no_warmup", action="store_true", help="no step stays dense")
-    parser.add_argument("--min_tokens", type=int, default=12288, help="shorter sequences stay dense")
+    parser.add_argument("--min_tokens", type=int, help="shorter sequences stay dense; default: that of apply_psa")
     parser.add_argument("--ulysses", type=int, default=1, help="GPUs that make one video together, with torchrun")
     parser.add_argument("--uneven", action="store_true", help="the heads or the tokens do not divide by --ulysses")
     parser.add_argument("--steps", type=int, default=steps)
@@ -114,9 +114,8 @@ def run(pipe: Any, arguments: argparse.Namespace, fps: int) -> None:
     applied = None
     if arguments.use_psa:
         warm_up = 0 if arguments.no_warmup else arguments.warmup
-        applied = apply_psa(
-            pipe, arguments.sparsity, arguments.preset, warm_up=warm_up, min_tokens=arguments.min_tokens
-        )
+        given = {} if arguments.min_tokens is None else {"min_tokens": arguments.min_tokens}
+        applied = apply_psa(pipe, arguments.sparsity, arguments.preset, warm_up=warm_up, **given)
     began = time.perf_counter()
     frames = pipe(
         prompt=arguments.prompt,
