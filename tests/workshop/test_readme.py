@@ -1,5 +1,6 @@
 """The pages: the README is short, its figures come from workshop/results, and every link leads somewhere."""
 
+import itertools
 import json
 import math
 import re
@@ -80,6 +81,71 @@ def test_every_figure_of_the_readme_was_measured(row):
         check_quality(name, gpu, psnr)
         measured += 1
     assert measured
+
+
+def page_table(page, title):
+    lines = (ROOT / "docs" / page).read_text(encoding="utf-8").partition(f"## {title}\n")[2].splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("|"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[first + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def several_gpus(model, method, ranks):
+    rows = read_rows(ROOT / "workshop" / "results" / "several-gpus.csv")
+    return [row for row in rows if (row["model"], row["method"], row["ranks"]) == (model, method, str(ranks))]
+
+
+def check_several(text, rows):
+    seconds, _, efficiency = re.fullmatch(rf"({NUMBER})( \((\d+) %\))?", text).groups()
+    found = [row for row in rows if shown(seconds, float(row["seconds"]))]
+    assert found
+    assert efficiency is None or any(shown(efficiency, 100 * float(row["efficiency"])) for row in found)
+
+
+@pytest.mark.parametrize("row", page_table("several-gpus.md", "Measured"), ids=lambda row: row[0])
+def test_the_seconds_on_several_gpus_were_measured(row):
+    name, *seconds, memory = row
+    model, method = name.lower().replace(" ", "", 1).split(", ")
+    peaks = re.findall(NUMBER, memory)
+    for ranks, text, peak in zip((1, 2, 4), seconds, peaks, strict=True):
+        rows = several_gpus(model, method, ranks)
+        check_several(text, rows)
+        assert {row["peak_gb"] for row in rows} == {peak}
+        assert {row["difference"] for row in rows} == {"0"}, "equal to one GPU to the last bit"
+
+
+def test_the_sentence_about_several_gpus_is_their_table():
+    sentence = re.search(
+        rf"takes ({NUMBER}) s dense on one H100,\n({NUMBER}) with PSA, ({NUMBER}) on two and ({NUMBER}) on four", README
+    )
+    settings = ("dense", 1), ("psa", 1), ("psa", 2), ("psa", 4)
+    for text, (method, ranks) in zip(sentence.groups(), settings, strict=True):
+        check_several(text, several_gpus("wan14b", method, ranks))
+
+
+def test_the_other_families_were_measured():
+    measured = {row["model"]: row for row in read_rows(ROOT / "workshop" / "results" / "families-gpu.csv")}
+    rows = page_table("performance.md", "Other models")
+    assert [name for name, *_ in rows] == list(measured)
+    for name, tokens, dense, sparse in rows:
+        found = measured[name]
+        assert tokens.replace(",", "") == found["tokens"]
+        milliseconds, factor = re.fullmatch(rf"({NUMBER}) ms \(({NUMBER})x\)", sparse).groups()
+        assert shown(dense.removesuffix(" ms"), float(found["dense_ms"]))
+        assert shown(milliseconds, float(found["sparse_ms"]))
+        assert shown(factor, float(found["ratio"]))
+    least, most = re.search(rf"other families gains ({NUMBER})x to ({NUMBER})x", README).groups()
+    others = [float(row["ratio"]) for row in measured.values() if not row["family"].startswith(("Wan", "CogVideoX"))]
+    assert shown(least, min(others))
+    assert shown(most, max(others))
+
+
+def test_min_tokens_is_where_most_calls_are_faster():
+    rows = read_rows(ROOT / "workshop" / "results" / "crossover-gpu.csv")
+    known = [row for row in rows if int(row["tokens"]) >= PatchInputs().min_tokens]
+    assert all(float(row["kept_speedup"]) > 1 for row in known)
+    slower = [row for row in rows if int(row["tokens"]) < PatchInputs().min_tokens]
+    assert any(float(row["kept_speedup"]) < 1 for row in slower if int(row["tokens"]) >= 8192)
 
 
 @pytest.mark.parametrize(
