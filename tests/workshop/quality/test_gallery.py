@@ -1,4 +1,4 @@
-"""The gallery: what its pictures show, and what is burnt into them."""
+"""The gallery: what its pictures show, what is burnt into them, and that the committed ones are of the same run."""
 
 import re
 
@@ -15,6 +15,7 @@ from comfyui_psa.workshop.quality.results import RunRow, Writer, read_runs
 from comfyui_psa.workshop.table import read_records
 from comfyui_psa.workshop.tools.film import FOOT, GAP, HEAD, Tile, description_of, film, save, stacked
 
+MOST_BYTES = 1_000_000
 COLOURS = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
 
 
@@ -144,3 +145,16 @@ def test_a_failed_setting_is_left_out(tmp_path, monkeypatch):
     assert "## other" in text
     assert "| PSA 0.70 |" in text
     assert "| PSA 0.85 |" not in text
+
+
+def test_the_committed_page_is_what_the_committed_figures_say():
+    assert "demo" in page.published()
+    assert page.PAGE.read_text(encoding="utf-8") == page.page_text()
+
+
+@pytest.mark.parametrize("model", page.published())
+def test_the_committed_pictures_show_the_committed_figures(model):
+    for _, name, words in page.shown(model):
+        path = page.FOLDER / name
+        assert description_of(path) == words
+        assert path.stat().st_size < MOST_BYTES
