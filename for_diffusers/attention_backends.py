@@ -1,4 +1,4 @@
-"""diffusers' attention backends: which of them PSA sees, and what to say of the others."""
+"""What PSA does not see, and what to say of it: some of diffusers' attention backends, and blocks that are skipped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import sys
 from typing import Any
 
 import torch
+
+from ..sampling.findings import ranges, unseen_blocks
+from ..sampling.record import Record
 
 _SEEN_BACKENDS = ("native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math")
 """diffusers' attention backends that go through scaled_dot_product_attention."""
@@ -39,3 +42,17 @@ def unseen_reason(attention: torch.nn.Module) -> str:
         "choose a backend that does, such as pipe.transformer.set_attention_backend('native'), or remove your "
         "own attention processor"
     )
+
+
+def unseen_note(record: Record) -> list[str]:
+    """A sentence about blocks that PSA did not see, if it saw others."""
+    missing = unseen_blocks(record, record.steps)
+    if not missing or len(missing) == record.blocks:
+        return []
+    which = f"block{'s' * (len(missing) > 1)} {ranges(missing)}"
+    if record.fallbacks:
+        return [f"PSA did not see the attention of {which}; fallbacks say why, and what to do"]
+    return [
+        f"PSA did not see the attention of {which}: a cache, a hook or a guidance skips it; if that was not meant, "
+        f"remove what does"
+    ]

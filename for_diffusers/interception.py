@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from ..kernels.backends import in_autocast
+from .attention_backends import unseen_backend
 from .operator import Untraced, attention_operator
 from .state import Call, TransformerState
 
@@ -100,6 +101,7 @@ class InterceptedForward:
         self.attention, self.block = attention, block
         self.previous: Callable[..., Any] = previous
         self.state: TransformerState | None = state
+        self._seen_of: tuple = ()
         self._number = torch.tensor(block, device="cpu")
         self._operator = attention_operator()
         self._untraced = Untraced(
@@ -136,8 +138,18 @@ class InterceptedForward:
             return self.previous(*args, **kwargs)
         with AttentionInterception(state, call, self.block) as interception:
             output = self.previous(*args, **kwargs)
-        state.end_attention(call, self.attention, interception.seen)
+        state.end_attention(call, self.attention, interception.seen or self._skips_attention())
+        if interception.seen:
+            self._seen_of = self._processor()
         return output
+
+    def _skips_attention(self) -> bool:
+        """Whether a call without attention has none: in others, the same processor attends where PSA sees it. Guidance
+        by a weakened model does that."""
+        return self._seen_of == self._processor() and unseen_backend(self.attention) is None
+
+    def _processor(self) -> tuple[Any]:
+        return (getattr(self.attention, "processor", None),)
 
     def _end_unseen(self) -> None:
         call = None if self.state is None else self.state.current_call()

@@ -22,13 +22,12 @@ from ..kernels.config import ConfigError
 from ..kernels.order import TokenLayout
 from ..sampling.correction import Memory
 from ..sampling.figures import make_report
-from ..sampling.findings import ranges, unseen_blocks
 from ..sampling.kept import Kept
 from ..sampling.record import Record
 from ..sampling.run import Run
 from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
 from . import memory, operator
-from .attention_backends import unseen_reason
+from .attention_backends import unseen_note, unseen_reason
 from .layout import MODELS
 from .parallel import Parallel, SharedBudget, dense_reason, find_parallel
 from .schedule import Schedule, Steps
@@ -148,7 +147,7 @@ class TransformerState:
         if run is None:
             return None
         run.record.end_step()
-        return make_report(run) | {"notes": _notes(run)}
+        return make_report(run) | {"notes": unseen_note(run.record)}
 
     def begin_call(self, transformer: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Called before a forward of the transformer. Reads once from the device if steps are told apart."""
@@ -269,7 +268,7 @@ class TransformerState:
         return self._calls.get(threading.get_ident())
 
     def end_attention(self, call: Call, attention: torch.nn.Module, seen: bool) -> None:
-        """Called after a self-attention module. seen: whether it called `attend` meanwhile."""
+        """Called after a self-attention module. seen: whether it called `attend` meanwhile, or skipped attention."""
         call.attentions += 1
         if not seen and not self.off:
             self._stays_dense(call, call.reason or unseen_reason(attention))
@@ -367,15 +366,6 @@ def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) 
         return f"{tokens} and {k.shape[2]} tokens, but {expected} are expected of this model"
     # The first pass of a reentrant checkpoint runs without a graph, and its second pass must compute the same.
     return NO_GRADIENTS if call.with_graph and not torch.is_grad_enabled() else None
-
-
-def _notes(run: Run) -> list[str]:
-    """A sentence about blocks that PSA did not see, if it saw others."""
-    missing = unseen_blocks(run.record, run.record.steps)
-    if not missing or len(missing) == run.record.blocks:
-        return []
-    which = f"block{'s' * (len(missing) > 1)} {ranges(missing)}"
-    return [f"PSA did not see the attention of {which}; fallbacks say why, and what to do"]
 
 
 def _given(call: Call, query: torch.Tensor) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Self-attention that PSA cannot see is noticed in the first step and logged once; docs/diffusers.md names what PSA
 sees."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -87,6 +88,51 @@ def test_unseen_blocks_among_others_are_counted_alone_and_named(pipes, caplog, u
     assert len(warnings(caplog)) == 1
     (note,) = applied.reports()[0]["notes"]
     assert note.startswith(f"PSA did not see the attention of {said}; fallbacks say why")
+
+
+def test_a_call_without_attention_is_not_one_that_psa_cannot_see(pipes, work, caplog):
+    """Guidance by a weakened model, which LTX-2 has by default: in some blocks the values are the output."""
+    models = work.helper("for_diffusers/test_models")
+    case = next(case for case in models.CASES if case.name == "LTX2VideoTransformer3DModel")
+    model = models.load(dataclasses.replace(case, sizes=case.sizes | {"perturbed_attn": True}))
+    inputs = case.inputs(pipes, pipes.normal(*case.size, seed=1), **case.given)
+
+    def outputs():
+        with torch.no_grad():
+            weakened = {"spatio_temporal_guidance_blocks": [1]}
+            return [model(**inputs | more, return_dict=False)[0] for more in ({}, weakened, {}, weakened)]
+
+    stock = outputs()
+    applied = apply_psa(model, **pipes.FULL)
+    assert all(pipes.close(one, other, 1e-5) for one, other in zip(outputs(), stock, strict=True))
+    assert (applied.sparse_calls, applied.dense_calls, applied.fallbacks) == (6, 0, {})
+    assert not warnings(caplog)
+    model.transformer_blocks[1].attn1.set_processor(OtherProcessor(model.transformer_blocks[1].attn1.processor))
+    outputs()
+    assert sum(applied.fallbacks.values()) == 4, "another processor may attend where PSA does not see it"
+
+
+class OtherProcessor:
+    """One that attends without scaled_dot_product_attention, by leaving all attention out."""
+
+    def __init__(self, genuine):
+        self.genuine = genuine
+
+    def __call__(self, *args, **kwargs):
+        return self.genuine(*args, **kwargs | {"perturbation_mask": None, "all_perturbed": True})
+
+
+def test_a_block_that_a_hook_skips_is_named_without_fallbacks(pipes, caplog):
+    from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+
+    model = pipes.wan()
+    apply_layer_skip(model, LayerSkipConfig(indices=[1]))
+    stock = pipes.velocity(model)
+    applied = apply_psa(model, **pipes.FULL)
+    assert pipes.close(pipes.velocity(model), stock, 1e-5)
+    assert (applied.sparse_calls, applied.dense_calls, applied.fallbacks) == (1, 0, {})
+    (note,) = applied.reports()[0]["notes"]
+    assert note.startswith("PSA did not see the attention of block 1: a cache, a hook or")
 
 
 def test_it_is_said_in_the_warm_up_already(pipes, caplog):

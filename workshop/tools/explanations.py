@@ -378,9 +378,13 @@ LocalAttention stays dense from here on
   A call of another engine failed or has a mask, as the reason says. -> Choose another backend or preset, or a model
   without a mask.
 
-did not see the attention of
+fallbacks say why, and what to do
   The attention of some blocks is computed in a way that PSA cannot see. -> Look up the reason, which is counted in
   fallbacks.
+
+: a cache, a hook or a guidance skips it
+  Some blocks had no attention in the whole run. -> Nothing, if a cache or a guidance is meant to skip them; otherwise
+  remove it.
 
 ring attention shows each call
   With ring attention, a call never has all keys of the video. -> Use ulysses_degree instead of ring_degree.
