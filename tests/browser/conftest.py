@@ -20,15 +20,16 @@ SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.47.12"
 
 
 def pytest_collection_modifyitems(config, items):
-    """In the newest frontend the nodes are tried and the demo's template, the rest in the core's own alone: to try
-    everything twice takes many minutes, and what a new frontend breaks are nodes and their widgets."""
+    """In the newest frontend the nodes are tried, in its own renderer, and the demo's template; the rest in the core's
+    own alone: to try everything twice takes many minutes, and what a new frontend breaks are nodes and their widgets.
+    """
     in_both = ("test_nodes.py", "test_the_demo_runs_at_once")
     left_out = [
         item
         for item in items
         if item.path.parent == Path(__file__).parent
         and "newest frontend" in item.name
-        and not any(name in item.nodeid for name in in_both)
+        and ("classic" in item.callspec.params.values() or not any(name in item.nodeid for name in in_both))
     ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -84,10 +85,14 @@ def demo_workflow():
 
 @pytest.fixture(scope="module")
 def pages(chromium, server, client):
-    """Opens the frontend in a renderer and language: `pages(renderer, locale)` gives a `Frontend`."""
-    opened = {}
+    """Opens the frontend in a renderer and language: `pages(renderer, locale)` gives a `Frontend`.
 
-    def open_page(renderer="classic", locale="en"):
+    Where the renderer does not matter: the classic one of the core's frontend, the new one of the newest.
+    """
+    opened = {}
+    usual = "classic" if server.frontend is None else "nodes2"
+
+    def open_page(renderer=usual, locale="en"):
         if (renderer, locale) not in opened:
             for name, value in SETTINGS.items():
                 client.post(f"/settings/{name}", value)

@@ -9,8 +9,11 @@ STEPS = 4
 _seeds = itertools.count(11)
 
 
-def small_demo(size=256, length=9, steps=STEPS):
-    """The workflow; each has its own seed, so that nothing comes from the server's cache."""
+def small_demo(size=256, length=9, steps=STEPS, film=False):
+    """The workflow; each has its own seed, so that nothing comes from the server's cache.
+
+    film: with the decoded video, which takes much longer than to sample it.
+    """
     found = load_workflow(WORKFLOWS / "psa_demo.json")
     for node in found["nodes"]:
         values = node["widgets_values"]
@@ -21,7 +24,12 @@ def small_demo(size=256, length=9, steps=STEPS):
         if node["type"] == "PSAPatch":
             values[values.index(4096)] = 0
     dense = [n["id"] for n in found["nodes"] if n.get("title") == "KSampler: dense" or n["type"] == "PSACompare"]
-    return _without(found, dense)
+    if film:
+        return _without(found, dense)
+    films = [n["id"] for n in found["nodes"] if n["type"] == "VAEDecode"]
+    kept = {n["id"] for n in found["nodes"] if n["type"] == "PSAReport"}  # it takes the video where there is one
+    found["links"] = [link for link in found["links"] if not (link[1] in films and link[3] in kept)]
+    return _without(found, [*dense, *films])
 
 
 def _without(workflow, nodes):

@@ -13,7 +13,7 @@ EVERYDAY = ["model", "sparsity", "preset", "start_percent", "end_percent", "psa_
 
 @pytest.fixture
 def demo(demo_workflow):
-    """The PSA half of the demo workflow at a size of seconds."""
+    """The PSA half of the demo workflow at a size of seconds, without the video."""
     return demo_workflow.small_demo()
 
 
@@ -138,7 +138,7 @@ def test_the_everyday_inputs_alone_are_shown_by_the_new_renderer(pages):
 
 
 def test_in_chinese_names_and_picture_are_chinese(pages):
-    frontend = pages("classic", "zh")
+    frontend = pages(locale="zh")
     node = frontend.add("PSAPatch")
     assert frontend.picture(node)["headline"] == "稀疏步中节省 85 % 的注意力计算"
     title, label = frontend.page.evaluate(
@@ -158,7 +158,7 @@ def test_choosing_a_preset_of_the_user_moves_the_slider(pages, server):
     (folder / "look.json").write_text('{"shares": {"1": 0.2, "4": 0.4}, "sparsity": 0.6}', encoding="utf-8")
     (folder / "broken.json").write_text("{", encoding="utf-8")
     try:
-        frontend = pages("classic")
+        frontend = pages()
         node = frontend.add("PSAPatch")
         frontend.page.evaluate("() => app.refreshComboInNodes()")
         frontend.page.wait_for_function(
@@ -265,7 +265,7 @@ def test_the_demo_runs_from_the_page_and_the_line_moves(frontend, demo):
 
 @pytest.mark.slow
 def test_what_stays_dense_is_said_in_the_node(pages, demo):
-    frontend = pages("classic")
+    frontend = pages()
     for node in demo["nodes"]:
         if node["type"] == "PSAPatch":
             node["widgets_values"][node["widgets_values"].index(0)] = 100000
@@ -287,7 +287,7 @@ def test_what_stays_dense_is_said_in_the_node(pages, demo):
 
 @pytest.mark.slow
 def test_in_a_subgraph_the_line_reaches_its_node(pages, demo):
-    frontend = pages("classic")
+    frontend = pages()
     frontend.load(demo)
     inner = find(demo, "PSAPatch")["id"]
     outer = frontend.page.evaluate(
@@ -306,8 +306,9 @@ def test_in_a_subgraph_the_line_reaches_its_node(pages, demo):
 
 
 @pytest.mark.slow
-def test_a_bypassed_patch_is_left_out_of_the_prompt(pages, demo):
-    frontend = pages("classic")
+def test_a_bypassed_patch_is_left_out_of_the_prompt(pages, demo_workflow):
+    frontend = pages()
+    demo = demo_workflow.small_demo(128, film=True)
     find(demo, "PSAPatch")["mode"] = MODE_BYPASSED
     find(demo, "PSAReport")["mode"] = MODE_BYPASSED
     frontend.load(demo)
@@ -354,7 +355,7 @@ def test_a_mistake_is_told_in_the_node_before_a_run_in_the_words_of_the_run(fron
 
 @pytest.mark.slow
 def test_a_pyramid_that_was_changed_makes_a_run_the_last_one(pages, demo):
-    frontend = pages("classic")
+    frontend = pages()
     frontend.load(demo)
     patch = find(demo, "PSAPatch")["id"]
     pyramid = frontend.add("PSAPyramid", -400, 200)
@@ -371,7 +372,7 @@ def test_a_pyramid_that_was_changed_makes_a_run_the_last_one(pages, demo):
 
 def test_what_the_server_tells_of_other_ends_is_in_bold(pages):
     """A model that PSA does not support, a run that was stopped, and a patch that another one replaces."""
-    frontend = pages("classic")
+    frontend = pages()
     node = frontend.add("PSAPatch")
 
     def headline(script):
@@ -429,7 +430,7 @@ def test_the_properties_panel_has_no_row_for_the_picture(frontend):
 
 def test_a_node_outside_of_a_graph_asks_for_no_neighbours(pages):
     """As a newer frontend has it: nodes are configured before they are in a graph, where asking is an error."""
-    frontend = pages("classic")
+    frontend = pages()
     pyramid, patch = frontend.add("PSAPyramid", 60), frontend.add("PSAPatch", 500)
     frontend.connect(pyramid, 0, patch, "psa_pyramid")
     for node in (pyramid, patch):

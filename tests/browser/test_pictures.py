@@ -129,7 +129,7 @@ def test_a_picture_of_all_nodes_in_every_look(pages, renderer, theme):
 def test_pictures_of_patch_and_report_after_a_run(pages, demo_workflow, client):
     frontend = pages("nodes2")
     # The demo's own size takes a minute or more, and is taken only for the README.
-    demo = demo_workflow.small_demo(512, 33, 16) if WRITE else demo_workflow.small_demo()
+    demo = demo_workflow.small_demo(*((512, 33, 16) if WRITE else ()), film=True)
     ids = {node["type"]: node["id"] for node in demo["nodes"]}
     frontend.load(demo)
     assert frontend.run(900)[0] == "execution_success"
