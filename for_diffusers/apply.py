@@ -101,7 +101,7 @@ class _Patch:
         ]
         for index, attention in enumerate(MODELS[state.family].attentions(transformer)):
             self._parts.append(InterceptedForward(attention, state, index))
-            if (reason := unseen_backend(attention)) is not None:
+            if (reason := MODELS[state.family].refusal(transformer) or unseen_backend(attention)) is not None:
                 state.tell(reason)
         transformer.__dict__[_ATTRIBUTE] = self
 

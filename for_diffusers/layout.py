@@ -29,12 +29,14 @@ class TransformerFamily:
             call stays dense.
         padded: whether self-attention has a mask that hides padding at the end of its sequence, and nothing else. The
             layout ends where the padding begins.
+        refusal: why a transformer stays dense that PSA cannot serve, from the transformer; None for all others.
     """
 
     preset: Callable[[Any], str]
     attentions: Callable[[Any], Sequence[Any]]
     read_call: Callable[[Any, Sequence[Any], Mapping[str, Any]], tuple[TokenLayout, torch.Tensor] | str]
     padded: bool = False
+    refusal: Callable[[Any], str | None] = lambda _: None
 
 
 def _read_wan(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
@@ -86,6 +88,16 @@ def _read_kandinsky(
     """forward(hidden_states [B, T, H, W, C], encoder_hidden_states, timestep, ...)."""
     latent, timestep = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 2, "timestep")
     return TokenLayout(_grid(latent.shape[1:4], transformer.config.patch_size)), timestep
+
+
+def _own_sparse_attention(transformer: Any) -> str | None:
+    kind = transformer.config.attention_type
+    if kind == "regular":
+        return None
+    return (
+        f"this Kandinsky 5 has sparse attention of its own (attention_type {kind}), which goes on as it is; to use "
+        f"PSA, load a model with regular attention, such as those for 5 seconds"
+    )
 
 
 def _read_cogvideox(
@@ -147,7 +159,10 @@ MODELS = {
     "LTXVideoTransformer3DModel": TransformerFamily(_default, _attn1("transformer_blocks"), _read_ltx),
     "LTX2VideoTransformer3DModel": TransformerFamily(_default, _attn1("transformer_blocks"), _read_ltx2),
     "Kandinsky5Transformer3DModel": TransformerFamily(
-        _default, lambda t: [block.self_attention for block in t.visual_transformer_blocks], _read_kandinsky
+        _default,
+        lambda t: [block.self_attention for block in t.visual_transformer_blocks],
+        _read_kandinsky,
+        refusal=_own_sparse_attention,
     ),
     "HunyuanVideo15Transformer3DModel": TransformerFamily(
         _default, lambda t: [block.attn for block in t.transformer_blocks], _read_hunyuan_15, padded=True

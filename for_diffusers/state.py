@@ -165,7 +165,7 @@ class TransformerState:
                 steps = None if self.schedule is None else self.schedule.find(timestep)
                 if steps is None and self.schedule is not None and (self.schedule.warm_up or self.settings.falling):
                     reason = NO_STEPS
-                reason = dense_reason(transformer) or reason
+                reason = MODELS[self.family].refusal(transformer) or dense_reason(transformer) or reason
                 parallel = find_parallel(transformer, MODELS[self.family].attentions(transformer), layout)
         blocks = len(MODELS[self.family].attentions(transformer))
         run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")), blocks)

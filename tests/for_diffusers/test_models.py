@@ -213,6 +213,20 @@ def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case
     assert not pipes.close(run(), stock, 1e-5)
 
 
+def test_a_model_with_sparse_attention_of_its_own_keeps_it(pipes, caplog):
+    case = next(case for case in CASES if case.inputs is kandinsky)
+    model = load(dataclasses.replace(case, sizes=case.sizes | {"attention_type": "nabla"}))
+    model.set_attention_backend("flex")
+    applied = apply_psa(model, 0.5, mode="topk", **pipes.SETTINGS)
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "ComfyUI-PSA")
+    assert "sparse attention of its own (attention_type nabla)" in said
+    assert "set_attention_backend" not in said
+    with torch.no_grad():
+        model(**case.inputs(pipes, pipes.normal(*case.size, seed=1)), return_dict=False)
+    assert (applied.sparse_calls, applied.dense_calls) == (0, case.calls)
+    assert [reason in said for reason in applied.fallbacks] == [True]
+
+
 def test_prompts_of_different_lengths_in_one_call_stay_dense(pipes):
     case = next(case for case in CASES if case.inputs is hunyuan)
     model = load(case)

@@ -85,6 +85,10 @@ PSA cannot read the inputs of this model call
   An input has a shape that PSA does not expect: from a node that changes it, or from a newer ComfyUI. -> Bypass that
   node, update the pack, or report it with the error, which ComfyUI shows when it is started with --verbose DEBUG.
 
+this Kandinsky 5 has sparse attention of its own
+  diffusers computes these models, which make longer videos, with sparse attention that belongs to their weights. ->
+  Load one with regular attention, such as those for 5 seconds, or go on without PSA.
+
 the prompts in one call of the model have different lengths
   diffusers' HunyuanVideo 1.5 is given several prompts at once, and a mask hides the padding of each. -> Call the
   transformer once for each prompt, as diffusers' pipeline does.
