@@ -37,7 +37,7 @@ def most_memory(tiny_wan, model):
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def model(request, tiny_wan):
     model = tiny_wan.load("t2v", request.param, 0.02, **WAN_14B)
-    # Loads the weights. The dense attention of a process's first run also differs from all others, in what it takes too.
+    # Loads the weights; the dense attention of a process's first run also differs from all others, and what it takes.
     tiny_wan.sample(model, steps=3, size=SIZE)
     return model
 

@@ -2,7 +2,6 @@
 several GPUs, where ComfyUI copies the other prompt's output to the first one, behind that GPU's whole step."""
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from comfyui_psa.patching.override import PSAOverride
