@@ -70,12 +70,17 @@ class BlockLists:
         blocks, density = self.blocks[part], self.density[part]
         return BlockLists(blocks, self.ends[part], self.levels, density, unranked, best, self.key_blocks)
 
-    def packed(self) -> BlockLists:
-        """The same lists in the least memory, to be kept for later steps. Reads once from the device.
+    def packed(self, longest: int | None = None) -> BlockLists:
+        """The same lists in the least memory, to be kept for later steps.
 
         They say nothing about scores that were not finite: those were counted when the levels were chosen.
+
+        Args:
+            longest: no row has more blocks; None reads it from the device, which waits for it.
         """
-        longest = max(1, int(self.ends[..., -1].max()))
+        if longest is None:
+            longest = int(self.ends[..., -1].max())
+        longest = max(1, longest)
         dtype = torch.int16 if self.shape[-1] <= torch.iinfo(torch.int16).max else torch.int32
         # `blocks` may be undefined after the last group, so it must not be read there as a number that does not fit.
         blocks = self.blocks[..., :longest].to(dtype).contiguous()
@@ -277,6 +282,13 @@ def topk_ends(blocks: int, config: PyramidConfig) -> tuple[int, ...]:
     if miss > 0.05:
         raise ConfigError("sparsity", config.sparsity, f"a value that {blocks} key blocks can meet; use more tokens")
     return ends
+
+
+def listed_blocks(blocks: int, config: PyramidConfig) -> int | None:
+    """How many of a row's key blocks any level takes, if that is the same for every row; see `topk_ends` for errors."""
+    if config.tail:
+        return blocks
+    return topk_ends(blocks, config)[-1] if config.mode == "topk" else None
 
 
 @functools.lru_cache(maxsize=64)  # needed in every attention call

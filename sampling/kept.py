@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterable
 import torch
 
 from ..kernels.attention import AttentionResult
-from ..kernels.levels import BlockLists
+from ..kernels.config import PyramidConfig
+from ..kernels.levels import BlockLists, listed_blocks
 from ..kernels.order import TokenOrder, make_order
 from ..kernels.semantic import SEMANTIC_ORDERS, Centroids
 
@@ -74,8 +75,8 @@ class Kept:
         entry = self._entries.get(place)
         return None if entry is None else entry.centroids
 
-    def put(self, place: Hashable, result: AttentionResult, reused: bool) -> None:
-        """The call at `place` has been computed, with kept levels (`reused`) or with new ones."""
+    def put(self, place: Hashable, result: AttentionResult, config: PyramidConfig, reused: bool) -> None:
+        """The call at `place` has been computed with `config`, with kept levels (`reused`) or with new ones."""
         if self._last:
             self._entries.pop(place, None)
             return
@@ -83,8 +84,10 @@ class Kept:
         if reused and entry is not None:
             entry.calls += 1
             return
-        # Without `unranked`: only the call that chose the levels counts the pairs that it could not rank.
-        lists = dataclasses.replace(result.lists, unranked=None) if self.reuse_steps > 1 else None
+        lists = None
+        if self.reuse_steps > 1:
+            blocks = result.lists.shape[-1]
+            lists = result.lists.packed(listed_blocks(blocks, config) or blocks)  # without waiting for the device
         if lists is not None or result.centroids is not None:
             self._entries[place] = _Entry(self._step, 1, lists, result.centroids)
 

@@ -15,7 +15,7 @@ from ..kernels.attention import AttentionResult, pyramid_sparse_attention
 from ..kernels.backends import gradient_reason
 from ..kernels.config import ConfigError
 from ..kernels.delta import GROUPS, measure_delta
-from ..kernels.levels import SharedHeads
+from ..kernels.levels import SharedHeads, listed_blocks
 from .correction import Loss, Memory
 from .run import Run, log
 
@@ -152,7 +152,9 @@ def learn(
                 _refuse(run, q, error, host)
                 break
             densities.append(result.density)
-            lists = result.lists.packed() if run.correction.keep_levels else None
+            lists = None
+            if run.correction.keep_levels:
+                lists = result.lists.packed(listed_blocks(result.lists.shape[-1], run.config))
             sparse = result.output[:, :, video]
             if losses.size is None:
                 losses.choose_size(sparse, lists, run.calls_of_step(q.shape[0]) * run.kept.groups, host.memory)
@@ -296,6 +298,6 @@ def _in_pieces(
         else:
             lists, centroids = run.kept.lists(piece.place), run.kept.centroids(piece.place)
             result = _call(run, some_q, some_k, some_v, scale, lists=lists, centroids=centroids, **given)
-            run.kept.put(piece.place, result, reused=lists is not None)
+            run.kept.put(piece.place, result, run.config, reused=lists is not None)
         results.append(result)
     return output, results, corrected

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comfyui_psa.kernels import PyramidConfig
-from comfyui_psa.kernels.levels import choose_levels, group_by_level, remaining_mass
+from comfyui_psa.kernels.levels import choose_levels, group_by_level, listed_blocks, remaining_mass
 
 PUBLISHED = {1: "0.10", 2: "0.05", 8: "0.20"}
 
@@ -309,6 +309,26 @@ def test_group_by_level(oracle, random_factors):
             start = end
     for row, density in zip(factors.flatten(0, -2).tolist(), lists.density.flatten().tolist(), strict=True):
         assert density == pytest.approx(oracle.density([row], [64] * 36 + [5]), abs=1e-6)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+@pytest.mark.parametrize("cap", [None, 1, 2])
+@pytest.mark.parametrize("mode", ["topk", "threshold", "budget"])
+def test_lists_are_packed_into_the_room_that_the_setting_tells(mode, cap, tail):
+    """Without looking at them, and without losing a block."""
+    sparsity = None if mode == "threshold" else 0.8
+    config = PyramidConfig(shares={1: 0.1, 2: 0.2, 8: 0.5}, mode=mode, sparsity=sparsity, tail=tail)
+    scores = torch.rand(2, 3, 4, 37, generator=torch.Generator().manual_seed(5))
+    scores[0, 0, 0] = torch.nan
+    cap = None if cap is None else torch.full((2, 3, 37), cap, dtype=torch.int16)
+    factors = choose_levels(scores, config, cap)
+    lists, told = group_by_level(factors, (1, 2, 4, 8, 64)), listed_blocks(37, config)
+    packed = lists.packed(37 if told is None else told)
+    assert torch.equal(packed.factors(), factors)
+    assert packed.blocks.dtype == torch.int16
+    assert packed.blocks.shape[-1] == (told or 37)
+    if mode == "topk":
+        assert told == int(lists.ends[..., -1].max()), "no more room than needed"
 
 
 def test_the_map_comes_back_from_its_lists(random_factors):

@@ -328,7 +328,7 @@ def test_windows_of_5_of_13_frames_with_kept_levels(model, sample, monkeypatch):
     calls = [seen[2 * windows * step : 2 * windows * (step + 1)] for step in range(3)]
     assert all(kept is None for kept, _ in calls[0] + calls[2]), "every window chooses its own levels"
     for (kept, _), (_, chosen) in zip(calls[1], calls[0], strict=True):
-        assert kept.blocks is chosen.blocks, "a window keeps its own levels, not another one's"
+        assert kept.density is chosen.density, "a window keeps its own levels, not another one's"
     assert report(psa)["notes"] == report(psa)["fallbacks"] == []
     assert psa.get_attachment(KEY).maps.whole is False
 

@@ -58,8 +58,8 @@ The following are no longer defaults, but still inputs of the node:
 - Blocks of 32 keys: 0.2 to 1.1 dB closer; about a seventh slower with 12 heads of 64800 tokens, hardly slower with 40.
 - `start_percent` 0.30: closer than 0.25 from a compute of 0.50 (a sparsity of about 0.70) upwards, less close below
   0.44. With the slider at 0.85, 0.25 stays the default.
-- Levels kept for several steps (`reuse_steps`): they lose nothing here and save the time of choosing, but need 4 bytes
-  of memory per pair of blocks. 1 stays the default.
+- Levels kept for several steps (`reuse_steps`): they lose nothing here and save the time of choosing, but need 2 bytes
+  of memory per pair of blocks that is seen. 1 stays the default.
 - A density that falls over the steps (`falling`; 1.6 to 0.4 is 0.6): better than a constant one in every comparison
   above and takes no extra time, but in some by less than two standard errors. On the CPU (17 frames, 10 steps) it is
   better in PSNR (by 0.1 and 0.3 dB) but not in SSIM; on the demo's own clip it is worse, by 1.7 dB from 0.25 and by
