@@ -40,7 +40,7 @@ def unseen_reason(attention: torch.nn.Module) -> str:
     return (
         f"the self-attention does not go through torch's scaled_dot_product_attention{named}, so PSA cannot see it; "
         "choose a backend that does, such as pipe.transformer.set_attention_backend('native'), or remove your "
-        "own attention processor"
+        "own attention processor, or what replaces torch's function"
     )
 
 

@@ -13,12 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from ..kernels.backends import in_autocast
 from .attention_backends import unseen_backend
-from .operator import Untraced, attention_operator
+from .operator import ATTENTION, Untraced, attention_operator
 from .state import Call, TransformerState
 
 _FORWARD = "forward"
@@ -38,7 +37,7 @@ class AttentionInterception(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, _: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is ATTENTION:
             self.seen = True
             output = self.state.attend(self.call, self.block, *args, **kwargs)
             if output is not None:
@@ -69,7 +68,7 @@ class GraphInterception(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, _: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is ATTENTION:
             self.seen = True
             return attend_in_graph(self.operator, self.block, *args, **kwargs)
         if isinstance(func, types.FunctionType) and getattr(torch.Tensor, func.__name__, None) is func:

@@ -16,10 +16,11 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from ..sampling.operators import Operator, register
 
+ATTENTION: Callable[..., torch.Tensor] = torch._C._nn.scaled_dot_product_attention
+"""torch's own function, which a script's replacement of the one in `torch.nn.functional` may end up calling."""
 current: ContextVar[Any] = ContextVar("psa_transformer", default=None)
 """For operators: the `TransformerState` of the transformer that this thread is in; it knows the call."""
 
@@ -65,12 +66,12 @@ def _attention(
     state = current.get()
     call = None if state is None else state.current_call()
     if state is None or call is None:
-        output = F.scaled_dot_product_attention(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
+        output = ATTENTION(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
     else:
         call.attentions += 1
         output = state.attend(call, int(block), q, k, v, *given, scale=scale)
         if output is None:
-            output = F.scaled_dot_product_attention(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
+            output = ATTENTION(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
             state.learn(call, output, q, k, v, *given, scale=scale)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 

@@ -135,6 +135,32 @@ def test_a_block_that_a_hook_skips_is_named_without_fallbacks(pipes, caplog):
     assert note.startswith("PSA did not see the attention of block 1: a cache, a hook or")
 
 
+@pytest.mark.parametrize("ends", ["in torch's function", "in a kernel of its own"])
+def test_a_script_that_replaces_torchs_function(pipes, caplog, monkeypatch, ends):
+    """For example by SageAttention, as its own page shows it; or by one that only looks at the calls."""
+    genuine = torch.nn.functional.scaled_dot_product_attention
+    asked = []
+
+    def replacement(query, key, value, **given):
+        asked.append(query.shape)
+        if ends == "in torch's function":
+            return genuine(query, key, value, **given)
+        return (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1) @ value
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", replacement)
+    model = pipes.wan()
+    stock, calls = pipes.velocity(model), len(asked)
+    applied = apply_psa(model, **pipes.FULL)
+    asked.clear()
+    assert pipes.close(pipes.velocity(model), stock, 1e-5)
+    assert len(asked) == calls
+    if ends == "in torch's function":
+        assert (applied.sparse_calls, applied.dense_calls, applied.fallbacks) == (2, 0, {})
+    else:
+        assert (applied.sparse_calls, applied.dense_calls) == (0, 2)
+        assert "what replaces torch's function" in next(iter(applied.fallbacks))
+
+
 def test_it_is_said_in_the_warm_up_already(pipes, caplog):
     pipe = pipes.pipeline(pipes.wan())
     flex(pipe.transformer)

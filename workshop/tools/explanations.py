@@ -404,8 +404,8 @@ tokens, but … are expected of this model
   The call has another length than the model's own video and text. -> Remove what adds tokens.
 
 does not go through torch's scaled_dot_product_attention
-  The attention backend or a processor of your own computes attention where PSA cannot see it. ->
-  pipe.transformer.set_attention_backend('native'), or remove the processor.
+  The attention backend, a processor of your own or a replacement of torch's function computes attention where PSA
+  cannot see it. -> pipe.transformer.set_attention_backend('native'), or remove the processor or the replacement.
 
 gradients are asked for
   PSA computes no gradients, so calls that need them stay dense. Training works, without PSA's speed. -> For
