@@ -234,7 +234,7 @@ def test_levels_are_kept_for_the_steps_asked_for(model, monkeypatch, steps, expe
     assert [lists is not None for lists in given] == [kept for kept in expected for _ in range(LAYERS)]
     for place, lists in enumerate(given):
         if lists is not None:
-            assert lists.blocks is results[place - LAYERS].lists.blocks
+            assert lists.density is results[place - LAYERS].lists.density, "the same lists, packed"
 
 
 def test_the_density_falls_over_the_sparse_steps_and_its_mean_is_the_sliders(model):
