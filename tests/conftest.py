@@ -1,5 +1,6 @@
 """Loads the pack the way ComfyUI does: from its `__init__.py`, under its own name, with the root never on sys.path."""
 
+import dataclasses
 import importlib.util
 import os
 import runpy
@@ -66,6 +67,34 @@ def pytest_report_header():
     """Which core is tested."""
     folder = comfyui_folder()
     return f"ComfyUI {version_of(folder)} in {folder}" if folder.is_dir() else f"no ComfyUI in {folder}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Triton's interpreter, where the tests run in it, without what it computes in vain.
+
+    It replaces the functions of its language when a kernel starts and again, by the same, at every call of one jitted
+    function by another, which takes half of the time. Here only where they are not replaced yet. And it looks at every
+    sum and product of integers for overflows, which takes a third, and forgets what it found unless it debugs.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+
+    def call(function, *args, **kwargs):
+        languages = (interpreter.tl, interpreter.tl.core)
+        used = [value for value in function.fn.__globals__.values() if any(value is known for known in languages)]
+        if any(language.range.__module__ != interpreter.__name__ for language in used):
+            interpreter._patch_lang(function.fn)
+        try:
+            return function.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call
+    builder = interpreter.interpreter_builder
+    if hasattr(builder.options, "sanitize_overflow") and not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 @pytest.fixture(scope="session")

@@ -17,29 +17,10 @@ def triton_device():
     """Where the Triton kernels of this process run: "cpu" in the interpreter, "cuda" on a GPU."""
     pytest.importorskip("triton")
     if os.environ.get("TRITON_INTERPRET") == "1":
-        _prepare_the_language_once()
         return "cpu"
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU; test_interpreter.py runs this file in Triton's interpreter")
     return "cuda"
-
-
-def _prepare_the_language_once():
-    """Triton's interpreter replaces the functions of its language when a kernel starts and again, by the same, at every
-    call of one jitted function by another, which takes half of the time. Here only where they are not replaced yet."""
-    from triton.runtime import interpreter
-
-    def call(function, *args, **kwargs):
-        languages = (interpreter.tl, interpreter.tl.core)
-        used = [value for value in function.fn.__globals__.values() if any(value is known for known in languages)]
-        if any(language.range.__module__ != interpreter.__name__ for language in used):
-            interpreter._patch_lang(function.fn)
-        try:
-            return function.rewrite()(*args, **kwargs)
-        except Exception as error:
-            raise interpreter.InterpreterError(repr(error)) from error
-
-    interpreter.InterpretedFunction.__call__ = call
 
 
 @pytest.fixture(scope="session")
