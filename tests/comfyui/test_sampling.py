@@ -84,6 +84,7 @@ def forget_everything(client):
 @pytest.mark.slow(seconds=30)
 def test_the_demo_runs_at_a_small_size(client, definitions, workflow, tmp_path):
     prompt = graph_to_prompt(workflow, definitions)
+    prompt[find_node(prompt, "EmptyHunyuanLatentVideo")]["inputs"]["length"] = 5  # decoding takes most of the time
     tried = client.run(demo.warm_up(prompt))
     assert [len(tried.step_seconds(node)) for node in demo.samplers_of(prompt).values()] == [2, 2]
     result = client.run(prompt)
@@ -91,7 +92,7 @@ def test_the_demo_runs_at_a_small_size(client, definitions, workflow, tmp_path):
     videos = demo.download_videos(client, prompt, result)
     figures = demo.write_results(tmp_path, videos, demo.samplers_of(prompt), result, report)
 
-    assert report["grid"] == [3, 24, 24]
+    assert report["grid"] == [2, 24, 24]
     assert report["backend"] == "torch"
     assert len(figures.sparsity) == len(figures.dense_seconds) == len(figures.psa_seconds) == STEPS
     # The steps at 0 and 25 % of the schedule lie before the demo's start_percent of 0.30.
