@@ -74,9 +74,21 @@ def checks_kept(folder):
     return list(folder.rglob("comfyui_psa_check.json"))
 
 
+CONSOLES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": None},
+    "gbk": {"PYTHONIOENCODING": "gbk"},
+    "ascii": {"PYTHONIOENCODING": "ascii"},
+    "ours": {},
+}
+
+
 @pytest.mark.slow(seconds=20)
-@pytest.mark.parametrize("where", ["missing", "over 200 letters", "unwritable", "a name that is too long"])
-def test_cache_folders(run, tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "console"),
+    [("missing", "C"), ("over 200 letters", "gbk"), ("unwritable", "ascii"), ("a name that is too long", "ours")],
+)
+def test_cache_folders_and_consoles(run, tmp_path, where, console):
+    """Each folder with another console: to start a process takes much longer than what is tried in it."""
     (tmp_path / "file").write_text("")
     folder = {
         "missing": tmp_path / "not" / "there",
@@ -84,7 +96,7 @@ def test_cache_folders(run, tmp_path, where):
         "unwritable": tmp_path / "file" / "cache",
         "a name that is too long": tmp_path / ("x" * 300),
     }[where]
-    printed = run(TRITON_CACHE_DIR=str(folder))
+    printed = run(**CONSOLES[console], TRITON_CACHE_DIR=str(folder))
     kept = where in ("missing", "over 200 letters")
     assert len(checks_kept(tmp_path)) == kept
     assert ("PSA could not keep comfyui_psa_check.json" in printed) != kept, "a line for developers only"
@@ -105,20 +117,6 @@ def test_no_home(run, tmp_path, home):
     homes = dict.fromkeys(("HOME", "USERPROFILE"), None if home is None else str(tmp_path / home))
     cache = str(tmp_path / "cache") if home is None else None  # without a home Triton asks the system for one
     run(**homes, TRITON_CACHE_DIR=cache, MPLCONFIGDIR=str(tmp_path))
-
-
-@pytest.mark.slow(seconds=10)
-@pytest.mark.parametrize(
-    "console",
-    [
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": None},
-        {"PYTHONIOENCODING": "gbk"},
-        {"PYTHONIOENCODING": "ascii"},
-    ],
-    ids=lambda console: ", ".join(f"{name}={value}" for name, value in console.items()),
-)
-def test_consoles(run, tmp_path, console):
-    run(**console, TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_every_message_can_be_printed_on_any_console():
