@@ -1,4 +1,4 @@
-"""`python dev.py quality --workflow` on a real server, with the demo's workflow at 9 frames of 256 x 256."""
+"""`python dev.py quality --workflow` on a real server, with the demo's workflow at 5 frames of 256 x 256."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def test_a_workflow_is_measured(client, tmp_path):
     for node in workflow["nodes"]:
         values = node["widgets_values"]
         if node["type"] == "EmptyHunyuanLatentVideo":
-            values[:3] = [256, 256, 9]
+            values[:3] = [256, 256, 5]
         if node["type"] == "KSampler":
             values[2] = 4
         if node["type"] == "PSAPatch":

@@ -37,6 +37,7 @@ def picture(client, entry):
 @pytest.mark.slow
 def test_report_and_compare_leave_their_pictures_and_figures(client, definitions, workflow):
     prompt = graph_to_prompt(workflow, definitions)
+    prompt[find_node(prompt, "EmptyHunyuanLatentVideo")]["inputs"]["length"] = 5  # decoding takes most of the time
     result = client.run(prompt)
     told = result.outputs[find_node(prompt, "PSAReport")]
     report = json.loads(told["text"][0])
@@ -51,7 +52,7 @@ def test_report_and_compare_leave_their_pictures_and_figures(client, definitions
     figures = json.loads(result.outputs[find_node(prompt, "PSACompare")]["text"][0])
     assert 10 < figures["psnr"] < 100
     assert 0 < figures["ssim"] < 1
-    assert len(figures["frames"]) == 9
+    assert len(figures["frames"]) == 5
     sizes = [picture(client, entry)[0] for output in result.outputs.values() for entry in output.get("images", [])]
     assert (3 * 256, 256 + 28) in sizes
 
