@@ -25,8 +25,8 @@ def _read(network: Any, x: torch.Tensor, context: torch.Tensor, conds: Mapping[s
         entries = conds.get("guide_attention_entries") or ()
         if any(entry["strength"] != 1.0 or entry.get("pixel_mask") is not None for entry in entries):
             return (
-                "guides with an attention strength other than 1, or a mask of their own, mask every attention call, "
-                "which PSA leaves dense; set the attention strength of all guides to 1 and unplug their masks"
+                "guides with a strength other than 1 or an attention_mask mask every attention call, which PSA leaves "
+                "dense; in all LTXVAddGuide nodes, set strength to 1 and unplug attention_mask"
             )
         left_out = (conds["denoise_mask"][0] < 0).any(0).expand(x.shape[2:]).flatten()
         after -= int(left_out[-tokens:].sum())

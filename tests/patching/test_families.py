@@ -384,7 +384,7 @@ DENSE = [
             ],
         },
         {"size": (1, 16, 4, 14, 16), **guides(0)},
-        "guides with an attention strength other than 1",
+        "in all LTXVAddGuide nodes, set strength to 1 and unplug attention_mask",
     ),
 ]
 
@@ -401,6 +401,14 @@ def test_what_psa_cannot_do_stays_dense_and_says_why(row, kind, extra, more, rea
     assert reason in found["reason"]
     assert found["calls"] == blocks_of(model)
     assert report(sparse)["notes"] == []
+
+
+def test_the_advice_for_guides_names_a_node_and_its_inputs(comfyui):
+    from comfy_extras.nodes_lt import LTXVAddGuide
+
+    schema = LTXVAddGuide.define_schema()
+    assert schema.node_id == "LTXVAddGuide"
+    assert {"strength", "attention_mask"} <= {one.id for one in schema.inputs}
 
 
 def test_a_call_that_cannot_be_read_stays_dense_and_ends_no_run(models, tiny_families, monkeypatch):

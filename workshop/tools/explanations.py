@@ -97,9 +97,9 @@ this prompt is padded
   A text encoder has filled the prompt up to a fixed length, and the model must not see the filling. PSA has no masks.
   -> Encode the prompt with ComfyUI's own text node. It does not pad.
 
-guides with an attention strength
-  LTX weakens a guide by a mask over all tokens, and PSA has no masks. -> Set the attention strength of all guides to 1
-  and unplug their masks.
+guides with a strength other than 1
+  LTX weakens a guide by a mask over all tokens, and PSA has no masks. -> In all LTXVAddGuide nodes, set strength to 1
+  and unplug attention_mask.
 
 the guides do not cover whole frames
   PSA finds the video by the frames that guides add after it, and these do not add up. -> Sample without guides, or
