@@ -26,11 +26,15 @@ TARGETS = {
     "gfx1100": (GPUTarget("hip", "gfx1100", 32), 65_536),
     "gfx1201": (GPUTarget("hip", "gfx1201", 32), 65_536),
 }
-# One of Ampere, Hopper, Blackwell, CDNA and RDNA each, for kernels that take little of the shared memory; the attention
-# kernel is compiled for every target.
+# One each of Ampere, Hopper, Blackwell, CDNA and RDNA, for further kinds of a kernel; one kind is for every target.
 ONE_OF_EACH = ("sm86", "sm90", "sm100", "gfx942", "gfx1201")
 INTEGERS = {"heads", "length_q", "length_k", "length", "length_index", "length_order", "n_q", "n_k", "blocks"}
 INTEGERS |= {"coarse_rows", "length_extra", "n_listed"}
+
+
+def every_gpu(kind, *further):
+    """A kind of a kernel for every target, and further ones for one of each architecture."""
+    return [*itertools.product(TARGETS, [kind]), *itertools.product(ONE_OF_EACH, further)]
 
 
 def compile_for(gpu, kernel, arguments, constants, floats=("scale",), **options):
@@ -166,8 +170,7 @@ def pool_for(gpu, kind):
     return compile_for(gpu, _pool, arguments, constants, num_warps=4)
 
 
-@pytest.mark.parametrize("kind", ["keys and values", "int8 keys"])
-@pytest.mark.parametrize("gpu", ONE_OF_EACH)
+@pytest.mark.parametrize(("gpu", "kind"), every_gpu("keys and values", "int8 keys"))
 def test_pool(gpu, kind):
     compiled = pool_for(gpu, kind)
     if gpu == "sm90":
@@ -177,7 +180,7 @@ def test_pool(gpu, kind):
         assert "b16" not in reads
 
 
-@pytest.mark.parametrize("gpu", ONE_OF_EACH)
+@pytest.mark.parametrize("gpu", TARGETS)
 def test_queries_of_eight_bits(gpu):
     from comfyui_psa.kernels.gpu.int8 import _quantise
 
@@ -185,22 +188,21 @@ def test_queries_of_eight_bits(gpu):
     compile_for(gpu, _quantise, pointers, {"BLOCK": 128, "HEAD_DIM": 128, "DIM": 128, "ORDERED": True}, num_warps=4)
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["plain", "with a correction"])
-@pytest.mark.parametrize("gpu", ONE_OF_EACH)
-def test_order(gpu, kept):
+@pytest.mark.parametrize(("gpu", "kind"), every_gpu("plain", "with a correction"))
+def test_order(gpu, kind):
     from comfyui_psa.kernels.gpu.order import _move
 
     pointers = {"x_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*bf16"}
-    pointers["delta"] = ("*u8", "*fp32", "i32") if kept else None
+    pointers["delta"] = ("*u8", "*fp32", "i32") if kind == "with a correction" else None
     compile_for(gpu, _move, pointers, {"UNDO": True, "ROWS": 64, "HEAD_DIM": 128, "DIM": 128}, num_warps=4)
 
 
-@pytest.mark.parametrize(("dim", "mean"), [(128, False), (128, True), (256, True)])
-@pytest.mark.parametrize("gpu", [*ONE_OF_EACH, "sm80"])  # with its shared memory, more tiles are in flight
-def test_importance(gpu, dim, mean):
+@pytest.mark.parametrize(("gpu", "kind"), every_gpu((128, True), (128, False), (256, True)))
+def test_importance(gpu, kind):
     from comfyui_psa.kernels.gpu.importance import _reduce
     from comfyui_psa.kernels.gpu.tiles import importance_stages
 
+    dim, mean = kind
     pointers = {"q_ptr": "*bf16", "k_ptr": "*bf16", "norm_ptr": "*bf16", "scores_ptr": "*fp32"}
     constants = {
         "GROUP_Q": 8, "BLOCK_Q": 128, "COUNT_Q": 16, "PADDED_Q": 16, "GROUP_K": 8, "BLOCK_K": 64, "COUNT_K": 8,
@@ -213,11 +215,11 @@ def test_importance(gpu, dim, mean):
     compile_for(gpu, _reduce, pointers, constants, num_warps=8, num_stages=stages)
 
 
-@pytest.mark.parametrize("rule", [0, 1], ids=["topk", "budget"])
-@pytest.mark.parametrize("gpu", ONE_OF_EACH)
-def test_levels(gpu, rule):
+@pytest.mark.parametrize(("gpu", "mode"), every_gpu("topk", "budget"))
+def test_levels(gpu, mode):
     from comfyui_psa.kernels.gpu.levels import _choose
 
+    rule = 1 if mode == "budget" else 0
     pointers = {"scores_ptr": "*fp32", "cap_ptr": "*i16", "scale_ptr": "*fp32", "blocks_ptr": "*i32"}
     pointers |= {
         "ends_ptr": "*i32",
