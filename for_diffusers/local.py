@@ -19,6 +19,7 @@ from ..kernels.backends import BACKENDS, gradient_reason, in_autocast
 from ..kernels.order import TokenLayout
 from ..sampling.self_attention import own_words
 from .arguments import ArgumentChecks, wrong
+from .operator import Untraced
 
 log = logging.getLogger("ComfyUI-PSA")
 
@@ -67,8 +68,15 @@ class LocalAttention:
         self._backend = backend
         self._failed = False
         self.sparse, self.sparse_calls = True, 0
+        self._untraced = Untraced(
+            self._attend, "LocalAttention is not part of a graph; compile the model with fullgraph=False"
+        )
 
-    def __call__(
+    def __call__(self, *args: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `_attend`. A compiled model leaves it alone: what it does changes from step to step."""
+        return self._untraced(*args, **given)
+
+    def _attend(
         self,
         query: torch.Tensor,
         key: torch.Tensor,

@@ -1,6 +1,7 @@
 """LocalAttention against our own call and dense attention, alone and in yunchang's layers with two processes."""
 
 import importlib.util
+import pickle
 import re
 from pathlib import Path
 
@@ -63,6 +64,32 @@ def test_what_it_leaves_dense(why):
     assert torch.equal(output, dense(q, k, v, is_causal=why == "causal"))
     assert attention.sparse_calls == 0
     assert output.requires_grad == (why == "gradients")
+
+
+def test_a_compiled_model_leaves_it_alone():
+    """Engines compile their models; what is traced would be the kernels, and a step of the script's."""
+    q, k, v = tensors()
+    attention, alone = (LocalAttention(GRID, 0.6) for _ in range(2))
+    traced = []
+
+    def backend(graph, _):
+        traced.extend(node for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    def layer(q, k, v):
+        return attention(q * 2, k, v)[0] + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=backend)
+    for sparse in (True, False, True):
+        attention.sparse = alone.sparse = sparse
+        assert torch.equal(compiled(q, k, v), alone(q * 2, k, v)[0] + 1)
+    assert attention.sparse_calls == 2
+    assert len(traced) == 2, "what the layer itself computes"
+    whole = torch.compile(layer, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="compile the model with fullgraph=False"):
+        whole(q, k, v)
+    assert torch.equal(pickle.loads(pickle.dumps(attention))(q, k, v)[0], alone(q, k, v)[0])
 
 
 def test_wrong_inputs_say_what_is_allowed():
