@@ -64,8 +64,8 @@ def test_levels_are_kept_for_the_same_call_of_the_next_step(pipes, monkeypatch, 
         assert len(kernels.lists) == 5 * calls
         for number, lists in enumerate(kernels.lists):
             chosen_now = number // calls % 2 == 0
-            chosen = None if chosen_now else kernels.results[number - calls].lists.blocks
-            assert (lists and lists.blocks) is chosen
+            chosen = None if chosen_now else kernels.results[number - calls].lists.density
+            assert (lists and lists.density) is chosen, "the same lists, packed"
     assert not applied.fallbacks
     assert applied.unranked_pairs() == 0
 
@@ -75,7 +75,7 @@ def test_the_levels_of_a_run_do_not_outlive_it(pipes, monkeypatch):
     pipe = pipes.pipeline(pipes.wan())
     apply_psa(pipe, **PSA, warm_up=0, reuse_steps=3)
     pipes.run(pipe, 5)
-    left = [weakref.ref(result.lists.blocks) for result in kernels.results]
+    left = [weakref.ref(result.lists.density) for result in kernels.results]
     kernels.results.clear()
     kernels.lists.clear()
     gc.collect()
