@@ -43,9 +43,8 @@ def in_autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Tensors in the type in which torch's own attention computes them: inside torch.autocast that is autocast's, even
     if a model hands over several types. Whoever takes a call out of torch's hands must do the same."""
     device = tensors[0].device.type
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(
-        device
-    )  # compilers cannot trace the question
+    # Compilers cannot trace the question whether the device has autocast.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     if not known or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
