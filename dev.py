@@ -2,7 +2,7 @@
 """The development command line: sets up a real ComfyUI with this pack from scratch.
 
     python dev.py demo     sample a video dense and with PSA on the CPU, and compare them in output/psa_demo/
-    python dev.py test     run the tests in parallel processes; everything after `test` goes to pytest
+    python dev.py test     run the tests, one process per core; everything after `test` goes to pytest
     python dev.py serve    open ComfyUI with the pack, to try it by hand
     python dev.py bench    run the benchmarks
     python dev.py quality  compare settings with dense sampling; --quick takes minutes on a CPU

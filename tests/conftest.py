@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 # Before torch is imported. Servers and other processes that tests start inherit all of it.
-if IS_WORKER:  # there are enough workers that each of them computes on one core
+if IS_WORKER:  # as many workers as cores, so each of them computes on one
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What would otherwise be written into the user's home.
 os.environ.setdefault("TRITON_CACHE_DIR", str(ROOT / ".dev" / "cache" / "triton"))
