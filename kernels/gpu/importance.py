@@ -101,7 +101,7 @@ def _reduce(
     norm_ptr += (head // heads) * stride_nb + (head % heads) * stride_nh
     q = tl.load(q_ptr + row[:, None].to(tl.int64) * stride_q + dims[None, :], mask=mask, other=0)
 
-    # The last tile may have short or missing rows; it comes first and sets the reference of the sums.
+    # The last tile may have short or missing rows, so it comes first.
     last = (rows_n - 1) // TILE * TILE
     logits = _logits(q, norm_ptr, last, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
                      TILE, HEAD_DIM, DIM, False)  # fmt: skip
@@ -111,8 +111,10 @@ def _reduce(
     for first in range(0, last, TILE):
         logits = _logits(q, norm_ptr, first, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
                          TILE, HEAD_DIM, DIM, whole)  # fmt: skip
-        # Capped at 2^100 so that no sum overflows; that far above the reference nothing else counts.
-        total += tl.sum(tl.exp2(tl.minimum(logits - top[:, None], 100.0)), 1)
+        # Later tiles may be any factor above the first one.
+        higher = tl.maximum(top, tl.max(logits, 1))
+        total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
+        top = higher
     norm = tl.where(there, top + tl.log2(total), float("inf"))
 
     out_q = first_row // PADDED_Q + tl.arange(0, ROWS // PADDED_Q)

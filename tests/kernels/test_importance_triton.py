@@ -52,3 +52,22 @@ def test_head_sizes_are_padded(triton_device, random_tensor):
         chosen = pooled(q, 32, 8), pooled(k, 64, 8)
         expected = reduced_softmax(*chosen, 0.3, "max")
         torch.testing.assert_close(reduced_softmax_triton(*chosen, 0.3, "max"), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+@pytest.mark.parametrize("way", [1, -1])
+@pytest.mark.parametrize("most", [60, 120, 400])
+def test_weights_of_logits_that_rise_or_fall_along_the_sequence(triton_device, half_types, most, way, reduction):
+    """Whatever the tile that the sum begins with holds, the others may be any factor above it."""
+    from comfyui_psa.kernels.gpu.importance import reduced_softmax_triton
+
+    length = 4096 if triton_device == "cpu" else 65_536
+    k = torch.zeros(1, 1, length, 16)
+    k[..., 0] = way * torch.arange(length) // 64 * (64 * most / length)
+    for dtype in half_types:
+        q, keys = torch.ones(1, 1, 64, 16).to(triton_device, dtype), k.to(triton_device, dtype)
+        for norm in (None, pooled(keys, 64, 32)):
+            chosen = pooled(q, 64, 8), pooled(keys, 64, 8)
+            scores = reduced_softmax_triton(*chosen, 1.0, reduction, norm)
+            expected = reduced_softmax(*chosen, 1.0, reduction, norm)
+            torch.testing.assert_close(scores, expected, atol=1e-30, rtol=1e-2)
