@@ -1,5 +1,7 @@
 """apply_psa with the Triton kernels on a CUDA device."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -138,6 +140,28 @@ def test_compiled_blocks(pipes, correction):
             number * wanted.dense_calls,
         )
     assert not applied.fallbacks
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("correction", ["full", "off"])
+def test_inside_autocast(pipes, work, correction, compiles):
+    """The model then hands over queries and keys in float32, and values in bfloat16."""
+    models = work.helper("for_diffusers/test_models")
+    case = next(case for case in models.CASES if case.name == "HunyuanVideo15Transformer3DModel")
+    inputs = case.inputs(pipes, pipes.normal(*case.size, seed=1), **case.given)
+    inputs = {name: x.cuda() if torch.is_tensor(x) else x for name, x in inputs.items()}
+    timesteps, outputs = torch.tensor([900.0, 500.0, 100.0], device="cuda"), []
+    for psa in (None, pipes.FULL | {"warm_up": 1, "correction": correction, "backend": "triton"}):
+        model = models.load(case).cuda()
+        pipe = SimpleNamespace(transformer=model, scheduler=SimpleNamespace(timesteps=timesteps))
+        applied = psa and apply_psa(pipe, **psa)
+        if psa and compiles:
+            model.compile_repeated_blocks(fullgraph=True)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            outputs += [model(**inputs | {"timestep": t[None]}, return_dict=False)[0].float() for t in timesteps]
+    assert (applied.sparse_calls, applied.dense_calls, applied.fallbacks) == (2 * case.calls, case.calls, {})
+    assert all(pipes.close(ours, dense, 0.02) for ours, dense in zip(outputs[3:], outputs[:3], strict=True))
     torch._dynamo.reset()
 
 
