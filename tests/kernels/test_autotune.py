@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -284,7 +283,7 @@ def test_the_problem_has_the_density_of_the_presets(monkeypatch):
 @pytest.mark.parametrize("int8", [False, True], ids=["16 bit", "int8"])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_a_real_search(triton_device, monkeypatch, tmp_path, dim, int8):
-    """Under 20 s with nothing compiled, and the tile that it finds computes what the reference does."""
+    """The tile that it finds computes what the reference does."""
     if triton_device == "cpu":
         pytest.skip("needs a GPU")
     from comfyui_psa.kernels.gpu.attend import attend_triton
@@ -292,9 +291,7 @@ def test_a_real_search(triton_device, monkeypatch, tmp_path, dim, int8):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     case = dataclasses.replace(CASE, dim=dim, int8=int8)
     before = torch.cuda.get_rng_state()
-    began = time.monotonic()
     tile = autotune.tune(CUDA, case)
-    assert time.monotonic() - began < 20
     assert torch.equal(torch.cuda.get_rng_state(), before)
     assert tile is not None
     monkeypatch.setattr(autotune, "_TOKENS", 1000)

@@ -224,12 +224,14 @@ def test_a_full_gpu_is_retried_with_fewer_heads_and_then_dense(tiny_wan, sample,
         seen[share] = allowance["heads"], said
         if reasons(psa):
             assert said[1] == 1, "said once"
-            assert torch.equal(out, stock)
+            # Calls before the one that went dense may have found room, one head at a time.
+            assert sum(sparse_calls(psa)) or torch.equal(out, stock)
         else:
             assert sparse_calls(psa) == [2, 2]
             assert error(out, expected) < 1e-3, "the heads do not know of each other"
     assert seen[1.5] == ([8] * 4, (0, 0))
     assert seen[0.0] == ([8, 4, 2, 1], (3, 1)), "not tried again after that"
+    assert sparse_calls(psa) == [0, 0]
     fewer = [heads for heads, (retries, dense) in seen.values() if retries and not dense]
     assert fewer, f"no allowance was met with fewer heads: {seen}"
     allowance["bytes"] = None
