@@ -32,7 +32,9 @@ def quantise(x: torch.Tensor, rows_per_block: int) -> tuple[torch.Tensor, torch.
     """
     blocks = -(-x.shape[2] // rows_per_block)
     padded = F.pad(x.float(), (0, 0, 0, blocks * rows_per_block - x.shape[2])).unflatten(2, (blocks, rows_per_block))
-    scales = padded.abs().amax((3, 4)).clamp_min(1e-20) / 127
+    largest = padded.abs().amax((3, 4)).clamp_min(1e-20)
+    # By a tensor: a GPU multiplies by 1/127 instead, and next to a half the last bit of a scale decides.
+    scales = largest / torch.full_like(largest, 127)
     scaled = padded / scales[..., None, None]
     rounded = (scaled + torch.where(scaled >= 0, 0.5, -0.5)).trunc().to(torch.int8)
     return rounded.flatten(2, 3)[:, :, : x.shape[2]], scales

@@ -62,9 +62,10 @@ def what_differs(call: Call, out: torch.Tensor) -> str | None:
     if totals.pop(0):
         return "the lists of blocks are no lists of blocks"
     firsts = sizes.cumsum(-1) - sizes
+    mean = mean_key(call.k) if call.config.precision == "int8" else None
     shares = []
     for b, h in itertools.product(range(batch), range(heads)):
-        head = _head(call, b, h)
+        head = _head(call, b, h, None if mean is None else mean[b, h])
         for i, rows in enumerate(runs[h]):
             total = totals[(b * heads + h) * len(runs[h]) + i]
             expected, bound = _expected(call, head, rows, factors[b, h, i], firsts[b, h, i], total)
@@ -111,13 +112,12 @@ def factors_of_rows(lists: BlockLists, blocks: torch.Tensor) -> tuple[torch.Tens
     return factors, (rises < 0).any() | outside.any() | doubled.any()
 
 
-def _head(call: Call, b: int, h: int) -> _Head:
+def _head(call: Call, b: int, h: int, mean: torch.Tensor | None) -> _Head:
     query_order, key_order = call.query_order.of_head(b, h), call.key_order.of_head(b, h)
     k, extra_k = call.k[b, h], None if call.extra_k is None else call.extra_k[b, h]
     place = torch.arange(len(k), device=k.device) if key_order.inverse is None else key_order.inverse
-    mean, fine_k = None, None
-    if call.config.precision == "int8":
-        mean = mean_key(call.k[b : b + 1, h : h + 1])[0, 0]
+    fine_k = None
+    if mean is not None:
         by_place = torch.empty_like(k, dtype=torch.float32).index_copy_(0, place, k.float() - mean)
         rows, scales = quantise(by_place[None, None], call.config.block_kv)
         fine_k = dequantise(rows, scales, call.config.block_kv)[0, 0][place]

@@ -31,8 +31,9 @@ def _quantise(
     rows = load_rows(base, index_ptr if ORDERED else None, first, length, stride_l, BLOCK, HEAD_DIM, DIM).to(tl.float32)
     # Numbers that are not finite become 0, so that the others decide the scale.
     rows = tl.where(tl.abs(rows) < float("inf"), rows, 0.0)
-    scale = tl.maximum(tl.max(tl.max(tl.abs(rows), 1), 0), 1e-20) / 127.0
-    rows /= scale
+    # Exact division: next to a half, a quotient that is off by its last bit would round to another number.
+    scale = tl.div_rn(tl.maximum(tl.max(tl.max(tl.abs(rows), 1), 0), 1e-20), 127.0)
+    rows = tl.div_rn(rows, scale)
     rows += tl.where(rows >= 0, 0.5, -0.5)
     row, dims = first + tl.arange(0, BLOCK), tl.arange(0, DIM)
     address = out_ptr + (head * length + row)[:, None] * HEAD_DIM + dims[None, :]

@@ -30,7 +30,7 @@ def _block_scale(largest, ptr, first_block, blocks, BLOCKS: tl.constexpr):
     """Scale of each block from the largest value of each of its groups [GROUPS], spread over the groups again."""
     GROUPS: tl.constexpr = largest.shape[0]
     scale = tl.max(tl.reshape(largest, [BLOCKS, GROUPS // BLOCKS]), 1)
-    scale = tl.maximum(scale, 1e-20) / 127.0
+    scale = tl.div_rn(tl.maximum(scale, 1e-20), 127.0)
     block = tl.arange(0, BLOCKS)
     tl.store(ptr + first_block + block, scale, mask=first_block + block < blocks)
     return tl.reshape(tl.broadcast_to(scale[:, None], [BLOCKS, GROUPS // BLOCKS]), [GROUPS])
@@ -100,8 +100,8 @@ def _pool(
         for i in tl.static_range(8):
             there = first + group * 8 + i < length
             row = rows[i]
-            if INT8:  # halves are rounded away from zero
-                row = _shifted(row, mean, there) / scale[:, None]
+            if INT8:  # halves are rounded away from zero; exact division, as in int8.py
+                row = tl.div_rn(_shifted(row, mean, there), scale[:, None])
                 row += tl.where(row >= 0, 0.5, -0.5)
             _write(row, fine_ptr, first + i, 8, there, HEAD_DIM)
 
