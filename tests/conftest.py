@@ -1,6 +1,7 @@
 """Loads the pack the way ComfyUI does: from its `__init__.py`, under its own name, with the root never on sys.path."""
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import runpy
@@ -75,16 +76,20 @@ def quick_interpreter():
 
     It replaces the functions of its language when a kernel starts and again, by the same, at every call of one jitted
     function by another, which takes half of the time. Here only where they are not replaced yet. And it looks at every
-    sum and product of integers for overflows, which takes a third, and forgets what it found unless it debugs.
+    sum and product of integers for overflows, which takes a third, and forgets what it found unless it debugs. And it
+    writes down all types of numpy to look up one.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     interpreter = pytest.importorskip("triton.runtime.interpreter")
+    languages, numpy_type = (interpreter.tl, interpreter.tl.core), interpreter._get_np_dtype
+
+    @functools.cache
+    def used(function):
+        return [value for value in function.__globals__.values() if any(value is known for known in languages)]
 
     def call(function, *args, **kwargs):
-        languages = (interpreter.tl, interpreter.tl.core)
-        used = [value for value in function.fn.__globals__.values() if any(value is known for known in languages)]
-        if any(language.range.__module__ != interpreter.__name__ for language in used):
+        if any(language.range.__module__ != interpreter.__name__ for language in used(function.fn)):
             interpreter._patch_lang(function.fn)
         try:
             return function.rewrite()(*args, **kwargs)
@@ -92,6 +97,12 @@ def quick_interpreter():
             raise interpreter.InterpreterError(repr(error)) from error
 
     interpreter.InterpretedFunction.__call__ = call
+    of_scalar = functools.cache(numpy_type)
+
+    def numpy_type_of(dtype):
+        return numpy_type(dtype) if dtype.scalar.is_ptr() else of_scalar(dtype.scalar)
+
+    interpreter._get_np_dtype = numpy_type_of
     builder = interpreter.interpreter_builder
     if hasattr(builder.options, "sanitize_overflow") and not builder.options.debug:
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
