@@ -13,6 +13,8 @@ from comfyui_psa.workshop.tools.server import ComfyServer
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking")
+# What is not on this machine is not found.
+ONLY_HERE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 RENDERERS = ("classic", "nodes2")
 READY = "!!window.app?.canvas?.graph && !!window.LiteGraph?.registered_node_types?.PSAPatch"
 # Settings of a user who has seen the first-run dialogs.
@@ -69,7 +71,7 @@ def chromium(tmp_path_factory):
     home = str(tmp_path_factory.mktemp("chromium"))  # not the user's, where it would leave settings and reports
     homes = dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), home)
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=path, args=list(OPTIONS), env={**os.environ, **homes})
+        browser = p.chromium.launch(executable_path=path, args=[*OPTIONS, ONLY_HERE], env={**os.environ, **homes})
         yield browser
         browser.close()
 
@@ -142,7 +144,6 @@ class Frontend:
         context = browser.new_context(viewport={"width": 1500, "height": 1000})
         self.page = page = context.new_page()
         page.set_default_timeout(60_000)
-        page.route("**/*", lambda route: route.continue_() if self._local(route.request.url, url) else route.abort())
         for address, answer in (routes or {}).items():
             page.route(address, answer)
         page.on("pageerror", lambda error: self.errors.append(f"page error: {error}"))
@@ -152,10 +153,6 @@ class Frontend:
         page.wait_for_function("app.canvas.graph.nodes.length > 0")  # the workflow that a new user is shown
         self.settle()
         page.evaluate("() => app.extensionManager.setting.set('Comfy.Graph.CanvasInfo', false)")
-
-    @staticmethod
-    def _local(address, url):
-        return address.startswith((url, "data:", "blob:"))
 
     def _console(self, message):
         ours = "ComfyUI-PSA" in message.text or "ComfyUI-PSA" in (message.location or {}).get("url", "")

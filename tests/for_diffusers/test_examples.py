@@ -119,20 +119,20 @@ def test_the_cogvideo_command_line_runs(monkeypatch, tmp_path, capsys, tiny, wri
     assert [fps for *_, fps in written] == [16]
 
 
+WAN = SCRIPTS / "wan21" / "wan21_14b.py"
+
+
+def started(*command, ranks):
+    """What a script does in so many processes that torchrun starts."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.run([sys.executable, *torchrun, *command], capture_output=True, text=True, timeout=300)
+
+
 def example(output, *words, ranks, broken="none"):
-    """The Wan example, on a tiny pipeline, in so many processes that torchrun starts."""
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command = [
-        *start,
-        Path(__file__).with_name("example_with_stand_ins.py"),
-        SCRIPTS / "wan21" / "wan21_14b.py",
-        broken,
-    ]
+    """The Wan example, on a tiny pipeline."""
     small = ["--width=256", "--height=256", "--frames=9", "--steps=3", "--min_tokens=0", "--device=cpu"]
     words = ["--prompt", "your prompt here", *small, f"--output={output}", *words]
-    return subprocess.run([*command, *words], capture_output=True, text=True, timeout=300)
+    return started(Path(__file__).with_name("example_with_stand_ins.py"), WAN, broken, *words, ranks=ranks)
 
 
 @pytest.mark.slow(seconds=60)
@@ -161,8 +161,10 @@ def test_the_others_end_with_a_process_that_fails(tmp_path):
 
 
 @pytest.mark.parametrize(("ranks", "asked"), [(1, 4), (2, 1)])
-def test_as_many_processes_as_were_asked_for(tmp_path, ranks, asked):
-    found = example(tmp_path / "video.npy", f"--ulysses={asked}", ranks=ranks)
+def test_as_many_processes_as_were_asked_for(monkeypatch, ranks, asked):
+    """Said before anything is loaded."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = started(WAN, "--prompt", "your prompt here", f"--ulysses={asked}", ranks=ranks)
     assert found.returncode != 0
     assert (
         f"--ulysses {asked} needs {asked} processes, and there are {ranks}; start them with: torchrun" in found.stderr
