@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,19 +112,16 @@ def quick_interpreter():
 @pytest.fixture(scope="session")
 def start_ranks(tmp_path_factory):
     """start_ranks(count): so many processes that compute together, see `ranks.py` next to this file."""
+    import torch
+
     spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    started = {}
-
-    def start(count):
-        if count not in started:
-            started[count] = module.Ranks(count, tmp_path_factory.mktemp("ranks"))
-        return started[count]
-
-    yield start
-    for ranks in started.values():
-        ranks.stop()
+    ranks, threads = module.Ranks(tmp_path_factory.mktemp("ranks")), torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each of them, so that sums are the same to the last bit
+    yield lambda count: SimpleNamespace(run=functools.partial(ranks.run, count))
+    ranks.stop()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

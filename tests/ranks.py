@@ -23,37 +23,38 @@ _SECONDS = 60
 class Ranks:
     """Processes that stay, since importing diffusers takes seconds; new ones after a failure."""
 
-    def __init__(self, count, folder):
-        self.count, self.folder, self.processes, self.calls = count, folder, [], 0
+    def __init__(self, folder):
+        self.folder, self.processes, self.calls, self.group = folder, [], 0, None
 
-    def run(self, path, function, **arguments):
-        """What the function in the file at `path` returned in each process, in the order of ranks.
+    def run(self, count, path, function, **arguments):
+        """What the function in the file at `path` returned in each of `count` processes, in the order of ranks.
 
         Raises:
             RuntimeError: with what each of them said, if it failed in any.
         """
         self.calls += 1
-        if not self.processes:
+        while len(self.processes) < count:
             self._start()
-        outputs = [self.folder / f"{self.calls}-{rank}.pt" for rank in range(self.count)]
-        for process, output in zip(self.processes, outputs, strict=True):
+        if self.group is None or self.group["count"] != count:
+            self.group = {"count": count, "meeting": str(self.folder / f"meeting-{self.calls}")}
+        outputs = [self.folder / f"{self.calls}-{rank}.pt" for rank in range(count)]
+        asked = self.processes[:count]
+        for process, output in zip(asked, outputs, strict=True):
             call = {"path": str(path), "function": function, "arguments": arguments, "output": str(output)}
-            process.stdin.write(f"{call!r}\n")
+            process.stdin.write(f"{call | {'group': self.group}!r}\n")
             process.stdin.flush()
-        said = [ast.literal_eval(process.stdout.readline() or "'the process ended'") for process in self.processes]
+        said = [ast.literal_eval(process.stdout.readline() or "'the process ended'") for process in asked]
         if any(said):
             self.stop()
             raise RuntimeError("\n".join(f"rank {rank}: {words}" for rank, words in enumerate(said)))
         return [torch.load(output, weights_only=False) for output in outputs]
 
     def _start(self):
-        meeting = self.folder / f"meeting-{self.calls}"
-        for rank in range(self.count):
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-            command = [sys.executable, __file__, str(rank), str(self.count), str(meeting)]
-            self.processes.append(
-                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-            )
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, __file__, str(len(self.processes))]
+        self.processes.append(
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        )
 
     def stop(self):
         """End the processes."""
@@ -62,7 +63,7 @@ class Ranks:
             process.wait()
             process.stdin.close()
             process.stdout.close()
-        self.processes = []
+        self.processes, self.group = [], None
 
 
 def load(path):
@@ -73,9 +74,29 @@ def load(path):
     return module
 
 
-def _serve(rank, count, meeting):
+def _serve(rank):
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed
+    load(ROOT / "workshop" / "pack.py").load_pack()
+    group = None
+    for line in sys.stdin:
+        call, said = ast.literal_eval(line), None
+        try:
+            if call["group"] != group:
+                group = call["group"]
+                _join(rank, **group)
+            result = getattr(load(call["path"]), call["function"])(**call["arguments"])
+            torch.save(result, call["output"])
+        except Exception:
+            said = traceback.format_exc()
+        answers.write(f"{said!r}\n")
+        answers.flush()
+
+
+def _join(rank, count, meeting):
+    """Leave the group of before, and compute with those that are told the same meeting."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     gpus = torch.cuda.device_count() >= count
     if gpus:
         torch.cuda.set_device(rank)
@@ -88,16 +109,6 @@ def _serve(rank, count, meeting):
         world_size=count,
         timeout=timedelta(seconds=_SECONDS),
     )
-    load(ROOT / "workshop" / "pack.py").load_pack()
-    for line in sys.stdin:
-        call, said = ast.literal_eval(line), None
-        try:
-            result = getattr(load(call["path"]), call["function"])(**call["arguments"])
-            torch.save(result, call["output"])
-        except Exception:
-            said = traceback.format_exc()
-        answers.write(f"{said!r}\n")
-        answers.flush()
 
 
 def stand_in_for_gpus():
@@ -116,4 +127,4 @@ def stand_in_for_gpus():
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    _serve(int(sys.argv[1]))
