@@ -105,7 +105,8 @@ def _reduce(
     last = (rows_n - 1) // TILE * TILE
     logits = _logits(q, norm_ptr, last, stride_n, length_k, rows_n, scale, GROUP_N, BLOCK_K, COUNT_N, PADDED_N,
                      TILE, HEAD_DIM, DIM, False)  # fmt: skip
-    top = tl.max(logits, 1)
+    # Never -inf, from which -inf could not be subtracted: an infinite key may be all that the last tile has.
+    top = tl.maximum(tl.max(logits, 1), -3.4e38)
     total = tl.sum(tl.exp2(logits - top[:, None]), 1)
     whole: tl.constexpr = COUNT_N == PADDED_N
     for first in range(0, last, TILE):

@@ -71,3 +71,14 @@ def test_weights_of_logits_that_rise_or_fall_along_the_sequence(triton_device, h
             scores = reduced_softmax_triton(*chosen, 1.0, reduction, norm)
             expected = reduced_softmax(*chosen, 1.0, reduction, norm)
             torch.testing.assert_close(scores, expected, atol=1e-30, rtol=1e-2)
+
+
+def test_a_last_tile_of_infinite_keys_leaves_the_others_their_weights(triton_device):
+    from comfyui_psa.kernels.gpu.importance import reduced_softmax_triton
+
+    q, k = torch.ones(1, 1, 64, 16, device=triton_device), torch.zeros(1, 1, 1024, 16, device=triton_device)
+    k[:, :, 512:] = -torch.inf
+    chosen = pooled(q, 64, 8), pooled(k, 64, 8)
+    expected = reduced_softmax(*chosen, 1.0, "max")
+    assert expected.isfinite().all()
+    torch.testing.assert_close(reduced_softmax_triton(*chosen, 1.0, "max"), expected)
