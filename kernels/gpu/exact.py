@@ -12,6 +12,7 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 
 from ..int8 import dequantise, mean_key, quantise
 from ..levels import BlockLists
@@ -25,6 +26,12 @@ RUNS, ROWS = 2, 64
 _MARGIN, _ROUNDINGS, _OF_OUTPUT = 2.0, 2.0, 1e-3
 _UNIT = {torch.bfloat16: 2.0**-8}
 _SHORTEST_UNIT = 2.0**-11  # of float16
+# Logits are sums of products in float32, which err by no more than that share of the product of the norms; those of
+# int8 rows have a large number added on the way. Means of tokens err by no more than `_MEAN_SLIPS` of their size.
+_SLIPS, _INT8_SLIPS, _MEAN_SLIPS = 2.0**-18, 2.0**-14, 2.0**-20
+# Errors of a logit from which a row says nothing.
+_MOST_SLIP = 0.5
+_LARGEST_WEIGHT = 2.0**15  # of float16, whose weights are scaled up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +58,8 @@ class _Head:
 def what_differs(call: Call, out: torch.Tensor) -> str | None:
     """What is wrong with the output [B, H, Lq, D] of a call, as a part of a sentence; None if nothing is.
 
-    Rows whose exact result is not finite, or out of the type's range, say nothing. Reads from the device.
+    Rows whose exact result is not finite, or out of the type's range, say nothing; nor do rows of numbers so large that
+    float32 sums of them may overflow or tell nothing about the weights. Reads from the device.
     """
     batch, heads, length, _ = call.q.shape
     runs = [_runs(head, heads, length, call.config.block_q) for head in range(heads)]
@@ -68,14 +76,15 @@ def what_differs(call: Call, out: torch.Tensor) -> str | None:
         head = _head(call, b, h, None if mean is None else mean[b, h])
         for i, rows in enumerate(runs[h]):
             total = totals[(b * heads + h) * len(runs[h]) + i]
-            expected, bound = _expected(call, head, rows, factors[b, h, i], firsts[b, h, i], total)
+            expected, spread, slips = _expected(call, head, rows, factors[b, h, i], firsts[b, h, i], total)
             place = torch.arange(rows.start, rows.stop, device=out.device)
             if call.delta is not None:
                 row = place // call.delta.group
                 lost = call.delta.values[b, h, row].double() * call.delta.scales[b, h, row, None].double()
-                expected = expected + lost
+                # What is added may cancel a sum that was rounded before.
+                expected, spread = expected + lost, torch.hypot(spread, expected)
             token = place if head.query_index is None else head.query_index[place]
-            shares.append(_share(out[b, h, token], expected, bound))
+            shares.append(_share(out[b, h, token], expected, spread, slips))
     found = torch.stack(shares).tolist()
     worst = max(range(len(found)), key=found.__getitem__)
     if found[worst] <= 1:
@@ -128,9 +137,10 @@ def _head(call: Call, b: int, h: int, mean: torch.Tensor | None) -> _Head:
 
 def _expected(
     call: Call, head: _Head, rows: range, factors: torch.Tensor, firsts: torch.Tensor, total: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The exact output of the query rows at the places `rows` of one block, without the correction, and how far 16 bits
-    may be from each number of it: both float64 [rows, D].
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The exact output of the query rows at the places `rows` of one block, without the correction; how far 16 bits
+    may be from each number of it, in units; and how far errors of the logits may move it, inf in rows that say nothing.
+    All float64 [rows, D].
 
     Args:
         factors, firsts: [n_k], the pooling factor of each key block and the first of its rows, of which there are
@@ -149,19 +159,38 @@ def _expected(
     dtype = head.k.dtype
     q, fine_q = _queries(call, head, rows)
     values = pooled(head.v).to(dtype).double()
-    keys = pooled(head.k)
+    keys, sizes = pooled(head.k), pooled(head.k.abs())
+    if head.mean is not None:
+        keys, sizes = keys - head.mean, sizes + head.mean.abs()
     bias = tokens.double().log()  # -inf for rows without a token
-    logits = q @ (keys if head.mean is None else keys - head.mean).to(dtype).double().T
+    logits = q @ keys.to(dtype).double().T
+    # A mean next to the middle of two numbers of the type may become either.
+    either = (keys + _MEAN_SLIPS * sizes).to(dtype).double() - (keys - _MEAN_SLIPS * sizes).to(dtype).double()
+    slips = q.abs() @ either.T
     if head.fine_k is not None:
         is_fine = torch.zeros(total + 1, dtype=torch.bool, device=row.device).index_fill_(0, row[factor == 1], True)
         logits = torch.where(is_fine[:total], fine_q @ pooled(head.fine_k).double().T, logits)
+        slips = torch.where(is_fine[:total], 0.0, slips)
     logits = logits * call.scale + bias
+    # Weighted values are added up in float32 before they are divided by the sum of the weights.
+    room = torch.finfo(torch.float32).max / (_LARGEST_WEIGHT * (len(head.k) + total))
+    norms, says = F.pad(sizes.double().norm(dim=1), (0, 1)), (head.v.abs().double() < room).all()
     if head.extra_k is not None and head.extra_v is not None:
         logits = torch.cat([logits, q @ head.extra_k.double().T * call.scale], 1)
         values = torch.cat([values, head.extra_v.double()])
+        slips = F.pad(slips, (0, len(head.extra_k)))
+        norms = torch.cat([norms, head.extra_k.double().norm(dim=1)])
+        says &= (head.extra_v.abs().double() < room).all()
     weights = torch.softmax(logits, 1)
+    expected = weights @ values
+    slip = (_SLIPS if head.fine_k is None else _INT8_SLIPS) * q.norm(dim=1, keepdim=True) * norms.amax()
+    slips = abs(call.scale) * (slips + slip)
+    says = says & (slips <= _MOST_SLIP).all(1, keepdim=True)
+    # A weight errs by the error of its logit, and moves the output by how far its value is from it.
+    varies = (weights @ values.square() - expected.square()).clamp_min(0)
+    moved = ((weights * slips.square()).sum(1, keepdim=True) * varies).sqrt()
     # Each weight is rounded on its own, so the errors add up like random steps.
-    return weights @ values, (weights.square() @ values.square()).sqrt()
+    return expected, (weights.square() @ values.square()).sqrt(), torch.where(says, moved, math.inf)
 
 
 def _queries(call: Call, head: _Head, rows: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,13 +205,14 @@ def _queries(call: Call, head: _Head, rows: range) -> tuple[torch.Tensor, torch.
     return q[some].double(), fine[some].double()
 
 
-def _share(got: torch.Tensor, expected: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
+def _share(got: torch.Tensor, expected: torch.Tensor, spread: torch.Tensor, slips: torch.Tensor) -> torch.Tensor:
     """The error of rows [R, D] as a share of what is allowed, a scalar on the device; 0 if no row says anything."""
     limits = torch.finfo(got.dtype)
-    says = (expected.abs() < limits.max / 2).all(1, keepdim=True)
-    got, expected, spread = (torch.where(says, x.double(), 0.0) for x in (got, expected, spread))
+    says = ((expected.abs() < limits.max / 2) & slips.isfinite()).all(1, keepdim=True)
+    got, expected, spread, slips = (torch.where(says, x.double(), 0.0) for x in (got, expected, spread, slips))
     unit = _UNIT.get(got.dtype, _SHORTEST_UNIT)
     rounding = unit * (spread.square() + expected.square()).sum().sqrt()
-    least = limits.smallest_normal * limits.eps * expected.numel() ** 0.5
-    allowed = _MARGIN * (_ROUNDINGS * rounding + _OF_OUTPUT * expected.norm() + least)
+    # GPUs may take numbers for 0 that are subnormal in float32.
+    least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).tiny) * expected.numel() ** 0.5
+    allowed = _MARGIN * (_ROUNDINGS * rounding + _OF_OUTPUT * expected.norm() + least + slips.norm())
     return torch.nan_to_num((got - expected).norm() / allowed, math.inf, math.inf)

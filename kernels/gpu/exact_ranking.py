@@ -31,6 +31,8 @@ _MEANS_MAY_DIFFER, _SHORTEST_MAY_DIFFER = {torch.bfloat16: 2.0**-7}, 2.0**-10
 _IMPORTANCE_MAY_DIFFER = 2.0**-6
 # Sums of products in float32 err by no more than that much of the product of the norms.
 _PRODUCTS_MAY_DIFFER = 2.0**-18
+# Where that leaves a logit uncertain by more, its query block says nothing.
+_MOST_SLIP = 0.5
 # Depths are logarithms of sums in float32, and densities add up to 1 at most.
 _DEPTH_MAY_DIFFER = 1e-3
 
@@ -64,7 +66,8 @@ class Ranked:
 def what_misranks(ranked: Ranked) -> str | None:
     """What is wrong with a ranking, as a part of a sentence; None if nothing is. Reads once from the device.
 
-    Pairs whose exact importance is not finite say nothing. Where levels were refined to a cap, what they were chosen by
+    Pairs whose exact importance is not finite say nothing, nor do query blocks with logits too large for float32, nor
+    means of numbers whose sum may overflow. Where levels were refined to a cap, what they were chosen by
     is compared, and not the choice.
     """
     batch, heads, n_q, _ = ranked.scores.shape
@@ -116,7 +119,9 @@ def _means_differ(ranked: Ranked, b: int, h: int) -> torch.Tensor:
     )
     for x, order, means in sides:
         exact = pool(order.of_head(b, h).apply(x[b : b + 1, h : h + 1]), means.group, means.block)[0, 0].float()
-        says = exact.isfinite()
+        # Sums in another order can only differ in what overflows where the sum of the sizes does, too.
+        sizes = pool(order.of_head(b, h).apply(x[b : b + 1, h : h + 1].abs()), means.group, means.block)[0, 0].float()
+        says = exact.isfinite() & (sizes < torch.finfo(torch.float32).max / (2 * means.group))
         got, exact = (torch.where(says, rows, 0.0) for rows in (means.rows[b, h].float(), exact))
         wrong |= ~((got - exact).norm() <= _MEANS_MAY_DIFFER.get(x.dtype, _SHORTEST_MAY_DIFFER) * exact.norm())
     return wrong
@@ -129,10 +134,12 @@ def _scores_differ(ranked: Ranked, b: int, h: int, queries: Representatives, blo
         for means in (queries, ranked.keys, ranked.summed)
     )
     exact = reduced_softmax(queries, keys, ranked.scale, ranked.config.reduction, summed)[0, 0]
-    norms = [means.rows.float().norm(dim=-1).nan_to_num(0.0, 0.0).amax() for means in (queries, keys)]
-    allowed = exact * (_IMPORTANCE_MAY_DIFFER + _PRODUCTS_MAY_DIFFER * abs(ranked.scale) * norms[0] * norms[1])
-    off = (ranked.scores[b, h, blocks] - exact).abs() - torch.finfo(torch.float32).tiny
-    return (exact.isfinite() & ~(off <= allowed)).any()
+    of_queries, of_keys = (means.rows[0, 0].double().norm(dim=-1).nan_to_num(0.0, 0.0) for means in (queries, keys))
+    of_queries = of_queries.unflatten(0, (-1, queries.padded)).amax(-1, keepdim=True)  # [n, 1]
+    slip = _PRODUCTS_MAY_DIFFER * abs(ranked.scale) * of_queries * of_keys.amax()
+    says = exact.isfinite() & (slip <= _MOST_SLIP)
+    off = (ranked.scores[b, h, blocks] - exact).abs() - 2 * torch.finfo(torch.float32).tiny
+    return (says & ~(off <= exact * (_IMPORTANCE_MAY_DIFFER + slip))).any()
 
 
 def _levels_differ(

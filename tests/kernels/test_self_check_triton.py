@@ -316,6 +316,19 @@ def test_odd_scores_raise_no_false_alarm(machine, rank, mode, change):
     assert machine.rankings == [None]
 
 
+EXTREME = {
+    "logits that overflow": lambda q, k, v: (q * 1e30, k * 1e37, v),
+    "keys whose sums overflow": lambda q, k, v: (q * 1e-38, k.sign() * 3e38, v),
+}
+
+
+@pytest.mark.parametrize("change", EXTREME.values(), ids=EXTREME)
+def test_extreme_numbers_raise_no_false_alarm(machine, random_tensor, change):
+    q, k, v = change(*(random_tensor(1, 2, LAYOUT.length, 16, seed=seed).to(machine.device) for seed in (1, 2, 3)))
+    pyramid_sparse_attention(q, k, v, CONFIG, layout=LAYOUT, backend="triton")
+    assert machine.checks == machine.rankings == [None]
+
+
 def test_a_broken_correction_is_refused_and_plain_calls_are_not(machine, call, monkeypatch):
     monkeypatch.setattr(backend, "attend_triton", no_correction)
     first = call()
