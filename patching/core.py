@@ -22,6 +22,7 @@ Override = Callable[..., torch.Tensor]
 Preferred = dict[tuple[str, int], list[Callable[..., torch.Tensor]]]
 
 OVERRIDE_KEY = "optimized_attention_override"
+STRENGTHS_KEY = "psa_hook_strengths"
 """Key in transformer_options under which every attention function looks for a replacement: f(func, q, k, v, heads)."""
 
 BLOCK, KIND = "block_index", "block_type"
@@ -100,6 +101,7 @@ class ModelCallWrapper:
         given = [*args, *(kwargs.get(name) for name in _APPLY_MODEL_ARGUMENTS[len(args) :])]
         x, _, _, context, _, options = given
         network = executor.class_obj.diffusion_model
+        options[STRENGTHS_KEY] = _hook_strengths(executor.class_obj)
         around = self.before_call(network, _video(x, kwargs), context, options, kwargs)
         if _COMPILE_KEY in options.get("wrappers", {}).get("apply_model", {}):
             # Before torch 2.8 `_apart_from_stock` keeps no graphs apart. An extra argument does, for whole models that
@@ -107,6 +109,12 @@ class ModelCallWrapper:
             kwargs["psa_compiled"] = True
         with around or contextlib.nullcontext(), _apart_from_stock():
             return executor(*args, **kwargs)
+
+
+def _hook_strengths(model: Any) -> tuple[float, ...]:
+    """How strongly each hook on the weights acts in a forward of ComfyUI's model; keyframes change it during a run."""
+    hooks = getattr(getattr(model, "current_patcher", None), "current_hooks", None)
+    return () if hooks is None else tuple(float(hook.strength) for hook in hooks.hooks)
 
 
 def _video(x: torch.Tensor, conds: Mapping[str, Any]) -> torch.Tensor:

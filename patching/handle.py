@@ -127,6 +127,7 @@ class CallListener:
             latent_size=tuple(x.shape[2:]) if x.ndim == 5 else (),
             foreign=not isinstance(options.get(core.OVERRIDE_KEY), PSAOverride),
         )
+        run.begin_weights(tuple(options.get("uuids", ())), options.get(core.STRENGTHS_KEY, ()))
         if isinstance(call, str):
             run.whole_call_dense(call)
 

@@ -27,6 +27,11 @@ from .record import Record, log
 
 __all__ = ["Run", "is_active", "log"]
 
+_OTHER_WEIGHTS = (
+    "no correction from here on: a hook has changed the strength of a LoRA, and what was learned with other weights "
+    "does not fit; to keep it, change the strength in the dense steps only"
+)
+
 
 class Run:
     """State of one run, see above.
@@ -111,6 +116,7 @@ class Run:
         self.learns = False
         self._sparse_steps = 0
         self._learning_step: int | None = None
+        self._strengths: dict[Hashable, tuple[float, ...]] = {}
 
     def _decide(self) -> None:
         """How to correct depends on the number of steps, which is known once the run is planned."""
@@ -160,6 +166,17 @@ class Run:
         if self.losses.on:
             self.config = with_renewals(self.config, self._renewed_share)
         self.record.model_call(layout, foreign)
+
+    def begin_weights(self, prompts: Sequence[Hashable], strengths: tuple[float, ...]) -> None:
+        """A model call is for `prompts`, with hooks of these strengths on its weights. What was lost with other weights
+        must not be given back, and sparse calls without it need the settings of a run without correction."""
+        changed = any(self._strengths.get(prompt, strengths) != strengths for prompt in prompts)
+        self._strengths.update(dict.fromkeys(prompts, strengths))
+        learned_again = not self.position.active or self.position.step == self._learning_step
+        if changed and len(self.losses) and not learned_again:
+            self.losses.give_up(_OTHER_WEIGHTS)
+            self.record.tell_once(_OTHER_WEIGHTS)
+            self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
 
     def whole_call_dense(self, reason: str) -> None:
         """No attention of the model call that began last can be sparse."""

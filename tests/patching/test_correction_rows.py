@@ -170,6 +170,43 @@ def test_a_lora_of_one_prompt(model, sample, loops, tiny_wan):
     check(model, sample, loops, {"positive": left + right, "cfg": 3.0}, UUID)
 
 
+def keyframed(tiny_wan, changes):
+    """A prompt with a LoRA whose strength changes: {share of the run: strength}."""
+    import comfy.hooks
+
+    hooks = comfy.hooks.create_hook_lora(lora(), 1.0, 0.0)
+    keyframes = comfy.hooks.HookKeyframeGroup()
+    for start, strength in changes.items():
+        keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
+    hooks.set_keyframes_on_hooks(keyframes)
+    return comfy.hooks.set_conds_props([tiny_wan.conditioning()], 1.0, "default", hooks=hooks)[0]
+
+
+@pytest.mark.parametrize(
+    "changes", [{0.0: 1.0, 0.6: 0.0}, {0.0: 0.0, 0.6: 1.0}, {0.0: 0.3, 0.5: 1.0, 0.75: 0.0}], ids=str
+)
+def test_a_lora_whose_strength_changes(model, sample, tiny_wan, changes, caplog):
+    """What was lost with other weights is not given back."""
+    arguments = {"steps": 12, "size": (1, 16, 3, 16, 32)}
+    dense = sample(model, positive=keyframed(tiny_wan, changes), **arguments)
+    corrected, plain = (patch_model(model, **PATCH | {"correction": size}) for size in ("full", "off"))
+    without = distance(sample(plain, positive=keyframed(tiny_wan, changes), **arguments), dense)
+    error = distance(sample(corrected, positive=keyframed(tiny_wan, changes), **arguments), dense)
+    # The corrected steps before the change are sparser, and their own error stays in the video.
+    assert error <= 1.5 * without, "stale, it was 3 to 6 times as large"
+    assert report(corrected)["steps"][-1]["corrected_calls"] == 0
+    assert "strength" in report(corrected)["correction"]["reason"]
+    assert sum("strength" in line for line in caplog.messages) == 1
+    assert any(step["corrected_calls"] for step in report(corrected)["steps"]), "until it changes"
+
+
+def test_a_lora_whose_strength_stays_keeps_its_correction(model, sample, tiny_wan):
+    psa = patch_model(model, **PATCH)
+    sample(psa, positive=keyframed(tiny_wan, {0.0: 0.7, 0.6: 0.7}), steps=12)
+    assert all(step["sparse_calls"] == step["corrected_calls"] for step in report(psa)["steps"])
+    assert report(psa)["correction"]["reason"] is None
+
+
 def test_guidance_by_a_model_without_some_blocks(model, sample, loops):
     """It asks for the same prompt a second time in the same step, and loses something else there."""
     from comfy_extras.nodes_slg import SkipLayerGuidanceDiT

@@ -223,8 +223,9 @@ no correction: it needs
   correction to eighth, or sample a shorter or smaller video.
 
 no correction from here on
-  The correction failed in the middle of a run, for the reason given. The run goes on without it. -> If memory is
-  named, set correction to eighth. Otherwise report the line.
+  The correction failed or no longer fits in the middle of a run, for the reason given. The run goes on without it. ->
+  If memory is named, set correction to eighth. If the strength of a LoRA is, change it in the dense steps only.
+  Otherwise report the line.
 
 the run goes on without it
   Follows the reason why there is no correction, if that is an error: sparse steps of this run get nothing back, and the
