@@ -14,6 +14,6 @@ class KernelError(RuntimeError):
 def reason(machine: str, differs: str) -> str:
     """Why nothing is sparse on a machine on which a call was wrong."""
     return (
-        f"the kernels compute wrong results on {machine}: {differs}; update the GPU's driver and Triton, PSA then "
-        f"checks them again"
+        f"the kernels compute wrong results on {machine}: {differs}; update the GPU's driver and Triton or delete the "
+        f"files comfyui_psa_check.json in Triton's cache, PSA then checks them again"
     )

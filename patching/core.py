@@ -22,8 +22,9 @@ Override = Callable[..., torch.Tensor]
 Preferred = dict[tuple[str, int], list[Callable[..., torch.Tensor]]]
 
 OVERRIDE_KEY = "optimized_attention_override"
-STRENGTHS_KEY = "psa_hook_strengths"
 """Key in transformer_options under which every attention function looks for a replacement: f(func, q, k, v, heads)."""
+STRENGTHS_KEY = "psa_hook_strengths"
+"""Key under which `before_call` finds the strengths of the hooks on the weights; it takes it away."""
 
 BLOCK, KIND = "block_index", "block_type"
 """Keys in transformer_options under which a model says which block it computes: its number, and which kind of block,

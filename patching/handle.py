@@ -112,6 +112,7 @@ class CallListener:
 
     def _begin(self, network: Any, x: Any, context: Any, options: dict[str, Any], conds: dict[str, Any]) -> None:
         run: Run | None = options.get(RUN_KEY)
+        strengths = options.pop(core.STRENGTHS_KEY, ())
         if run is None:
             return
         run = options[RUN_KEY] = run.of_worker(core.worker_of(options))
@@ -127,7 +128,7 @@ class CallListener:
             latent_size=tuple(x.shape[2:]) if x.ndim == 5 else (),
             foreign=not isinstance(options.get(core.OVERRIDE_KEY), PSAOverride),
         )
-        run.begin_weights(tuple(options.get("uuids", ())), options.get(core.STRENGTHS_KEY, ()))
+        run.begin_weights(tuple(options.get("uuids", ())), strengths)
         if isinstance(call, str):
             run.whole_call_dense(call)
 

@@ -62,6 +62,14 @@ class Loss:
         return sum(tensor.nbytes for tensor in self.tensors())
 
 
+def with_other_weights() -> str:
+    """Why a run in which the model has changed goes on without its correction."""
+    return (
+        "the correction ends here: a hook has changed the strength of a LoRA, and what was learned with other "
+        "weights does not fit; to keep it, change the strength in the dense steps only"
+    )
+
+
 @dataclasses.dataclass
 class _Waiting:
     """A loss on the host, and the event after which it is complete there."""

@@ -20,17 +20,12 @@ from ..kernels.config import PyramidConfig
 from ..kernels.falling import config_at, renews, with_renewals
 from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
-from .correction import LossStore
+from .correction import LossStore, with_other_weights
 from .kept import Kept
 from .position import NO_BLOCKS, Position, is_active
 from .record import Record, log
 
 __all__ = ["Run", "is_active", "log"]
-
-_OTHER_WEIGHTS = (
-    "no correction from here on: a hook has changed the strength of a LoRA, and what was learned with other weights "
-    "does not fit; to keep it, change the strength in the dense steps only"
-)
 
 
 class Run:
@@ -174,8 +169,8 @@ class Run:
         self._strengths.update(dict.fromkeys(prompts, strengths))
         learned_again = not self.position.active or self.position.step == self._learning_step
         if changed and len(self.losses) and not learned_again:
-            self.losses.give_up(_OTHER_WEIGHTS)
-            self.record.tell_once(_OTHER_WEIGHTS)
+            self.losses.give_up(reason := with_other_weights())
+            self.record.tell_once(reason)
             self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
 
     def whole_call_dense(self, reason: str) -> None:

@@ -71,7 +71,7 @@ def test_a_broken_kernel_leaves_the_picture_of_dense_attention(tiny_wan, broken,
     assert torch.equal(tiny_wan.sample(psa, steps=4, size=SIZE), stock)
     (line,) = told(caplog)
     assert line.startswith("PSA: staying dense: ")
-    assert line.endswith("update the GPU's driver and Triton, PSA then checks them again")
+    assert "update the GPU's driver and Triton or delete the files comfyui_psa_check.json in Triton's cache" in line
     assert calls.count(part) == 1, "no call after the one that was wrong"
     report = psa.get_attachment(KEY).report
     assert [step["sparse_calls"] for step in report["steps"]] == [0, 0, 0, 0]

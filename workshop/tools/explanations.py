@@ -224,8 +224,11 @@ no correction: it needs
 
 no correction from here on
   The correction failed or no longer fits in the middle of a run, for the reason given. The run goes on without it. ->
-  If memory is named, set correction to eighth. If the strength of a LoRA is, change it in the dense steps only.
-  Otherwise report the line.
+  If memory is named, set correction to eighth. Otherwise report the line.
+
+the correction ends here: a hook has changed the strength of a LoRA
+  The correction was measured with other weights and would make the video worse, so the run goes on without it. ->
+  Change the strength in the dense steps only, or leave it.
 
 the run goes on without it
   Follows the reason why there is no correction, if that is an error: sparse steps of this run get nothing back, and the
