@@ -17,9 +17,9 @@ log = logging.getLogger("ComfyUI-PSA")
 
 
 def source_of(*names: str) -> str:
-    """A short name for what these files of this folder contain, by default for all of its Python files."""
+    """A short name for what these files of this folder contain, by default for all code of kernels and their rules."""
     folder = Path(__file__).parent
-    files = [folder / name for name in names] or sorted(folder.glob("*.py"))
+    files = [folder / name for name in names] or sorted(folder.parent.rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 

@@ -56,7 +56,8 @@ class _Head:
 
 
 def what_differs(call: Call, out: torch.Tensor) -> str | None:
-    """What is wrong with the output [B, H, Lq, D] of a call, as a part of a sentence; None if nothing is.
+    """What is wrong with the output [B, H, Lq, D] of a call, as a part of a sentence; None if nothing is, and an empty
+    string if no row says anything.
 
     Rows whose exact result is not finite, or out of the type's range, say nothing; nor do rows of numbers so large that
     float32 sums of them may overflow or tell nothing about the weights. Reads from the device.
@@ -88,7 +89,7 @@ def what_differs(call: Call, out: torch.Tensor) -> str | None:
     found = torch.stack(shares).tolist()
     worst = max(range(len(found)), key=found.__getitem__)
     if found[worst] <= 1:
-        return None
+        return None if found[worst] >= 0 else ""
     more = "is not finite" if math.isinf(found[worst]) else f"is off by {found[worst]:.1f} times what is allowed"
     return f"head {worst // len(runs[0]) % heads} {more}"
 
@@ -206,7 +207,7 @@ def _queries(call: Call, head: _Head, rows: range) -> tuple[torch.Tensor, torch.
 
 
 def _share(got: torch.Tensor, expected: torch.Tensor, spread: torch.Tensor, slips: torch.Tensor) -> torch.Tensor:
-    """The error of rows [R, D] as a share of what is allowed, a scalar on the device; 0 if no row says anything."""
+    """The error of rows [R, D] as a share of what is allowed, a scalar on the device; -1 if no row says anything."""
     limits = torch.finfo(got.dtype)
     says = ((expected.abs() < limits.max / 2) & slips.isfinite()).all(1, keepdim=True)
     got, expected, spread, slips = (torch.where(says, x.double(), 0.0) for x in (got, expected, spread, slips))
@@ -215,4 +216,5 @@ def _share(got: torch.Tensor, expected: torch.Tensor, spread: torch.Tensor, slip
     # GPUs may take numbers for 0 that are subnormal in float32.
     least = max(limits.smallest_normal * limits.eps, torch.finfo(torch.float32).tiny) * expected.numel() ** 0.5
     allowed = _MARGIN * (_ROUNDINGS * rounding + _OF_OUTPUT * expected.norm() + least + slips.norm())
-    return torch.nan_to_num((got - expected).norm() / allowed, math.inf, math.inf)
+    share = torch.nan_to_num((got - expected).norm() / allowed, math.inf, math.inf)
+    return torch.where(says.any(), share, -1.0)

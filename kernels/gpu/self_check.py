@@ -117,7 +117,11 @@ class Trust:
 
     def check(self, call: Call, out: torch.Tensor) -> None:
         """Compare the output [B, H, L, D] of the first call; raises KernelError if it is wrong."""
-        self._found(what_differs(call, out))
+        differs = what_differs(call, out)
+        if differs == "":
+            self.checked = True  # in this process only: the next one may have a call that says something
+        else:
+            self._found(differs)
 
     def _found(self, differs: str | None) -> None:
         self.differs, self.checked = differs, True

@@ -132,7 +132,7 @@ def test_what_a_gpu_takes_for_zero_is_allowed(random_tensor):
 
 def test_weighted_values_that_overflow_before_they_are_divided_say_nothing(random_tensor):
     call, out = call_of(random_tensor, extra=False, shares={1: 1.0}, sparsity=None)
-    assert what_differs(dataclasses.replace(call, v=torch.full_like(call.v, 1e38)), out * torch.inf) is None
+    assert what_differs(dataclasses.replace(call, v=torch.full_like(call.v, 1e38)), out * torch.inf) == ""
     assert what_differs(dataclasses.replace(call, v=torch.full_like(call.v, 1e20)), out * torch.inf)
 
 
