@@ -278,6 +278,8 @@ def test_gradients_pass_through_the_dense_attention(comfyui, compiler):
 @pytest.mark.parametrize("keeps_heads", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operator_keeps_torchs_rules(comfyui, by_heads, keeps_heads, dtype):
+    import comfy.ldm.modules.attention  # noqa: F401
+
     shape = (2, 3, 64, 32) if by_heads else (2, 64, 96)
     q, k, v = torch.randn(3, *shape).to(dtype)
     place = "comfy.ldm.modules.attention:attention_pytorch:1"
@@ -296,6 +298,8 @@ def test_the_operator_is_kept_out_of_cuda_graphs():
 
 def test_the_pack_loaded_twice_has_two_operators(comfyui):
     """As a custom node and as a library: each finds its own model calls."""
+    import comfy.ldm.modules.attention  # noqa: F401
+
     name = "comfyui_psa_again"
     importlib.import_module("comfyui_psa.workshop.pack").load_package(name, ROOT)
     try:
