@@ -56,6 +56,10 @@ STACKING = {
         "test_two_gpus",
         "test_a_failure_on_one_of_two_gpus_is_its_own",
     ),
+    (
+        "Dual Model CFG Guider",
+        "PSA Patch on `model` acts on both models; on `model_negative` alone it is never asked",
+    ): ("test_two_models_of_one_guider",),
 }
 
 PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
@@ -671,3 +675,25 @@ def test_two_clones_in_two_threads(model, sample, tiny_wan):
     for out, wanted in zip(outputs, expected, strict=True):
         assert torch.equal(out, wanted)
     assert sparse_calls(psa) == [0, 2, 2, 2]
+
+
+def test_two_models_of_one_guider(model, tiny_wan):
+    """The core computes both prompts with the options of the first model."""
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import DualModelGuider
+
+    other, noise = tiny_wan.load("t2v", scale=0.04), tiny_wan.normal(*tiny_wan.SIZE, seed=1)
+
+    def sample(one, two):
+        prompts = tiny_wan.conditioning(), tiny_wan.conditioning(seed=4)
+        (guider,) = DualModelGuider.execute(one, prompts[0], 3.0, two, prompts[1]).args
+        sigmas = comfy.samplers.calculate_sigmas(one.get_model_object("model_sampling"), "simple", 4)
+        euler = comfy.samplers.sampler_object("euler")
+        return guider.sample(noise, torch.zeros_like(noise), euler, sigmas, disable_pbar=True, seed=1)
+
+    stock, full = sample(model, other), FULL | {"correction": "off"}
+    psa, beside = patch_model(model, **full), patch_model(other, **full)
+    assert_close(sample(psa, other), stock)
+    assert sparse_calls(psa) == [4] * 4, "two blocks of either model"
+    assert torch.equal(sample(model, beside), stock)
+    assert not report(beside)
