@@ -1,6 +1,7 @@
 """What several files of this folder share."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,3 +14,12 @@ def work():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def usual_backend():
+    """A model's `set_attention_backend` also chooses for all others that have none of their own."""
+    yield
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is not None:
+        dispatch._AttentionBackendRegistry.set_active_backend(dispatch.AttentionBackendName.NATIVE)

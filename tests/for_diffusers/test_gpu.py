@@ -15,14 +15,6 @@ BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_n
 PSA = {"sparsity": 0.6, "min_tokens": 0}
 
 
-@pytest.fixture(autouse=True)
-def restored_backend():
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-    yield
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
-
-
 @pytest.fixture
 def model(pipes):
     return pipes.wan().to("cuda", torch.bfloat16)

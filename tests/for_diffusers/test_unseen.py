@@ -13,15 +13,6 @@ from comfyui_psa.for_diffusers import apply_psa
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "diffusers.md"
 
 
-@pytest.fixture(autouse=True)
-def restored_backend():
-    """The backend that `set_attention_backend` chooses for one model becomes the default of all."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-    yield
-    _AttentionBackendRegistry.set_active_backend(AttentionBackendName.NATIVE)
-
-
 def warnings(caplog):
     return [record for record in caplog.records if record.name == "ComfyUI-PSA"]
 
