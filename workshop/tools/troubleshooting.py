@@ -45,9 +45,7 @@ def lists(messages: Sequence[Message], explanations: Sequence[Explanation] = EXP
     explained = {message: explanation_of(message, explanations) for message in told}
     unused = [one.key for one in explanations if one not in explained.values()]
     if unused:
-        raise LookupError(
-            f"no message of the code contains {unused[0]!r}; take it out of workshop/tools/explanations.py"
-        )
+        raise LookupError(f"no message of the code contains {unused[0]!r}; take it out of workshop/tools/explanations/")
     parts = []
     for section in SECTIONS:
         rows = [
@@ -68,7 +66,7 @@ def explanation_of(message: Message, explanations: Sequence[Explanation] = EXPLA
         keys = ", ".join(repr(one.key) for one in found) or "none"
         raise LookupError(
             f"{message.file} has the message {message.text!r}, which needs exactly one explanation in "
-            f"workshop/tools/explanations.py; it has {keys}"
+            f"workshop/tools/explanations/; it has {keys}"
         )
     return found[0]
 
