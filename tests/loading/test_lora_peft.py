@@ -15,11 +15,6 @@ MODULES = ["blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.0.ffn.2", "p
 RANK = 4
 
 
-@pytest.fixture(scope="module")
-def wan(tiny_wan):
-    return tiny_wan.load("t2v")
-
-
 def weight(model, name):
     return model.model.state_dict()[f"diffusion_model.{name}"]
 
