@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import importlib.util
+import importlib
 import os
 import runpy
 import sys
@@ -114,10 +114,9 @@ def start_ranks(tmp_path_factory):
     """start_ranks(count): so many processes that compute together, see `ranks.py` next to this file."""
     import torch
 
-    spec = importlib.util.spec_from_file_location("ranks", Path(__file__).with_name("ranks.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    ranks, threads = module.Ranks(tmp_path_factory.mktemp("ranks")), torch.get_num_threads()
+    from .ranks import Ranks
+
+    ranks, threads = Ranks(tmp_path_factory.mktemp("ranks")), torch.get_num_threads()
     torch.set_num_threads(1)  # as in each of them, so that sums are the same to the last bit
     yield lambda count: SimpleNamespace(run=functools.partial(ranks.run, count))
     ranks.stop()
@@ -127,10 +126,7 @@ def start_ranks(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny():
     """The module `tiny_cogvideox.py` next to this file: tiny random models, made and sampled by diffusers."""
-    spec = importlib.util.spec_from_file_location("tiny_cogvideox", Path(__file__).with_name("tiny_cogvideox.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".tiny_cogvideox", __package__)
 
 
 @pytest.fixture(scope="session")
@@ -171,20 +167,13 @@ def comfyui():
 @pytest.fixture(scope="session")
 def tiny_wan(comfyui):
     """The module `tiny_wan.py` next to this file: tiny random Wan models of every variant."""
-    spec = importlib.util.spec_from_file_location("tiny_wan", Path(__file__).with_name("tiny_wan.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".tiny_wan", __package__)
 
 
 @pytest.fixture(scope="session")
 def tiny_families(comfyui):
     """The module `tiny_families.py` next to this file: tiny random models of the other video families."""
-    spec = importlib.util.spec_from_file_location("tiny_families", Path(__file__).with_name("tiny_families.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".tiny_families", __package__)
 
 
 @pytest.fixture(scope="session")
@@ -217,19 +206,13 @@ def definitions(client):
 @pytest.fixture(scope="session")
 def pipes():
     """The module `tiny_pipelines.py` next to this file: tiny diffusers pipelines with random weights."""
-    spec = importlib.util.spec_from_file_location("tiny_pipelines", Path(__file__).with_name("tiny_pipelines.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".tiny_pipelines", __package__)
 
 
 @pytest.fixture(scope="session")
 def loops(comfyui):
     """The module `correction_loop.py` next to this file: whole runs with a correction, written as a loop."""
-    spec = importlib.util.spec_from_file_location("correction_loop", Path(__file__).with_name("correction_loop.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".correction_loop", __package__)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A real Chromium on the real frontend of the real server. Nothing is reached that is not on this machine."""
 
-import importlib.util
+import importlib
 import os
 import shutil
 from pathlib import Path
@@ -79,10 +79,7 @@ def chromium(tmp_path_factory):
 @pytest.fixture(scope="session")
 def demo_workflow():
     """The module `demo_workflow.py` next to this file."""
-    spec = importlib.util.spec_from_file_location("demo_workflow", Path(__file__).with_name("demo_workflow.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".demo_workflow", __package__)
 
 
 @pytest.fixture(scope="module")

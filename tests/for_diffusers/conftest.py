@@ -1,8 +1,7 @@
 """What several files of this folder share."""
 
-import importlib.util
+import importlib
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -10,10 +9,7 @@ import pytest
 @pytest.fixture(scope="session")
 def work():
     """The module `shared_work.py`, for what one process computes alone; `start_ranks` runs it in several."""
-    spec = importlib.util.spec_from_file_location("shared_work", Path(__file__).with_name("shared_work.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(".shared_work", __package__)
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,9 @@
 Nothing here calls `kernels/`; `in_parts` only fills in what it takes.
 """
 
-import importlib.util
+import importlib
 import math
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,11 +30,8 @@ def half_types(triton_device):
 
 @pytest.fixture(scope="session")
 def oracle():
-    """The module `oracle.py` next to this file; tests are imported without a path to their neighbours."""
-    spec = importlib.util.spec_from_file_location("psa_oracle", Path(__file__).with_name("oracle.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module `oracle.py` next to this file."""
+    return importlib.import_module(".oracle", __package__)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Downloads through huggingface-hub from a local server: complete, broken off, resumed, refused, within the folder."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,17 +12,16 @@ from safetensors.torch import load_file, save
 from comfyui_psa.loading.download import FILE, DownloadError, download_lora
 from comfyui_psa.workshop.tools.paths import ROOT
 
+from .hub import Hub
+
 # huggingface-hub keeps whole pieces of 10 MB of a download that breaks off.
 CONTENT = save({"blocks.0.q.lora_A.weight": torch.arange(6_000_000, dtype=torch.float32)})
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    spec = importlib.util.spec_from_file_location("psa_hub", Path(__file__).with_name("hub.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with module.Hub(CONTENT) as hub:
+    with Hub(CONTENT) as hub:
         yield hub
 
 
