@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from comfy_api.latest import io
 
 from ..choices.errors import InputError, NodeError
-from .values import LINK, check_values, name_unknown
+from .values import LINK, as_plain, check_values, name_unknown
 
 log = logging.getLogger("ComfyUI-PSA")
 
@@ -62,14 +62,14 @@ class PSANode(io.ComfyNode):
         Inputs that the node does not have are logged and ignored: they never stop a run.
         """
         schema = cls.define_schema()
-        optional = {spec.id: spec.optional for spec in schema.inputs}
-        for line in name_unknown(schema.display_name, inputs, optional):
+        specs = {spec.id: spec for spec in schema.inputs}
+        for line in name_unknown(schema.display_name, inputs, specs):
             log.warning("PSA: %s", line)
-        inputs = {name: inputs[name] for name in inputs if name in optional}
-        inputs = {name: value for name, value in inputs.items() if value is not None or not optional[name]}
+        inputs = {name: inputs[name] for name in inputs if name in specs}
+        inputs = {name: value for name, value in inputs.items() if value is not None or not specs[name].optional}
         try:
             cls.judge(inputs)
-            return cls.run(**inputs)
+            return cls.run(**{name: as_plain(specs[name], value) for name, value in inputs.items()})
         except NodeError:
             raise
         except Exception as error:

@@ -72,6 +72,16 @@ def check_values(node: str, specs: Iterable[io.Input], inputs: dict[str, Any], a
                 raise InputError(spec.id, value, allowed, node, do=f"connect {allowed.partition(':')[0]} to {spec.id}")
 
 
+_TYPES = {io.Int.Input: int, io.Float.Input: float, io.Boolean.Input: bool, io.Combo.Input: str, io.String.Input: str}
+
+
+def as_plain(spec: io.Input, value: Any) -> Any:
+    """A value that has passed, in Python's own type. Links bring numbers of other libraries, too, which look the same;
+    what is made from them could not be sent to the page as JSON, and ComfyUI ends with such a message."""
+    kind = _TYPES.get(type(spec))
+    return value if kind is None or value is None else kind(value)
+
+
 def name_unknown(node: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
     """A sentence for every input in a prompt that the node does not have, for example after an update or a typo."""
     known = list(known)

@@ -7,6 +7,7 @@ import json
 import re
 import urllib.error
 
+import numpy
 import pytest
 import torch
 
@@ -244,6 +245,30 @@ def test_interrupts_and_a_full_memory_stay_what_they_are(nodes, monkeypatch):
         monkeypatch.setattr("comfyui_psa.nodes.cogvideox.make_sampler", fails)
         with pytest.raises(kind):
             nodes["PSACogVideoXSampler"].execute(solver="dpm")
+
+
+NUMPY = {int: numpy.int64, float: numpy.float32, bool: numpy.bool_, str: numpy.str_}
+
+
+def test_numbers_of_other_libraries_reach_a_node_as_python_s_own(nodes, linked, monkeypatch):
+    """ComfyUI ends with a message to the page that is no JSON. What the nodes make of numbers is in such messages."""
+    for node in nodes.values():
+        given = defaults(node)
+        given = {name: NUMPY[type(value)](value) for name, value in given.items() if value is not None}
+        found = {}
+        monkeypatch.setattr(node, "run", classmethod(lambda cls, found=found, **inputs: found.update(inputs)))
+        monkeypatch.setattr(node, "rules", ())
+        node.execute(**linked(node) | given)
+        for name in given:
+            assert type(found[name]) in NUMPY, (node, name)
+            assert found[name] == given[name]
+
+
+def test_a_patch_with_a_slider_of_numpy_tells_the_page_in_json(nodes, linked):
+    node = nodes["PSAPatch"]
+    inputs = linked(node) | defaults(node) | {"sparsity": numpy.float32(0.6), "min_tokens": numpy.int32(0)}
+    shown = node.PREPARE_CLASS_CLONE({"hidden_inputs": {}}).execute(**inputs).ui
+    assert json.loads(json.dumps(shown))["psa_sparsity"] == [pytest.approx(0.6)]
 
 
 def test_no_node_goes_round_the_judge(nodes):
