@@ -284,6 +284,14 @@ def topk_ends(blocks: int, config: PyramidConfig) -> tuple[int, ...]:
     return ends
 
 
+def can_meet(blocks: int, config: PyramidConfig) -> bool:
+    """Whether a sequence of so many key blocks can have the sparsity, see `topk_ends`; other modes can have any."""
+    try:
+        return config.mode != "topk" or bool(topk_ends(blocks, config))
+    except ConfigError:
+        return False
+
+
 def listed_blocks(blocks: int, config: PyramidConfig) -> int | None:
     """How many of a row's key blocks any level takes, if that is the same for every row; see `topk_ends` for errors."""
     if config.tail:

@@ -14,8 +14,8 @@ import torch
 
 from ..kernels.backends import BackendError
 from ..kernels.broken import KernelError
-from ..kernels.config import ConfigError, PyramidConfig
-from ..kernels.levels import topk_ends
+from ..kernels.config import ConfigError
+from ..kernels.levels import can_meet
 from ..sampling.correction import Memory
 from ..sampling.findings import NO_PLAIN_GRID
 from ..sampling.run import Run
@@ -219,7 +219,8 @@ def out_of_reach(run: Run, error: ConfigError) -> str:
     blocks = -(-layout.video // config.block_kv)
     given = round(100 * config.sparsity)
     nearest = [*range(given, -1, -1), *range(given + 1, 100)]
-    reached = next((percent for percent in nearest if _is_within_reach(config, blocks, percent / 100)), None)
+    possible = (n for n in nearest if can_meet(blocks, dataclasses.replace(config, sparsity=n / 100)))
+    reached = next(possible, None)
     size = f"{layout.video} video tokens ({run.position.size})"
     here = f"a sparsity of {config.sparsity:.2f}" + (" in this step, with falling," if run.settings.falling else "")
     if reached is None:
@@ -229,11 +230,3 @@ def out_of_reach(run: Run, error: ConfigError) -> str:
         f"{here} is out of reach for {size}: {reached / 100:.2f} is the {most} there; move the slider there, or sample "
         f"a longer or larger video"
     )
-
-
-def _is_within_reach(config: PyramidConfig, blocks: int, sparsity: float) -> bool:
-    try:
-        topk_ends(blocks, dataclasses.replace(config, sparsity=sparsity))
-    except ConfigError:
-        return False
-    return True

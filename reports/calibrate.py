@@ -22,6 +22,7 @@ from ..choices.presets import Preset
 from ..choices.settings import AUTO, AUTO_PRESETS, PatchSettings, check_one_pyramid, make_settings
 from ..choices.user_presets import find_preset, write_preset
 from ..kernels.config import ConfigError
+from ..kernels.levels import can_meet
 from ..patching import core
 from ..patching.family import find_family
 from ..patching.override import RUN_KEY, PSAOverride
@@ -70,7 +71,8 @@ class Measuring:
     def __init__(self, settings: list[PatchSettings], family: Support, pixels: tuple[int, int] | None = None) -> None:
         self.settings, self.family, self.pixels = settings, family, pixels
         self.schedule: Schedule | None = None
-        self.wanted: set[int] = set()
+        self._ahead: list[int] = []
+        self._measured: set[int] = set()
         self.sigmas = (math.inf, 0.0)
         self.errors: dict[float, list[float]] = defaultdict(list)
         self.seconds: dict[float, list[float]] = defaultdict(list)
@@ -89,20 +91,23 @@ class Measuring:
         sigma = core.current_sigma(options)
         if self.schedule is None:
             self.schedule = Schedule((core.schedule(options) or [sigma, 0.0])[:-1], self._is_active)
-            self.wanted = self._choose(self.schedule.sparse_steps)
+            self._ahead = self._choose(self.schedule.sparse_steps)
         step = self.schedule.move(sigma).step
+        if self._ahead and step >= self._ahead[0]:  # a cache may have answered the step itself
+            self._ahead = [later for later in self._ahead if later > step]
+            self._measured.add(step)
 
         def call() -> torch.Tensor:
             return executor(x, timestep, context, *args, **kwargs)
 
-        if step not in self.wanted:
+        if step not in self._measured:
             return call()
         if not self.dense_seconds:
             call()  # the first call of a shape loads and compiles
         video = _video_of(x)
         dense, seconds = _timed(call, video.device)
         self.dense_seconds.append(seconds)
-        for settings in self.settings:
+        for settings in self._possible(self._place[0].video):
             sparsity = settings.config.sparsity
             assert sparsity is not None  # each of these settings was made for one
             run = Run(settings, *self.sigmas, pictured_block=-1, latent_size=tuple(video.shape[2:]), pixels=self.pixels)
@@ -128,10 +133,15 @@ class Measuring:
     def _is_active(self, sigma: float) -> bool:
         return is_active(sigma, *self.sigmas)
 
-    def _choose(self, active: list[int]) -> set[int]:
+    def _choose(self, active: list[int]) -> list[int]:
         """The steps to measure: the first, middle and last step in which PSA would be active."""
         places = (round(part * (len(active) - 1) / (MEASURED_STEPS - 1)) for part in range(MEASURED_STEPS))
-        return {active[place] for place in places} if active else set()
+        return sorted({active[place] for place in places}) if active else []
+
+    def _possible(self, tokens: int) -> list[PatchSettings]:
+        """The settings that a video of so many tokens can have; if it can have none, the first, to say why."""
+        possible = [one for one in self.settings if can_meet(-(-tokens // one.config.block_kv), one.config)]
+        return possible or self.settings[:1]
 
     def points(self) -> tuple[Point, ...]:
         """Mean error and shortest time for every sparsity, in order."""
@@ -193,9 +203,7 @@ def calibrate(
     measuring = _measure(model, candidates, family, start_percent, sample)
     points = measuring.points()
     if not points:
-        do = "lower start_percent or take more steps"
-        allowed = "a value that leaves at least one step to measure"
-        raise InputError("start_percent", start_percent, allowed, NODE, do=do)
+        raise _nothing_measured(measuring, start_percent)
     _refuse_not_finite(points)
     found = propose(points, min(measuring.dense_seconds), goal, target)
     log.info("PSA: calibrated: sparsity %.2f; %s", found.sparsity, found.note)
@@ -223,6 +231,16 @@ def _stays_dense(reasons: Iterable[str]) -> InputError:
     return InputError("latent_image", "a video that PSA leaves dense", "one that PSA makes sparse", NODE, do=do)
 
 
+def _nothing_measured(measuring: Measuring, start_percent: float) -> InputError:
+    if measuring.schedule is not None and not measuring.schedule.sparse_steps:
+        do = "lower start_percent or take more steps"
+        allowed = "a value that leaves at least one step to measure"
+        return InputError("start_percent", start_percent, allowed, NODE, do=do)
+    given = "a model of which no step to measure was computed: a cache answered, or a node calls it without its options"
+    do = "bypass that node (EasyCache, TeaCache and others) while you calibrate"
+    return InputError("model", given, "one that computes its steps", NODE, do=do)
+
+
 def _refuse_not_finite(points: tuple[Point, ...]) -> None:
     """Raise InputError if an output was not finite: such an error is neither above nor below any target."""
     bad = [f"{point.sparsity:.2f}" for point in points if not math.isfinite(point.error)]
@@ -239,8 +257,9 @@ def check_shape(preset: str, psa_pyramid: Preset | None = None) -> Preset:
     shape = find_preset(name, node=NODE) if psa_pyramid is None else psa_pyramid
     if not shape.is_scaled:
         do = "set preset to auto, or turn as_written off and take another mode than threshold in PSA Pyramid"
-        allowed = "a preset that meets a sparsity: not threshold, not as written"
-        raise InputError("preset", shape.name, allowed, NODE, do=do)
+        allowed = "levels that meet a sparsity: not threshold, not as written"
+        field = "preset" if psa_pyramid is None else "psa_pyramid"
+        raise InputError(field, shape.name, allowed, NODE, do=do)
     return shape
 
 

@@ -52,11 +52,11 @@ def model(comfyui):
     return comfy.sd.load_diffusion_model_state_dict(state)
 
 
-def sampler(model_latents, steps=3):
+def sampler(model_latents, steps=3, size=LATENT):
     from comfyui_psa.reports.calibrate import sampler as make
 
     conditioning = [[torch.randn(1, 13, 4096, generator=torch.Generator().manual_seed(2)), {}]]
-    sample = make({"samples": torch.zeros(LATENT)}, conditioning, conditioning, seed=1, steps=steps, cfg=1.0)
+    sample = make({"samples": torch.zeros(size)}, conditioning, conditioning, seed=1, steps=steps, cfg=1.0)
     return lambda model: model_latents.append(sample(model))
 
 
@@ -264,3 +264,67 @@ def test_the_seed_stays_as_it_is(comfyui):
 
     seed = PSACalibrate.INPUT_TYPES()["required"]["seed"][1]
     assert seed["control_after_generate"] == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("size", "reached"),
+    [
+        ((1, 16, 2, 24, 24), [0.5, 0.6, 0.7, 0.8, 0.85]),  # 5 blocks, of which one is always seen in full
+        ((1, 16, 1, 32, 32), [0.6, 0.7]),  # 4 blocks: 0.5625, 0.6875 and 0.75 are possible
+    ],
+)
+def test_a_short_video_is_calibrated_over_the_sparsities_that_it_can_have(model, size, reached, caplog):
+    """To within 0.05, as in any run."""
+    from comfyui_psa.reports.calibrate import calibrate
+
+    found = calibrate(model, sampler([], size=size), **INPUTS | {"target": 20.0})
+    assert [point.sparsity for point in found.points] == reached
+    assert found.sparsity == reached[-1]
+    assert "out of reach" not in caplog.text
+
+
+def cached(model, answered):
+    """A model whose calls of these numbers a cache answers with the call before."""
+    clone, calls = model.clone(), []
+
+    def wrapper(apply, options):
+        calls.append(
+            calls[-1] if len(calls) in answered else apply(options["input"], options["timestep"], **options["c"])
+        )
+        return calls[-1]
+
+    clone.set_model_unet_function_wrapper(wrapper)
+    return clone
+
+
+def test_where_a_cache_answers_a_step_the_next_one_is_measured(model):
+    from comfyui_psa.reports.calibrate import calibrate
+
+    # With the starts of 8 steps at a shift of 1, steps 2 to 7 are active, and the first, 5th and last are chosen.
+    latents = []
+    found = calibrate(cached(model, {2, 5, 7}), sampler(latents, steps=8), **INPUTS)
+    assert [point.sparsity for point in found.points] == list(SPARSITIES)
+
+
+@pytest.mark.parametrize("kind", ["a cache", "a node that drops the options"])
+def test_steps_that_nobody_computed_are_no_matter_of_start_percent(model, kind):
+    from comfyui_psa.reports.calibrate import calibrate
+
+    clone = cached(model, {1, 2})
+    if kind != "a cache":
+        clone.set_model_unet_function_wrapper(
+            lambda apply, options: apply(
+                options["input"], options["timestep"], **options["c"] | {"transformer_options": {}}
+            )
+        )
+    with pytest.raises(InputError, match=r"^PSA Calibrate, input model: .*a cache answered.* Bypass that node"):
+        calibrate(clone, sampler([]), **INPUTS)
+
+
+def test_levels_as_written_are_about_the_pyramid_that_brings_them(model):
+    from comfyui_psa.choices.presets import OWN_SHAPE, Preset
+    from comfyui_psa.reports.calibrate import calibrate
+
+    written = Preset("PSA Pyramid", "", OWN_SHAPE | {"shares": {1: 0.5}}, as_written=True)
+    with pytest.raises(InputError, match=r"^PSA Calibrate, input psa_pyramid: "):
+        calibrate(model, sampler([]), **INPUTS, psa_pyramid=written)
