@@ -115,7 +115,8 @@ class LossStore:
         return len(self._losses) + len(self._hosted)
 
     def choose_size(self, video: torch.Tensor, lists: BlockLists | None, calls: int, memory: Memory) -> None:
-        """Choose how finely deltas are kept, and where, before the first one is made.
+        """Choose how finely deltas are kept, and where, before the first one is kept. Chosen again for other levels, a
+        size does not get finer.
 
         Args:
             video: a call's output for the video tokens [1, H, L, D]. lists: the levels that are kept with it, packed.
@@ -129,24 +130,27 @@ class LossStore:
         places = [("GPU memory" if device.type == "cuda" else f"{device.type.upper()} memory", free)]
         if device.type == "cuda":
             places.append(("host memory", memory.free_on_host()))
-        asked = list(GROUPS)
-        if self.settings.size != AUTO:
-            asked = asked[asked.index(self.settings.size) :]
+        chosen, asked = self.size, list(GROUPS)
+        if (most := chosen or self.settings.size) != AUTO:
+            asked = asked[asked.index(most) :]
         self._memory = memory
         for size in asked:
             needed = calls * (delta_bytes(heads, tokens, dim, GROUPS[size]) + levels)
             for where, room in places:
                 if needed <= room:
                     self.size, self.where, self._budget = size, where, min(room, _MOST_OVER * needed)
+                    if size == chosen:
+                        return
                     words = f"PSA: correction: {size}, about {gigabytes(needed)} in {where}"
                     if self.settings.size not in (AUTO, size):
                         words += f"; {self.settings.size} does not fit"
                     log.info("%s", words)
                     return
-        most = gigabytes(max(room for _, room in places))
+        self.size, self.where = None, ""
+        largest = gigabytes(max(room for _, room in places))
         self.give_up(
-            f"no correction: it needs {gigabytes(needed)}, and {most} are free; close other programs that use memory, "
-            f"or sample a shorter or smaller video"
+            f"no correction: it needs {gigabytes(needed)}, and {largest} are free; close other programs that use "
+            f"memory, or sample a shorter or smaller video"
         )
 
     def put(self, place: Hashable, loss: Loss) -> bool:

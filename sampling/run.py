@@ -8,6 +8,7 @@ remains, plain numbers on the host. Densities stay on the device until the end, 
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 
@@ -18,9 +19,10 @@ from ..choices.settings import PatchSettings
 from ..kernels.attention import AttentionResult
 from ..kernels.config import PyramidConfig
 from ..kernels.falling import config_at, renews, with_renewals
+from ..kernels.levels import BlockLists
 from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
-from .correction import LossStore, with_other_weights
+from .correction import LossStore, Memory, with_other_weights
 from .kept import Kept
 from .position import NO_BLOCKS, Position, is_active
 from .record import Record, log
@@ -107,17 +109,27 @@ class Run:
         self.losses = LossStore(correction)
         if correction is not None:
             self.losses.reason = reason_against(self.settings.config.order)
-        self._decide()
         self.learns = False
         self._sparse_steps = 0
         self._learning_step: int | None = None
         self._strengths: dict[Hashable, tuple[float, ...]] = {}
+        self._decide()
 
     def _decide(self) -> None:
-        """How to correct depends on the number of steps, which is known once the run is planned."""
-        settings = self.settings
+        """How to correct depends on the number of steps, which is known once the run is planned, and on the size of the
+        correction, which is known once there is a loss to keep."""
+        settings, size = self.settings, self.losses.size
         correction = settings.correction or OURS
+        if size is not None:
+            correction = dataclasses.replace(correction, size=size)
         self.correction = correction.decided(settings.config, settings.falling, self.position.sparse_steps)
+        self._set_config()
+
+    def _set_config(self) -> None:
+        """The settings at this step: what renewals cost is taken from the other calls."""
+        self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
+        if self.losses.on:
+            self.config = with_renewals(self.config, self._renewed_share)
 
     def plan(self, sigmas: list[float] | None, device: torch.device, replaced: Sequence[str] = ()) -> None:
         """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known.
@@ -157,21 +169,35 @@ class Run:
             self._begin_sparse_step()
         if not self.position.active and self.position.sparse_steps_left == 0:  # PSA's part is over
             self.losses.clear()
-        self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
-        if self.losses.on:
-            self.config = with_renewals(self.config, self._renewed_share)
+        self._set_config()
         self.record.model_call(layout, foreign)
 
     def begin_weights(self, prompts: Sequence[Hashable], strengths: tuple[float, ...]) -> None:
         """A model call is for `prompts`, with hooks of these strengths on its weights. What was lost with other weights
-        must not be given back, and sparse calls without it need the settings of a run without correction."""
+        must not be given back."""
         changed = any(self._strengths.get(prompt, strengths) != strengths for prompt in prompts)
         self._strengths.update(dict.fromkeys(prompts, strengths))
         learned_again = not self.position.active or self.position.step == self._learning_step
         if changed and len(self.losses) and not learned_again:
-            self.losses.give_up(reason := with_other_weights())
-            self.record.tell_once(reason)
-            self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
+            self.give_up_correction(with_other_weights())
+
+    def choose_size(self, video: torch.Tensor, lists: BlockLists | None, rows: int, memory: Memory) -> bool:
+        """Choose the size of the correction by what a first call of `rows` prompts would keep, see `LossStore`; whether
+        that has changed the settings, so that the call would keep something else."""
+        self.losses.choose_size(video, lists, self.calls_of_step(rows) * self.kept.groups, memory)
+        if self.losses.reason is not None:
+            self.give_up_correction(self.losses.reason)
+            return False
+        before = self.config
+        self._decide()
+        return self.config != before
+
+    def give_up_correction(self, reason: str) -> None:
+        """Go on without a correction, for a reason that ends with what to do. No call renews anything any more, so
+        sparse ones have the settings of a run without correction."""
+        self.losses.give_up(reason)
+        self.record.tell_once(reason)
+        self._set_config()
 
     def whole_call_dense(self, reason: str) -> None:
         """No attention of the model call that began last can be sparse."""

@@ -15,7 +15,7 @@ from ..kernels.attention import AttentionResult, pyramid_sparse_attention
 from ..kernels.backends import gradient_reason
 from ..kernels.config import ConfigError
 from ..kernels.delta import GROUPS, measure_delta
-from ..kernels.levels import SharedHeads, listed_blocks
+from ..kernels.levels import BlockLists, SharedHeads, listed_blocks
 from .correction import Loss, Memory
 from .run import Run, log
 
@@ -143,23 +143,22 @@ def learn(
     densities: list[torch.Tensor] = []
     try:
         for piece in _pieces(run, q.shape, prompts):
-            some_q, some_k, some_v, some_dense = piece.of(q, k, v, dense)
+            (some_dense,) = piece.of(dense)
+            beside = run, piece.of(q, k, v), piece.of_heads(shared), scale
             try:
-                result = _call(run, some_q, some_k, some_v, scale, lists=None, shared=piece.of_heads(shared))
+                result, lists = _beside_dense(*beside)
+                chosen = losses.size is not None
+                while not chosen and run.choose_size(result.output[:, :, video], lists, len(q), host.memory):
+                    result, lists = _beside_dense(*beside)
             except Exception as error:
                 if host.is_out_of_memory(error):
                     raise
                 _refuse(run, q, error, host)
                 break
             densities.append(result.density)
-            lists = None
-            if run.correction.keep_levels:
-                lists = result.lists.packed(listed_blocks(result.lists.shape[-1], run.config))
-            sparse = result.output[:, :, video]
-            if losses.size is None:
-                losses.choose_size(sparse, lists, run.calls_of_step(q.shape[0]) * run.kept.groups, host.memory)
             if losses.size is None:
                 break
+            sparse = result.output[:, :, video]
             group, gamma = GROUPS[losses.size], run.correction.gamma
             delta = measure_delta(some_dense[:, :, video], sparse, result.query_order, group, gamma)
             if not losses.put(piece.place, Loss(lists, delta)) and losses.without_room == 1:
@@ -167,11 +166,21 @@ def learn(
     except Exception as error:
         log.debug("PSA: why there is no correction", exc_info=True)
         full = host.is_out_of_memory(error)
-        losses.give_up(f"no correction: {WITHOUT_ROOM if full else host.failure(run, error, _UNCORRECTED)}")
+        run.give_up_correction(f"no correction: {WITHOUT_ROOM if full else host.failure(run, error, _UNCORRECTED)}")
     if losses.reason is not None:
-        run.record.tell_once(losses.reason)
         host.free_cached_memory()
     run.record.learned_call(run.position, densities)
+
+
+def _beside_dense(
+    run: Run, tensors: Sequence[torch.Tensor], shared: SharedHeads | None, scale: float | None
+) -> tuple[AttentionResult, BlockLists | None]:
+    """PSA on q, k, v beside the dense call, and the levels that are kept with what it lost, if any are."""
+    q, k, v = tensors
+    result = _call(run, q, k, v, scale, lists=None, shared=shared)
+    if not run.correction.keep_levels:
+        return result, None
+    return result, result.lists.packed(listed_blocks(result.lists.shape[-1], run.config))
 
 
 def _try(
@@ -196,10 +205,9 @@ def _try(
     except Exception as error:  # whatever fails on a user's machine must end in dense attention, not in a dead workflow
         full = host.is_out_of_memory(error)
         if corrects or (full and run.losses):
-            run.losses.give_up(
+            run.give_up_correction(
                 f"no correction from here on: {WITHOUT_ROOM if full else host.failure(run, error, _UNCORRECTED)}"
             )
-            run.record.tell_once(run.losses.reason)
             log.debug("PSA: the failure in full", exc_info=True)
         elif full and run.kept.split(q.shape[1]):
             log.warning("PSA: out of memory; continuing with %d groups of heads", run.kept.groups)

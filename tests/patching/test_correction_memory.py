@@ -6,6 +6,7 @@ import gc
 import pytest
 import torch
 
+from comfyui_psa.choices import correction as choices
 from comfyui_psa.patching import override
 from comfyui_psa.patching.override import RUN_KEY
 from comfyui_psa.patching.patch import KEY, patch_model
@@ -41,17 +42,21 @@ def by_step(model, kind):
     return [step[kind] for step in report(model)["steps"]]
 
 
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
 def failing(monkeypatch, error, when):
     """Make the kernels raise `error` where `when(what they are given)` is true; returns what every call was given."""
     calls = []
     genuine = self_attention.pyramid_sparse_attention
 
-    def attention(q, *args, **kwargs):
-        given = kwargs | {"heads": q.shape[1], "learns": "out" not in kwargs, "number": len(calls)}
+    def attention(q, k, v, config, **kwargs):
+        given = kwargs | {"config": config, "heads": q.shape[1], "learns": "out" not in kwargs, "number": len(calls)}
         calls.append(given)
         if when(given):
             raise error
-        return genuine(q, *args, **kwargs)
+        return genuine(q, k, v, config, **kwargs)
 
     monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
     return calls
@@ -180,6 +185,47 @@ def test_no_memory_is_plain_psa_with_one_line(model, sample, monkeypatch, caplog
     assert "no correction: it needs" in line
     assert "close other programs" in line
     assert report(psa)["correction"]["reason"] in line
+
+
+@pytest.mark.parametrize(("asked", "start"), [("auto", 0.25), ("full", 0.25), ("auto", 0.0)])
+def test_a_size_that_fell_to_an_eighth_renews_as_an_eighth_does(model, sample, loops, monkeypatch, asked, start):
+    """Finer sizes renew some blocks, and their sparse calls pay for it; in so few steps an eighth renews none."""
+    monkeypatch.setattr(choices, "COARSE_RENEWALS", ())
+    patch, steps = PATCH | {"sparsity": 0.6, "start_percent": start}, {"steps": 10}
+    eighth = patch_model(model, **patch | {"correction": "eighth"})
+    sample(eighth, **steps)
+    with_memory(monkeypatch, lambda device: report(eighth)["correction"]["bytes"])
+    psa = patch_model(model, **patch | {"correction": asked})
+    expected, loop = loops.looped(model, sample, patch, steps, group=8)
+    assert distance(sample(psa, **steps), expected) < 2e-5
+    assert report(psa)["correction"]["size"] == "eighth"
+    assert report(psa)["correction"]["bytes"] == report(eighth)["correction"]["bytes"]
+    assert by_step(psa, "corrected_calls") == loop.corrected
+
+
+def test_levels_that_grow_when_nothing_is_renewed_are_counted(model, sample, monkeypatch, caplog):
+    """An eighth fits with the levels of the sparser calls that pay for renewals; its own calls keep longer ones."""
+    monkeypatch.setattr(choices, "COARSE_RENEWALS", ())
+    patch = PATCH | {"sparsity": 0.6, "correction": "auto"}
+    eighth = patch_model(model, **patch | {"correction": "eighth"})
+    sample(eighth, steps=10)
+    plain = sample(patch_model(model, **patch | {"correction": "off"}), steps=10)
+    with_memory(monkeypatch, lambda device: report(eighth)["correction"]["bytes"] - 1)
+    psa = patch_model(model, **patch)
+    assert torch.equal(sample(psa, steps=10), plain)
+    assert report(psa)["correction"]["size"] is None
+    (line,) = lines(caplog)
+    assert "no correction: it needs" in line
+
+
+def test_what_follows_a_failure_in_the_same_step_has_the_density_of_the_slider(model, sample, monkeypatch):
+    """Nothing is renewed any more, so nothing has to be saved for it."""
+    patch = PATCH | {"sparsity": 0.6}
+    calls = failing(monkeypatch, FULL, lambda given: given.get("delta") is not None and given["number"] >= 6)
+    sample(patch_model(model, **patch), steps=10)
+    first = next(number for number, given in enumerate(calls) if given["number"] >= 6 and given["delta"] is not None)
+    assert calls[first]["config"].sparsity > 0.65
+    assert {given["config"].sparsity for given in calls[first + 1 :]} == {0.6}
 
 
 def test_losses_without_room_are_in_the_report_and_a_note(model, sample, monkeypatch, caplog, tiny_wan):
