@@ -17,11 +17,11 @@ BLOCKS = 4096
 
 # Time of the attention call over dense cuDNN attention = fixed + per_work * density, fitted to the rows of `auto` in
 # workshop/results/attention-gpu.csv (H100, 0.85 to 0.95): the slowest and the fastest of its six shapes.
-SLOWEST = (0.2036, 0.765)  # CogVideoX-5B, 17,550 tokens
-FASTEST = (0.0476, 0.876)  # Wan 14B at 720p, 64,800 tokens
+SLOWEST = (0.1008, 0.900)  # CogVideoX-5B, 17,550 tokens
+FASTEST = (0.0470, 0.927)  # Wan 1.3B at 720p, 64,800 tokens
 # Costs that those rows do not have, from the same table at 0.85: (slowest, fastest), added to `fixed`.
-SAMPLED_EXTRA = (0.138, 0.079)
-MASS_EXTRA = (0.283, 0.011)
+SAMPLED_EXTRA = (0.087, 0.072)
+MASS_EXTRA = (0.159, 0.024)
 
 
 @dataclasses.dataclass(frozen=True)
