@@ -6,6 +6,7 @@ Checked on diffusers 0.42.1 by tests/for_diffusers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from ..choices.settings import AUTO_PRESETS
 from ..kernels.order import TokenLayout
+from .coordinates import layout_of
 
 _MASK = "encoder_attention_mask"
 _SIZES = ("num_frames", "height", "width")
@@ -62,24 +64,34 @@ def _read_animate(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 def _read_ltx(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
     """forward(hidden_states [B, L, C], encoder_hidden_states, timestep, encoder_attention_mask, num_frames, height,
-    width, ...): sizes of the grid. Conditions that are not the first frame come before it."""
-    tokens, timestep = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 2, "timestep")
-    frames, height, width = (_argument(args, kwargs, 4 + n, name) for n, name in enumerate(_SIZES))
-    before = tokens.shape[1] - frames * height * width
-    if before < 0:
-        raise ValueError("fewer tokens than the grid has")
-    return TokenLayout((frames, height, width), before), timestep
+    width, rope_interpolation_scale, video_coords, ...). Conditions that are not the first frame come before the
+    grid."""
+    return _packed(args, kwargs, 4, 8, others_first=True), _argument(args, kwargs, 2, "timestep")
 
 
 def _read_ltx2(transformer: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[TokenLayout, torch.Tensor]:
     """forward(hidden_states [B, L, C], audio_hidden_states, encoder_hidden_states, audio_encoder_hidden_states,
-    timestep, ..., num_frames, height, width, ...): sizes of the grid. Conditions come after it."""
-    tokens, timestep = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 4, "timestep")
-    frames, height, width = (_argument(args, kwargs, 10 + n, name) for n, name in enumerate(_SIZES))
-    after = tokens.shape[1] - frames * height * width
-    if after < 0:
+    timestep, ..., num_frames, height, width, fps, audio_num_frames, video_coords, ...). Conditions come after the
+    grid."""
+    return _packed(args, kwargs, 10, 15, others_first=False), _argument(args, kwargs, 4, "timestep")
+
+
+def _packed(
+    args: Sequence[Any], kwargs: Mapping[str, Any], sizes: int, coordinates: int, *, others_first: bool
+) -> TokenLayout:
+    """The layout of hidden_states [B, L, C] whose call names the sizes of the grid, or the tokens' coordinates.
+
+    Pipelines that give coordinates leave the sizes out, or give sizes of 1. sizes, coordinates: the place of the first
+    size and of the coordinates among the arguments. others_first: whether other tokens come before the grid.
+    """
+    grid: list[Any] = [args[sizes + n] if len(args) > sizes + n else kwargs.get(name) for n, name in enumerate(_SIZES)]
+    if None in grid or math.prod(grid) == 1:
+        return layout_of(_argument(args, kwargs, coordinates, "video_coords"))
+    others = _argument(args, kwargs, 0, "hidden_states").shape[1] - math.prod(grid)
+    if others < 0:
         raise ValueError("fewer tokens than the grid has")
-    return TokenLayout((frames, height, width), after=after), timestep
+    time, height, width = grid
+    return TokenLayout((time, height, width), *((others, 0) if others_first else (0, others)))
 
 
 def _read_kandinsky(

@@ -16,6 +16,8 @@ from comfyui_psa.for_diffusers import apply_psa, state
 GRID = (3, 14, 16)
 FRAME = 14 * 16
 TIME = torch.tensor([900.0])
+SIZES = dict(zip(("num_frames", "height", "width"), GRID, strict=True))
+IMAGE = (1, 14, 16), 2
 
 
 def text(pipes, width, tokens=13):
@@ -57,33 +59,40 @@ def animate(pipes, latent):
     }
 
 
-def ltx(pipes, latent, before=0):
+def coordinates(*grids):
+    """Those that diffusers gives to tokens of several grids, each as (its sizes, the index of its first frame)."""
+    from diffusers.pipelines.ltx.pipeline_ltx_i2v_long_multi_prompt import get_latent_coords
+
+    return torch.cat([get_latent_coords(*sizes, 1, "cpu", (8, 32, 32), first) for sizes, first in grids], 2) / 25
+
+
+def ltx(pipes, latent, before=0, after=0, named=SIZES, grids=None):
+    """named: sizes that the call names; grids: of the whole sequence, for pipelines that give coordinates instead."""
     tokens = latent.flatten(2).transpose(1, 2)
+    tokens = torch.cat([pipes.normal(1, before, 16, seed=6), tokens, pipes.normal(1, after, 16, seed=7)], 1)
+    known = coordinates(*grids) if grids else pipes.normal(1, 3, tokens.shape[1], seed=8) if before else None
     return {
-        "hidden_states": torch.cat([pipes.normal(1, before, 16, seed=6), tokens], 1),
+        "hidden_states": tokens,
         "encoder_hidden_states": text(pipes, 32),
         "timestep": TIME,
         "encoder_attention_mask": torch.ones(1, 13),
-        "num_frames": GRID[0],
-        "height": GRID[1],
-        "width": GRID[2],
-        **({"video_coords": pipes.normal(1, 3, before + tokens.shape[1], seed=8)} if before else {}),
+        "video_coords": known,
+        **named,
     }
 
 
-def ltx2(pipes, latent, after=0):
+def ltx2(pipes, latent, after=0, named=SIZES, grids=None):
     tokens = latent.flatten(2).transpose(1, 2)
+    known = pipes.normal(1, 3, tokens.shape[1] + after, 2, seed=8) if after else None
     return {
         "hidden_states": torch.cat([tokens, pipes.normal(1, after, 16, seed=6)], 1),
         "audio_hidden_states": pipes.normal(1, math.prod(GRID), 16, seed=7),  # as many tokens as the video
         "encoder_hidden_states": text(pipes, 32),
         "audio_encoder_hidden_states": text(pipes, 32),
         "timestep": TIME,
-        "num_frames": GRID[0],
-        "height": GRID[1],
-        "width": GRID[2],
         "audio_num_frames": math.prod(GRID),
-        **({"video_coords": pipes.normal(1, 3, tokens.shape[1] + after, 2, seed=8)} if after else {}),
+        "video_coords": torch.stack([coordinates(*grids), coordinates(*grids) + 1], -1) if grids else known,
+        **named,
     }
 
 
@@ -155,7 +164,35 @@ CASES = [
     Case("WanAnimateTransformer3DModel", ANIMATE, animate, (1, 36, 4, 28, 32), before=FRAME),
     Case("LTXVideoTransformer3DModel", LTX | {"attention_head_dim": 64}, ltx, PACKED),
     Case("LTXVideoTransformer3DModel", LTX | {"attention_head_dim": 64}, ltx, PACKED, before=21, given={"before": 21}),
+    Case(
+        "LTXVideoTransformer3DModel",
+        LTX | {"attention_head_dim": 64},
+        ltx,
+        PACKED,
+        before=FRAME,
+        given={"before": FRAME, "named": {}, "grids": (IMAGE, (GRID, 0))},
+    ),
+    Case(
+        "LTXVideoTransformer3DModel",
+        LTX | {"attention_head_dim": 64},
+        ltx,
+        PACKED,
+        after=3 * FRAME,
+        given={
+            "after": 3 * FRAME,
+            "named": dict.fromkeys(SIZES, 1),
+            "grids": ((GRID, 0), ((2, 14, 16), 0), ((1, 14, 16), -1)),
+        },
+    ),
     Case("LTX2VideoTransformer3DModel", LTX2, ltx2, PACKED),
+    Case(
+        "LTX2VideoTransformer3DModel",
+        LTX2,
+        ltx2,
+        PACKED,
+        after=FRAME + 56,
+        given={"after": FRAME + 56, "named": {}, "grids": ((GRID, 0), IMAGE, ((1, 7, 8), 0))},
+    ),
     Case("LTX2VideoTransformer3DModel", LTX2, ltx2, PACKED, after=21, given={"after": 21}),
     Case("HunyuanVideo15Transformer3DModel", HUNYUAN, hunyuan, PACKED, after=13 + 5 + 9),
     Case("HunyuanVideo15Transformer3DModel", HUNYUAN, hunyuan, PACKED, after=13 + 5, given={"image": False}),
