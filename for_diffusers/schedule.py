@@ -23,7 +23,7 @@ class Steps:
 
     Attributes:
         source: the scheduler's own list, a new object for every run.
-        timesteps: of all steps, falling. dense: how many of the first stay dense. now: the one of the call.
+        timesteps: of the steps of this run, falling. dense: how many of the first stay dense. now: the one of the call.
         bar: a reference to the progress bar of the pipeline's call, see `running_call`.
     """
 
@@ -50,29 +50,48 @@ class Schedule:
     def find(self, timestep: torch.Tensor | float) -> Steps | None:
         """The steps of the run, and the one that a call at `timestep` belongs to; None if no scheduler is known.
 
-        Steps are the scheduler's distinct timesteps; some schedulers evaluate one of them twice. The call belongs to
-        the nearest one, because a model's own type may lose half the numbers between. Reads from the device.
+        Steps are the scheduler's distinct timesteps; some schedulers evaluate one of them twice. Of a video that is
+        changed (`strength`), a pipeline leaves out the first, so its own list counts if it has one. The call belongs to
+        the nearest step, because a model's own type may lose half the numbers between. Reads from the device.
         """
-        pipe, bar = running_call()
-        timesteps = getattr(getattr(pipe or self._pipe(), "scheduler", None), "timesteps", None)
+        running = running_call()
+        timesteps = getattr(getattr(running.pipe or self._pipe(), "scheduler", None), "timesteps", None)
         if timesteps is None:
             return None
-        listed = sorted(set(torch.as_tensor(timesteps).cpu().double().tolist()), reverse=True)
+        steps = _distinct(timesteps)
+        if isinstance(running.timesteps, torch.Tensor) and running.timesteps.numel():
+            own = _distinct(running.timesteps)
+            steps = own if own <= steps else steps
+        listed = sorted(steps, reverse=True)
         # Wan2.2 5B has one timestep per token, zero for tokens of a given image.
         now = float(torch.as_tensor(timestep).max())
         dense = self.warm_up if isinstance(self.warm_up, int) else self.warm_up * len(listed)
         nearest = min(listed, key=lambda other: abs(other - now))
-        return Steps(timesteps, listed, math.ceil(dense - 1e-6), nearest, _reference(bar))
+        return Steps(timesteps, listed, math.ceil(dense - 1e-6), nearest, _reference(running.bar))
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy belongs to other pipelines, which are found when they run.
         return {"warm_up": self.warm_up, "_pipe": _nothing}
 
 
-def running_call() -> tuple[Any | None, Any | None]:
-    """The innermost pipeline whose call this thread is in, an object with a scheduler that is known to a `__call__`,
-    and the progress bar of that call; None for what there is not. The bar is made by the call and for it alone, so it
-    is gone when the call has ended, however it ended.
+@dataclasses.dataclass(frozen=True)
+class RunningCall:
+    """The call of a pipeline that this thread is in; None for what there is not.
+
+    Attributes:
+        pipe: the pipeline.
+        bar: its progress bar. It is made by the call and for it alone, so it is gone when the call has ended, however
+            it ended.
+        timesteps: what the call itself names so.
+    """
+
+    pipe: Any = None
+    bar: Any = None
+    timesteps: Any = None
+
+
+def running_call() -> RunningCall:
+    """The innermost call of this thread that is of a pipeline: a `__call__` that knows an object with a scheduler.
 
     Only such frames are read. Up to Python 3.12, what a frame holds when it is read stays alive until the frame ends,
     and a script that frees a model between two stages must be able to.
@@ -84,9 +103,13 @@ def running_call() -> tuple[Any | None, Any | None]:
             for value in known.values():
                 parts = getattr(value, "__dict__", None) or {}
                 if hasattr(parts.get("scheduler"), "timesteps"):
-                    return value, known.get("progress_bar")
+                    return RunningCall(value, known.get("progress_bar"), known.get("timesteps"))
         frame = frame.f_back
-    return None, None
+    return RunningCall()
+
+
+def _distinct(timesteps: Any) -> set[float]:
+    return set(torch.as_tensor(timesteps).cpu().double().tolist())
 
 
 def _reference(thing: Any) -> Callable[[], Any | None]:

@@ -248,3 +248,21 @@ def test_a_patched_transformer_can_be_pickled(pipes, tmp_path):
     torch.save(model, tmp_path / "model.pt")
     again = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(pipes.velocity(again), expected)
+
+
+@pytest.mark.parametrize("correction", ["off", "auto"])
+@pytest.mark.parametrize(("warm_up", "dense"), [(2, 2), (0.25, 1), (0.5, 2)])
+def test_the_first_steps_are_those_that_a_pipeline_takes(pipes, warm_up, dense, correction):
+    """Video to video leaves out the first steps of the schedule: of 8 steps, a strength of .5 takes the last 4."""
+    from diffusers import WanVideoToVideoPipeline
+
+    model = pipes.wan(layers=1)
+    pipe = WanVideoToVideoPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=model, scheduler=unipc())
+    pipe.set_progress_bar_config(disable=True)
+    applied = apply_psa(pipe, **PSA, warm_up=warm_up, correction=correction)
+    pipe(
+        prompt_embeds=pipes.normal(1, 13, 4096, seed=2), num_inference_steps=8, strength=0.5, guidance_scale=1.0,
+        latents=pipes.normal(*pipes.SIZE, seed=1), height=256, width=256, output_type="latent",
+    )  # fmt: skip
+    assert (applied.dense_calls, applied.sparse_calls) == (dense, 4 - dense)
+    assert [step["dense_calls"] for step in applied.reports()[0]["steps"]] == [1] * dense + [0] * (4 - dense)
