@@ -21,7 +21,7 @@ from ..kernels.falling import MOST_FALLING
 from .arguments import ArgumentChecks, wrong
 from .attention_backends import unseen_backend
 from .interception import InterceptedForward
-from .layout import MODELS
+from .layout import MODELS, family_of, transformer_in
 from .operator import Untraced
 from .schedule import Schedule
 from .state import TransformerState
@@ -92,8 +92,8 @@ class _Patch:
     each self-attention's own."""
 
     def __init__(self, transformer: Any, outermost: Any, state: TransformerState) -> None:
-        """outermost: what the pipeline calls: the transformer, or what torch.compile made of it. Hooks there are not
-        part of a graph."""
+        """outermost: what the pipeline calls: the transformer, or what torch.compile or PEFT made of it. Hooks there
+        are not part of a graph, and PEFT calls no others."""
         self.transformer, self.state = transformer, state
         self._parts = [
             outermost.register_forward_pre_hook(Untraced(state.begin_call, _OUTSIDE), with_kwargs=True),
@@ -173,7 +173,7 @@ def apply_psa(
     corrected = knows_steps and sparsity > 0
     planned = []
     for transformer, outermost in transformers:
-        family = type(transformer).__name__
+        family = family_of(transformer) or ""
         checked.numbers("dense_blocks", dense_blocks, 0, len(MODELS[family].attentions(transformer)))
         chosen = presets[MODELS[family].preset(transformer) if preset == AUTO else preset]
         config = checked.config(chosen, sparsity or 0.5, changes, falling, reuse_steps)
@@ -240,7 +240,8 @@ def _error(argument: str, given: object, allowed: str, do: str) -> ValueError:
 
 
 def find_transformers(pipe: Any, asked_by: str = "apply_psa") -> list[tuple[Any, Any]]:
-    """The transformers of a pipeline, each with what the pipeline calls: itself, or what torch.compile made of it.
+    """The transformers of a pipeline, each with what the pipeline calls: itself, or a module that holds it, such as
+    torch.compile makes.
 
     Raises:
         TypeError: it has none that PSA knows. asked_by: the function that the error names.
@@ -250,9 +251,9 @@ def find_transformers(pipe: Any, asked_by: str = "apply_psa") -> list[tuple[Any,
         if isinstance(pipe, torch.nn.Module)
         else [getattr(pipe, name, None) for name in ("transformer", "transformer_2")]
     )
-    pairs = [(getattr(outermost, "_orig_mod", outermost), outermost) for outermost in candidates]
+    pairs = [(transformer_in(outermost), outermost) for outermost in candidates]
     # By identity: a pipeline may hold one transformer under both names.
-    found = list({id(one): (one, outermost) for one, outermost in pairs if type(one).__name__ in MODELS}.values())
+    found = list({id(one): (one, outermost) for one, outermost in pairs if one is not None}.values())
     if not found:
         allowed = f"a pipeline with {', '.join(MODELS)}"
         raise TypeError(str(wrong(asked_by, "pipe", type(pipe).__name__, allowed, "pass such a pipeline")))

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from ..kernels.backends import in_autocast
 from .attention_backends import unseen_backend
 from .operator import ATTENTION, Untraced, attention_operator
-from .state import Call, TransformerState
+from .state import BYPASSED, Call, TransformerState
 
 _FORWARD = "forward"
 
@@ -134,6 +134,9 @@ class InterceptedForward:
         state = self.state
         call = None if state is None else state.current_call()
         if state is None or call is None:
+            # A checkpoint of the activations computes a block again when the call is over, with gradients.
+            if state is not None and not torch.is_grad_enabled():
+                state.tell(BYPASSED)
             return self.previous(*args, **kwargs)
         with AttentionInterception(state, call, self.block) as interception:
             output = self.previous(*args, **kwargs)

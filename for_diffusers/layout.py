@@ -186,3 +186,18 @@ MODELS = {
     ),
 }
 """By class name, so that diffusers is not imported to ask."""
+
+
+def family_of(module: Any) -> str | None:
+    """The name in `MODELS` of a module's class or of the nearest class that it is derived from; None if there is none.
+
+    Libraries derive classes of their own from a model's, to share its weights between GPUs for example.
+    """
+    return next((one.__name__ for one in type(module).__mro__ if one.__name__ in MODELS), None)
+
+
+def transformer_in(module: Any) -> Any:
+    """The transformer that a module is or holds, as the modules of torch.compile, PEFT and several GPUs hold one; None
+    if there is none."""
+    modules = module.modules() if isinstance(module, torch.nn.Module) else ()
+    return next((one for one in modules if family_of(one) is not None), None)

@@ -28,7 +28,7 @@ from ..sampling.run import Run
 from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
 from . import memory, operator
 from .attention_backends import unseen_note, unseen_reason
-from .layout import MODELS
+from .layout import MODELS, transformer_in
 from .parallel import Parallel, SharedBudget, dense_reason, find_parallel
 from .schedule import Schedule, Steps
 
@@ -44,6 +44,9 @@ NO_STEPS = (
 UNREACHED = (
     "no self-attention of the model reached PSA: a cache answers it, or something has replaced its forward since "
     "apply_psa; if you use no cache, call apply_psa again"
+)
+BYPASSED = (
+    "the transformer is called without what was around it at apply_psa, so PSA sees no steps; call apply_psa again"
 )
 
 
@@ -149,8 +152,9 @@ class TransformerState:
         run.record.end_step()
         return make_report(run) | {"notes": unseen_note(run.record)}
 
-    def begin_call(self, transformer: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Called before a forward of the transformer. Reads once from the device if steps are told apart."""
+    def begin_call(self, outermost: torch.nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Called before a forward of what the pipeline calls. Reads once from the device if steps are told apart."""
+        transformer = transformer_in(outermost)
         layout, timestep, steps, reason, parallel = None, None, None, None, None
         if not self.off:
             try:
@@ -249,8 +253,9 @@ class TransformerState:
             self._end_runs(lambda _: True)
             self._calls.clear()
 
-    def end_call(self, transformer: torch.nn.Module, _: Any, output: Any) -> None:
+    def end_call(self, outermost: torch.nn.Module, _: Any, output: Any) -> None:
         """Called after a forward; `output` is None if it failed."""
+        transformer = transformer_in(outermost)
         operator.current.set(None)
         call = self._calls.pop(threading.get_ident(), None)
         if call is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from . import cogvideox
 from .apply import find_transformers
+from .layout import family_of
 from .parallel import check_heads
 
 _COGVIDEOX = "CogVideoXTransformer3DModel"
@@ -47,7 +48,7 @@ def enable_ulysses(pipe: Any, *, uneven: bool = False) -> None:
         check_heads(transformer.config.num_attention_heads, degree, uneven)
     for transformer in transformers:
         plan = {}
-        if type(transformer).__name__ == _COGVIDEOX:
+        if family_of(transformer) == _COGVIDEOX:
             transformer.set_attn_processor(cogvideox.SharedProcessor())
             plan = {"cp_plan": cogvideox.split_plan()}
         config = ContextParallelConfig(ulysses_degree=degree, ulysses_anything=uneven)
@@ -55,7 +56,7 @@ def enable_ulysses(pipe: Any, *, uneven: bool = False) -> None:
 
 
 def _check(transformer: Any) -> None:
-    name = type(transformer).__name__
+    name = family_of(transformer)
     if name not in SHARED:
         raise ValueError(
             f"enable_ulysses, pipe: {name} was given; allowed: {', '.join(SHARED)}; make a video on each GPU instead"

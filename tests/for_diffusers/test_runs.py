@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from comfyui_psa.for_diffusers import apply_psa
+from comfyui_psa.for_diffusers import apply_psa, remove_psa
 
 PSA = {"sparsity": 0.6, "min_tokens": 0}
 WIDE = (1, 16, 3, 16, 64)  # as many tokens as pipes.SIZE in another grid
@@ -220,8 +220,6 @@ def test_a_copied_pipeline_is_a_patched_one_of_its_own(pipes):
     before = applied.sparse_calls
     assert torch.equal(pipes.run(twin, 2), expected)
     assert applied.sparse_calls == before
-    from comfyui_psa.for_diffusers import remove_psa
-
     assert remove_psa(twin)
     assert torch.equal(pipes.run(twin, 2), stock)
     pipes.run(pipe, 2)
@@ -266,3 +264,63 @@ def test_the_first_steps_are_those_that_a_pipeline_takes(pipes, warm_up, dense, 
     )  # fmt: skip
     assert (applied.dense_calls, applied.sparse_calls) == (dense, 4 - dense)
     assert [step["dense_calls"] for step in applied.reports()[0]["steps"]] == [1] * dense + [0] * (4 - dense)
+
+
+def derived(model):
+    """As fully_shard of torch makes a model's class one of its own."""
+    model.__class__ = type("FSDPWanTransformer3DModel", (type(model),), {})
+    return model
+
+
+def with_peft(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+
+
+def compiled(model):
+    return torch.compile(with_peft(model), backend="eager")
+
+
+class Shared(torch.nn.Module):
+    """As DistributedDataParallel holds a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [derived, with_peft, compiled, Shared])
+def test_a_transformer_inside_of_other_modules(pipes, wrap):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        outer = wrap(pipes.wan())
+    stock = pipes.velocity(outer)
+    applied = apply_psa(outer, **pipes.FULL)
+    assert pipes.close(pipes.velocity(outer), stock, 1e-5)
+    assert (applied.dense_calls, applied.sparse_calls) == (0, 2)
+    assert not applied.fallbacks
+    assert remove_psa(outer)
+    assert torch.equal(pipes.velocity(outer), stock)
+
+
+def test_a_pipeline_whose_transformer_peft_has_wrapped(pipes):
+    pipe = pipes.pipeline(pipes.wan())
+    pipe.transformer = with_peft(pipe.transformer)
+    applied = apply_psa(pipe, **PSA, warm_up=1)
+    pipes.run(pipe, 3)
+    assert (applied.dense_calls, applied.sparse_calls) == (2, 4)
+
+
+def test_a_transformer_taken_out_of_other_modules_is_named(pipes, caplog):
+    pytest.importorskip("peft")
+    pipe = pipes.pipeline(pipes.wan())
+    pipe.transformer = with_peft(pipe.transformer)
+    applied = apply_psa(pipe, **PSA, warm_up=1)
+    pipe.transformer = pipe.transformer.merge_and_unload()
+    pipes.run(pipe, 2)
+    assert applied.sparse_calls == 0
+    said = [record.getMessage() for record in caplog.records if record.name == "ComfyUI-PSA"]
+    assert [("call apply_psa again" in line, "around it" in line) for line in said] == [(True, True)]
