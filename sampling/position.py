@@ -44,10 +44,12 @@ class Position:
         sigma_end: float,
         latent_size: tuple[int, ...] = (),
         pixels: tuple[int, int] | None = None,
+        reuse_steps: int = 1,
     ) -> None:
         """latent_size: (time, height, width) of the latent that is sampled, if known; a call on a smaller latent is on
-        a part of the video. pixels: frames and pixels per step of the latent, in time and in space, if known."""
-        self._bounds = sigma_start, sigma_end
+        a part of the video. pixels: frames and pixels per step of the latent, in time and in space, if known.
+        reuse_steps: for how many sparse steps in a row levels are chosen."""
+        self._bounds, self._reuse_steps = (sigma_start, sigma_end), reuse_steps
         self._latent_size, self._pixels = latent_size, pixels
         self._call_size: tuple[int, ...] = ()
         self._schedule = Schedule(None, self.is_active)
@@ -66,7 +68,7 @@ class Position:
 
     def for_worker(self) -> Position:
         """A position in the same run for another worker."""
-        position = Position(*self._bounds, self._latent_size, self._pixels)
+        position = Position(*self._bounds, self._latent_size, self._pixels, self._reuse_steps)
         if self._schedule.levels:
             position.plan([*self._schedule.levels, 0.0])
         return position
@@ -74,7 +76,7 @@ class Position:
     def plan(self, sigmas: list[float] | None) -> None:
         """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known."""
         if sigmas is not None and len(sigmas) > 1:
-            self._schedule = Schedule(sigmas[:-1], self.is_active)
+            self._schedule = Schedule(sigmas[:-1], self.is_active, self._reuse_steps)
             self.planned_steps = len(sigmas) - 1
 
     def is_active(self, sigma: float) -> bool:

@@ -65,7 +65,7 @@ class Run:
         patch: str = "",
     ) -> None:
         self.settings, self.config, self._prompts, self.patch = settings, settings.config, prompts, patch
-        self.position = Position(sigma_start, sigma_end, latent_size, pixels)
+        self.position = Position(sigma_start, sigma_end, latent_size, pixels, settings.reuse_steps)
         self.kept = kept or Kept(settings.reuse_steps)
         self.record = Record(pictured_block, on_step, blocks=blocks, verbose=settings.verbose, told=told)
         self._begin_learning()

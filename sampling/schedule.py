@@ -19,8 +19,8 @@ class Place:
 
     Attributes:
         step: index of the sampler's step. on_level: whether the call is at the level at which that step begins.
-        share: how far along the sparse steps are, from 0 for the first to 1 for the last; 0.5 for calls between levels,
-            so that the mean over a run is 0.5 whatever the sampler does.
+        share: how far along the sparse steps are, from 0 for the first to 1 for the last, with the mean of those that
+            belong together; 0.5 for calls between levels, so that the mean over a run is 0.5 whatever the sampler does.
     """
 
     step: int
@@ -34,9 +34,11 @@ class Schedule:
     Args:
         levels: noise level at which each step begins; None if the sampler does not say.
         is_sparse: whether a step at a level is sparse.
+        together: so many sparse steps in a row belong together, since the first of them chooses for all.
     """
 
-    def __init__(self, levels: Sequence[float] | None, is_sparse: Callable[[float], bool]) -> None:
+    def __init__(self, levels: Sequence[float] | None, is_sparse: Callable[[float], bool], together: int = 1) -> None:
+        self._together = together
         self.levels = list(levels or ())
         self.sparse_steps = [i for i, level in enumerate(self.levels) if is_sparse(level)]
         self._falls = all(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False))
@@ -69,7 +71,9 @@ class Schedule:
     def _share(self, step: int) -> float:
         if step not in self.sparse_steps or len(self.sparse_steps) < 2:
             return 0.5
-        return self.sparse_steps.index(step) / (len(self.sparse_steps) - 1)
+        index, last = self.sparse_steps.index(step), len(self.sparse_steps) - 1
+        first = index - index % self._together
+        return (first + min(first + self._together - 1, last)) / 2 / last
 
 
 def _alike(one: float, other: float) -> bool:

@@ -128,8 +128,8 @@ def test_no_dense_steps_where_a_video_is_only_reworked(model, calls):
     assert active(calls(psa, steps=4, denoise=0.5)) == [True] * 4
 
 
-def walk(levels, sigmas, sparse=lambda sigma: True):
-    schedule = Schedule(levels, sparse)
+def walk(levels, sigmas, sparse=lambda sigma: True, together=1):
+    schedule = Schedule(levels, sparse, together)
     places = [schedule.move(sigma) for sigma in sigmas]
     return [place.step for place in places], [place.share for place in places]
 
@@ -185,3 +185,11 @@ def test_a_sampler_that_looks_ahead_has_as_many_steps_as_it_was_given(model, tin
 
 def test_the_share_is_that_of_the_sparse_steps():
     assert walk(LEVELS, LEVELS, lambda sigma: sigma < 0.9)[1] == pytest.approx([0.5, 0, 1 / 3, 2 / 3, 1])
+
+
+@pytest.mark.parametrize(
+    ("together", "shares"), [(2, [0.125, 0.125, 0.625, 0.625, 1]), (3, [0.25] * 3 + [0.875] * 2), (9, [0.5] * 5)]
+)
+def test_steps_that_belong_together_share_their_mean(together, shares):
+    assert walk(LEVELS, LEVELS, together=together)[1] == pytest.approx(shares)
+    assert sum(shares) / 5 == 0.5
