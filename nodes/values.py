@@ -29,14 +29,17 @@ def _is_conditioning(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(entry, list | tuple) and len(entry) == 2 for entry in value)
 
 
+def _is_image(value: object) -> bool:
+    *_, channels = shape = tuple(getattr(value, "shape", ())) or (0,)
+    is_float = getattr(getattr(value, "dtype", None), "is_floating_point", False)
+    return len(shape) == 4 and _holds_numbers(value) and channels in (1, 3, 4) and is_float
+
+
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "MODEL": (is_model, "the MODEL output of a loader"),
     "CONDITIONING": (_is_conditioning, "the CONDITIONING of an encoded prompt"),
     "LATENT": (lambda value: isinstance(value, dict) and _holds_numbers(value.get("samples")), "a LATENT"),
-    "IMAGE": (
-        lambda value: len(getattr(value, "shape", ())) == 4 and _holds_numbers(value),
-        "an IMAGE: pictures or the frames of a video",
-    ),
+    "IMAGE": (_is_image, "an IMAGE: pictures or frames as fractions from 0 to 1, with 1, 3 or 4 channels"),
     "VAE": (lambda value: hasattr(value, "encode") and not isinstance(value, str), "a VAE"),
     "PSA_PYRAMID": (lambda value: isinstance(value, Preset), "the output of PSA Pyramid"),
 }

@@ -1,6 +1,6 @@
 """Compares two videos: PSNR, SSIM, LPIPS if its package is installed, and both side by side with their difference.
 
-Frames are float [F, H, W, 3], 0..1. Everything is done frame by frame, so a long video needs little memory.
+Frames are [F, H, W, C], see `frames.as_rgb`. Everything is done frame by frame, so a long video needs little memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from .frames import as_rgb
 from .likeness import load_lpips, psnr, ssim
 from .paint import INK, PAPER, font
 
@@ -27,7 +28,7 @@ class Comparison:
 
 
 def compare(a: torch.Tensor, b: torch.Tensor, lpips: bool = False) -> Comparison:
-    """Compare two videos of one shape [F, H, W, 3].
+    """Compare two videos of one size [F, H, W, C].
 
     Raises:
         ImportError: LPIPS was asked for and its package is missing.
@@ -35,7 +36,7 @@ def compare(a: torch.Tensor, b: torch.Tensor, lpips: bool = False) -> Comparison
     distance = load_lpips() if lpips else None
     errors, rows, perceived = [], [], []
     for x, y in zip(a, b, strict=True):
-        x, y = x[..., :3].float().cpu(), y[..., :3].float().cpu()
+        x, y = as_rgb(x).cpu(), as_rgb(y).cpu()
         error = float(((x - y) ** 2).double().mean())
         errors.append(error)
         rows.append((psnr(error), ssim(x, y)))
@@ -61,7 +62,7 @@ def side_by_side(
     result = a.new_empty((len(a), height + band.shape[0], 3 * width, 3), dtype=torch.float32, device="cpu")
     result[:, : band.shape[0]] = band
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
-        x, y = x[..., :3].float().cpu(), y[..., :3].float().cpu()
+        x, y = as_rgb(x).cpu(), as_rgb(y).cpu()
         result[i, band.shape[0] :] = torch.cat([x, y, ((x - y).abs() * gain).clamp(0, 1)], 1)
     return result
 

@@ -8,10 +8,17 @@ import numpy as np
 import torch
 
 
+def as_rgb(images: torch.Tensor) -> torch.Tensor:
+    """Pictures [..., 1, 3 or 4] as float [..., 3], 0..1: grey has three equal colours, what is transparent does not
+    show, and no number is beyond black and white, as in a file."""
+    colours = images[..., :3].float().clamp(0, 1)
+    return colours.expand(*colours.shape[:-1], 3)
+
+
 def video_frames(images: torch.Tensor | None, model: Any, samples: dict[str, Any]) -> np.ndarray | None:
-    """Frames uint8 [F, H, W, 3]: `images` [F, H, W, 3] 0..1 if given, else the latent; None if neither can be used."""
+    """Frames uint8 [F, H, W, 3]: `images` [F, H, W, C] 0..1 if given, else the latent; None if neither can be used."""
     if images is not None:
-        return (images[..., :3].float().clamp(0, 1) * 255).round().byte().cpu().numpy()
+        return (as_rgb(images).nan_to_num(0) * 255).round().byte().cpu().numpy()
     latent = samples.get("samples")
     if not isinstance(latent, torch.Tensor) or latent.ndim != 5:
         return None

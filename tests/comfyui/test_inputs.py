@@ -19,6 +19,7 @@ SENTENCE = re.compile(r"^PSA [A-Z][\w ]*, input [\w, ]+: .* was given; allowed: 
 BAD = [
     None, float("nan"), float("inf"), -float("inf"), 10**30, -(10**30), -1, 1e308, 0.5, True, "", "x" * 100_000,
     "\x00\x1b\n", "\ud800", "../../etc", "nan", [], {}, {"samples": 1}, torch.zeros(1), torch.zeros(2),
+    torch.rand(2, 8, 8, 2), torch.zeros(2, 8, 8, 3, dtype=torch.uint8),
     torch.zeros(0), torch.zeros(0, 2, 2, 3), {"samples": torch.zeros(0, 16, 2, 4, 4)}, object(), b"x",
 ]  # fmt: skip
 LEAKS = (

@@ -76,3 +76,30 @@ def test_pictures_that_are_not_finite_have_no_figures(name, bad):
 def test_a_gain_that_is_no_number_is_refused():
     with pytest.raises(InputError, match="PSA Compare, input difference_gain: nan"):
         compare_images(video(0), video(1), "a", "b", float("nan"), False)
+
+
+def shown_as(kind, pictures):
+    """The same pictures in another form in which an IMAGE may come."""
+    if kind == "half":
+        return pictures.half()
+    if kind == "beyond":
+        return torch.where(pictures > 0.9, pictures + 0.2, torch.where(pictures < 0.1, pictures - 0.2, pictures))
+    return torch.cat([pictures, torch.rand(*pictures.shape[:-1], 1)], -1)  # with transparency
+
+
+@pytest.mark.parametrize("kind", ["half", "beyond", "transparent"])
+def test_figures_are_those_of_what_a_picture_can_show(kind):
+    a, b = (((video(seed) * 3 - 1).clamp(0, 1) * 2).round() / 2 for seed in (0, 1))  # 0, 0.5 and 1
+    expected = compare(a, b)
+    found = compare_images(shown_as(kind, a), shown_as(kind, b), "a", "b", 4.0, False)
+    assert found[1] == pytest.approx(expected.psnr)
+    assert found[2] == pytest.approx(expected.ssim)
+
+
+@pytest.mark.parametrize("other", [1, 3, 4])
+def test_grey_pictures_are_compared_with_all_others(other):
+    grey = video(0)[..., :1]
+    found = compare_images(grey, video(1)[..., :1].expand(-1, -1, -1, other), "a", "b", 4.0, False)
+    images = (x[..., 0].double().numpy() for x in (grey, video(1)))
+    assert found[1] == pytest.approx(peak_signal_noise_ratio(*images, data_range=1.0))
+    assert found[0].shape == (3, 33 + 28, 3 * 48, 3)

@@ -135,7 +135,7 @@ def test_the_maps_lie_over_the_video_as_the_model_saw_it(run):
             assert (at_spot == found[place[spot] // 128][place // 32]).all()
 
 
-@pytest.mark.parametrize("images", [None, torch.rand(17, 80, 96, 3)])
+@pytest.mark.parametrize("images", [None, *(torch.rand(17, 80, 96, channels) for channels in (3, 1))])
 def test_the_picture_draws_the_layer_and_head_that_were_asked_for(run, images):
     from comfyui_psa.reports.show import show_report
 
