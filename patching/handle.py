@@ -50,10 +50,12 @@ class SamplingWrapper:
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Sample with a new run in the options; its report is kept even after an error."""
-        guider = executor.class_obj
+        guider, sigmas = executor.class_obj, core.run_sigmas(args, kwargs)
+        if len(sigmas) < 2:  # half of a schedule that was split at its end: there is no step
+            return executor(*args, **kwargs)
         run = Run(
             self.settings,
-            _sigma_start(self.settings, guider, core.run_sigmas(args, kwargs)),
+            _sigma_start(self.settings, guider, sigmas),
             core.percent_to_sigma(guider, self.settings.end_percent),
             pictured_block=self.blocks // 2,
             on_step=self.on_step,

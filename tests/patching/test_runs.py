@@ -206,6 +206,27 @@ def test_a_restart_schedule_is_walked_along(model, tiny_wan, monkeypatch):
     assert densities == sorted(densities, reverse=True)
 
 
+def test_a_schedule_without_a_step_is_no_fault_of_a_cache(model, tiny_wan, caplog):
+    """The first half of a schedule that was split at its first step. The report stays that of the run before."""
+    psa = patch_model(model, **PATCH)
+    assert sample_custom(tiny_wan, psa, [1.0]).shape == tiny_wan.SIZE
+    assert report(psa) is None
+    assert caplog.text == ""
+    sample_custom(tiny_wan, psa, [1.0, 0.5, 0.0])
+    before = report(psa)
+    sample_custom(tiny_wan, psa, [0.5])
+    assert report(psa) == before
+
+
+@pytest.mark.parametrize("reuse_steps", [2, 6])
+def test_levels_that_are_kept_while_the_density_falls_are_those_of_the_mean_of_their_steps(model, sample, reuse_steps):
+    """Those of the first of them would be too dense for the others, and save less than the slider says."""
+    changes = {"sparsity": 0.7, "falling": 0.5, "reuse_steps": reuse_steps, "start_percent": 0.0}
+    psa = patch_model(model, **PLAIN | changes)
+    sample(psa, steps=6, size=(1, 16, 2, 64, 64))
+    assert report(psa)["mean_sparsity"] == pytest.approx(0.7, abs=0.015)
+
+
 def restarting(model, x, sigmas, extra_args=None, callback=None, disable=None, **_):
     """A sampler that goes back twice to a level it has left, which the schedule that ComfyUI knows does not show."""
     ones = x.new_ones([x.shape[0]])
