@@ -24,6 +24,8 @@ Target = Any
 _TORCH = re.compile(r"(?:^|(?<=[._]))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
 # The whole network in a name with underscores: the method, one word, and `model` any number of times.
 _FLAT_WRAPPER = re.compile(r"(?:(?:lora|lycoris|oft)_+(?:[a-z]+(?:_?2)?_+)?)?(?:(?:(?:base|diffusion)_)?model_+)*")
+# The whole network in ComfyUI's own names.
+_CORE_WRAPPER = re.compile(r"^(?:(?:diffusion_model|transformer|unet)\.|lora_(?:unet|transformer)_|lycoris_)")
 _SECOND = re.compile(r"(?:^|[._])(?:[a-z_]*[a-z]_?2|low(?:_noise)?(?:_model)?)[._]")
 # An ending: the form, the name that PEFT gave the adapter, and the kind of parameter.
 _ENDING = re.compile(r"([^.]+)(?:\.(?!(?:weight|bias)$)([^.]+))?(?:\.(weight|bias))?")
@@ -66,7 +68,7 @@ class Reading:
 def module_names(model: Any) -> dict[str, Target]:
     """Every bare name of a module or parameter of a ComfyUI MODEL, native or diffusers' -> the weight it means.
 
-    If we have no table of names for the model, ComfyUI's own names are added, wrappers included.
+    If we have no table of names for the model, ComfyUI's own names are added, without their wrappers.
     """
     family = image_model(model)
     table = TABLES.get(family, ())
@@ -79,7 +81,8 @@ def module_names(model: Any) -> dict[str, Target]:
     if family not in TABLES:
         import comfy.lora
 
-        names = comfy.lora.model_lora_keys_unet(model.model, {}) | names
+        known = comfy.lora.model_lora_keys_unet(model.model, {})
+        names = {_CORE_WRAPPER.sub("", name): target for name, target in known.items()} | names
     return names
 
 
