@@ -140,6 +140,22 @@ def test_the_other_families_were_measured():
     assert shown(most, max(others))
 
 
+def test_the_steps_on_an_h200_were_measured():
+    rows = read_rows(ROOT / "workshop" / "results" / "h200-gpu.csv")
+    assert {row["gpu"] for row in rows} == {"NVIDIA H200"}
+    table_rows = page_table("performance.md", "On an H200")
+    assert len(table_rows) == len({row["model"] for row in rows})
+    for name, dense, learning, sparse in table_rows:
+        model = re.match(r"(?:Wan 2\.1 )?(\S+),", name)[1].lower()
+        of = {row["method"]: row for row in rows if row["model"].removeprefix("wan") == model}
+        seconds, factor = re.fullmatch(rf"({NUMBER}) \(({NUMBER})x\)", sparse).groups()
+        corrected = of["auto 0.85, full"]
+        assert shown(dense, float(of["dense"]["seconds_per_step"]))
+        assert shown(learning, float(corrected["first_step"]))
+        assert shown(seconds, float(corrected["seconds_per_step"]))
+        assert shown(factor, float(corrected["speedup"]))
+
+
 @pytest.mark.parametrize("row", page_table("performance.md", "The attention call"), ids=lambda row: row[0])
 def test_the_attention_call_was_measured(row):
     name, dates, dense, *factors = row
@@ -212,7 +228,7 @@ def test_what_is_said_below_the_table_is_so():
     rows = {model: step_times(model) for model in MODELS.values()}
     assert "in bf16, corrected;" in said
     assert all(any(row["method"] == "psa-corrected" for row in rows[model]) for model in rows)
-    assert "Other cards are not measured yet" in said
+    assert "Cards other than H100 and H200 are not measured yet" in said
     gpus = {row["gpu"] for row in read_rows(ROOT / "workshop" / "results" / "model-gpu.csv")}
     assert all(gpu.startswith("NVIDIA H100") for gpu in gpus)
     assert "the first quarter of a run stays dense" in said
