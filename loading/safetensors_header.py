@@ -51,11 +51,13 @@ class Header:
 
     Attributes:
         tensors: name -> (type as the format writes it, for example BF16, and shape).
-        metadata: the file's own texts.
+        metadata: the file's own texts. not_texts: names in the metadata that the format does not allow, because what
+            they stand for is no text; libraries refuse such files.
     """
 
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     metadata: dict[str, str]
+    not_texts: tuple[str, ...] = ()
 
 
 def safetensors_problem(path: Path) -> str | None:
@@ -140,7 +142,7 @@ def _parsed(path: Path, data: bytes) -> tuple[Header, int]:
         raise
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(path, _DAMAGED, _AGAIN) from error
-    return Header(tensors, texts), end
+    return Header(tensors, texts, tuple(sorted(metadata.keys() - texts.keys()))), end
 
 
 def _whole(number: object) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .files import FileError as FileError
+from .files import printable
 from .safetensors_header import read_header
 
 log = logging.getLogger("ComfyUI-PSA")
@@ -30,5 +31,10 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise
     except Exception as error:  # several libraries read files here, each with its own errors
         log.warning("PSA: %s: %s", path, error)
+        if header.not_texts:
+            reason = f"its metadata must be text, and {printable(header.not_texts[0][:60])} is not"
+            raise FileError(
+                path, reason, "save it again with the safetensors library, or choose another file"
+            ) from error
         raise FileError(path, "its header is right, but its tensors cannot be read") from error
     return tensors, header.metadata
