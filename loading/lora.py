@@ -18,7 +18,7 @@ import torch
 
 from ..choices.errors import InputError, require_model
 from .lora_folders import list_loras
-from .lora_forms import Misfit, Size, make_patches, weight_sizes
+from .lora_forms import Misfit, Size, changes_nothing, make_patches, weight_sizes
 from .lora_kinds import looks_like
 from .lora_names import Reading, Target, image_model, module_names, read_keys
 from .lora_settings import lora_config, with_alphas
@@ -72,14 +72,16 @@ def patch_with_lora(
     _check_strength(strength)
     _check_numbers(tensors, name)
     reading = read_keys(tensors, module_names(model))
-    fit = _fit(reading, tensors, weight_sizes(model))
+    sizes = weight_sizes(model)
+    fit = _fit(reading, tensors, sizes)
     own = set(tensors if in_file is None else in_file)
     _refuse(model, tensors, own, reading, fit, name)
     patched = model.clone()
     if strength != 0:
         for layer in fit.layers:
             patched.add_patches(layer, strength)
-    summary, complete = _summary(reading, fit, own, name, strength)
+    unchanged = changes_nothing((patch for layer in fit.layers for patch in layer.items()), sizes)
+    summary, complete = _summary(reading, fit, own, name, strength, unchanged)
     log.log(logging.INFO if complete else logging.WARNING, "PSA: %s", summary)
     return patched, summary
 
@@ -153,8 +155,11 @@ def _refuse(
         )
 
 
-def _summary(reading: Reading, fit: _Fit, in_file: set[str], name: str, strength: float) -> tuple[str, bool]:
-    """One line on what was done and what was left out, and whether all is well."""
+def _summary(
+    reading: Reading, fit: _Fit, in_file: set[str], name: str, strength: float, unchanged: bool
+) -> tuple[str, bool]:
+    """One line on what was done and what was left out, and whether all is well. unchanged: whether the patches leave
+    every weight as it is."""
     total = len(in_file)
     count = len({target for layer in fit.layers for target in layer})
     done = f"{count} weights of the model patched, strength {strength:g}"
@@ -164,6 +169,11 @@ def _summary(reading: Reading, fit: _Fit, in_file: set[str], name: str, strength
     whole = sum(isinstance(patch, tuple) and patch[0] == "set" for layer in fit.layers for patch in layer.values())
     if whole and strength not in (0, 1):
         lines[0] += f" ({whole} of them replaced as a whole, whatever the strength)"
+
+    if unchanged:
+        lines.append(
+            "but what it adds to them is zero everywhere, so nothing changes; choose a LoRA that has been trained"
+        )
 
     def tell(keys: list[str], what: str) -> None:
         keys = [key for key in keys if key in in_file]

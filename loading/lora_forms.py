@@ -9,8 +9,9 @@ knows no form itself, except two of PEFT's that ComfyUI does not know.
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,6 +110,26 @@ def make_patches(target: Target, parts: Mapping[str, torch.Tensor], sizes: Mappi
     return result
 
 
+def changes_nothing(patches: Iterable[tuple[Target, Any]], sizes: Mapping[str, Size | None]) -> bool:
+    """Whether no weight changes by its patch: an adapter that was never trained multiplies by zero.
+
+    Found out by ComfyUI's own code, on weights that are ones, from the smallest on until one changes.
+    """
+    import comfy.lora
+
+    places = [(sizes.get(_key(place)), place, patch) for place, patch in patches]
+    if any(size is None for size, *_ in places):
+        return False
+    for size, place, patch in sorted(places, key=lambda one: math.prod(one[0] or ())):
+        weight = torch.ones(size or (), dtype=torch.float64)  # so that small changes are not rounded away
+        offset = None if isinstance(place, str) else place[1]
+        with torch.no_grad(), _quiet():
+            found = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, None)], weight.clone(), _key(place))
+        if not torch.equal(found, weight):
+            return False
+    return True
+
+
 def _with_bias(parts: Mapping[str, torch.Tensor]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """PEFT's bias of the second matrix, as a difference to the layer's bias, scaled like the product."""
     left, down = dict(parts), parts.get("lora_down.weight")
@@ -153,9 +174,11 @@ def _sized(part: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _reached(place: Target, patch: Any, inputs: Mapping[str, torch.Tensor], size: Size | None) -> set[str]:
-    """The inputs that the patched weight depends on; none if the patch does not fit."""
+    """The inputs that the patched weight depends on; none if the patch does not fit, or is empty, as of rank 0."""
     import comfy.lora
 
+    if any(not tensor.numel() for tensor in inputs.values()):
+        return set()
     if size is None:
         return set(inputs)
     offset = None if isinstance(place, str) else place[1]
