@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..kernels.config import PyramidConfig
 from ..kernels.delta import GROUPS
@@ -40,15 +40,26 @@ class Correction:
     keep_levels: bool | None = None
     renew: int | None = None
 
-    def decided(self, config: PyramidConfig, falling: float, sparse_steps: int | None) -> DecidedCorrection:
+    def decided(
+        self,
+        config: PyramidConfig,
+        falling: float,
+        sparse_steps: int | None,
+        can_renew: Callable[[int], bool] = lambda renew: True,
+    ) -> DecidedCorrection:
         """The same for a run with so many sparse steps; None if that is not known, which counts as many.
 
         With a density that falls, levels and losses are those of one step only.
+
+        Args:
+            can_renew: whether the other calls can do without the work that it takes to renew one block in so many.
         """
         few = sparse_steps is not None and sparse_steps < FEW_STEPS
         renew = self.renew
         if renew is None:
-            renew = _renewal(COARSE_RENEWALS if self.size == "eighth" else RENEWALS, config, sparse_steps)
+            renewals = COARSE_RENEWALS if self.size == "eighth" else RENEWALS
+            paying = _paying_renewals(renewals, config, sparse_steps)
+            renew = next((renew for renew in paying if can_renew(renew)), 0)
         if falling:
             renew = 0
         keep_levels = not falling and (not few if self.keep_levels is None else self.keep_levels)
@@ -67,14 +78,15 @@ class DecidedCorrection:
     renew: int
 
 
-def _renewal(renewals: Sequence[tuple[int, float, int]], config: PyramidConfig, sparse_steps: int | None) -> int:
-    """One block in how many is renewed in a sparse step; 0 for none. Renewals must save more than they cost."""
+def _paying_renewals(
+    renewals: Sequence[tuple[int, float, int]], config: PyramidConfig, sparse_steps: int | None
+) -> Iterator[int]:
+    """Those of `renewals` that save more than they cost: one block in how many."""
     for renew, density, steps in renewals:
         # Not 1 - sparsity >= density: rounding makes 1 - 0.8 less than 0.2.
         pays = config.sparsity is not None and 1 / renew <= config.sparsity <= 1 - density
         if pays and (sparse_steps is None or sparse_steps >= steps):
-            return renew
-    return 0
+            yield renew
 
 
 OURS = Correction()

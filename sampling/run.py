@@ -19,7 +19,7 @@ from ..choices.settings import PatchSettings
 from ..kernels.attention import AttentionResult
 from ..kernels.config import PyramidConfig
 from ..kernels.falling import config_at, renews, with_renewals
-from ..kernels.levels import BlockLists
+from ..kernels.levels import BlockLists, can_meet
 from ..kernels.order import TokenLayout, TokenOrder
 from ..kernels.semantic import SEMANTIC_ORDERS
 from .correction import LossStore, Memory, with_other_weights
@@ -116,20 +116,28 @@ class Run:
         self._decide()
 
     def _decide(self) -> None:
-        """How to correct depends on the number of steps, which is known once the run is planned, and on the size of the
-        correction, which is known once there is a loss to keep."""
+        """How to correct depends on the number of steps, which is known once the run is planned, on the size of the
+        correction, which is known once there is a loss to keep, and on the tokens of the model call."""
         settings, size = self.settings, self.losses.size
         correction = settings.correction or OURS
         if size is not None:
             correction = dataclasses.replace(correction, size=size)
-        self.correction = correction.decided(settings.config, settings.falling, self.position.sparse_steps)
+        steps = self.position.sparse_steps
+        self.correction = correction.decided(settings.config, settings.falling, steps, self._can_renew)
         self._set_config()
+
+    def _can_renew(self, renew: int) -> bool:
+        """Whether the other calls can be as sparse as it takes to renew one block in so many."""
+        config, layout = self.settings.config, self.position.layout
+        if layout is None:
+            return True
+        return can_meet(-(-layout.video // config.block_kv), with_renewals(config, self._renewed_share(renew)))
 
     def _set_config(self) -> None:
         """The settings at this step: what renewals cost is taken from the other calls."""
         self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
         if self.losses.on:
-            self.config = with_renewals(self.config, self._renewed_share)
+            self.config = with_renewals(self.config, self._renewed_share(self.correction.renew))
 
     def plan(self, sigmas: list[float] | None, device: torch.device, replaced: Sequence[str] = ()) -> None:
         """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known.
@@ -169,7 +177,7 @@ class Run:
             self._begin_sparse_step()
         if not self.position.active and self.position.sparse_steps_left == 0:  # PSA's part is over
             self.losses.clear()
-        self._set_config()
+        self._decide()
         self.record.model_call(layout, foreign)
 
     def begin_weights(self, prompts: Sequence[Hashable], strengths: tuple[float, ...]) -> None:
@@ -227,10 +235,9 @@ class Run:
             return True
         return renews(self._sparse_steps, position.block, self.correction.renew)
 
-    @property
-    def _renewed_share(self) -> float:
-        """Share of the calls in all sparse steps that are dense to renew a loss."""
-        steps, blocks, renew = self.position.sparse_steps, self.record.blocks, self.correction.renew
+    def _renewed_share(self, renew: int) -> float:
+        """Share of the calls in all sparse steps that are dense to renew a loss, if one block in `renew` is."""
+        steps, blocks = self.position.sparse_steps, self.record.blocks
         if not renew or not steps or not blocks:
             return 1 / renew if renew else 0.0
         sparse = range(1 if self._learning_step is None else 2, steps + 1)

@@ -31,6 +31,10 @@ def by_step(model, kind):
     return [step[kind] for step in report(model)["steps"]]
 
 
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
 class Kernels:
     """The kernels, watched: the work of every call, and whether its levels were given."""
 
@@ -66,6 +70,19 @@ def test_the_slider_is_the_mean_over_sparse_steps_with_renewals(model, sample, m
     last_turns = sum(by_step(psa, "learned_calls")[-1:])  # dense, but nothing is measured any more
     assert len(kernels.densities) == calls - dense + sum(by_step(psa, "learned_calls")) - last_turns
     assert found["saved"] == pytest.approx(1 - (dense + sum(kernels.densities)) / calls, abs=1e-4)
+
+
+@pytest.mark.parametrize("sparsity", [0.75, 0.8])
+def test_a_video_too_short_to_pay_for_renewals_is_corrected_without(model, sample, loops, sparsity):
+    """6 key blocks: half of the work that is left at 0.8 is out of reach, what the slider says is not."""
+    patch = PATCH | {"sparsity": sparsity, "correction": "full"}
+    arguments = {"steps": 12, "size": (1, 16, 3, 16, 32)}
+    renew = 8 if sparsity == 0.75 else 0
+    expected, _ = loops.looped(model, sample, patch, arguments, grids={384: (3, 8, 16)}, renew=renew)
+    psa = patch_model(model, **patch)
+    assert distance(sample(psa, **arguments), expected) < 2e-5
+    assert report(psa)["fallbacks"] == []
+    assert report(psa)["mean_sparsity"] == pytest.approx(sparsity, abs=0.05)
 
 
 def test_the_figures_of_a_correction(model, sample, caplog):
