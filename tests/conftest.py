@@ -65,6 +65,19 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: seconds[item.path])
 
 
+def pytest_runtest_setup(item):
+    """Tests of a GPU are skipped where there is none, and where ComfyUI samples on the CPU."""
+    mark = item.get_closest_marker("gpu")
+    if mark is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if mark.kwargs.get("comfyui") and os.environ.get("PSA_TEST_DEVICE") != "cuda":
+        pytest.skip("needs PSA_TEST_DEVICE=cuda, which has ComfyUI sample on the GPU")
+
+
 def pytest_report_header():
     """Which core is tested."""
     folder = comfyui_folder()
@@ -111,7 +124,7 @@ def quick_interpreter():
 
 @pytest.fixture(scope="session")
 def start_ranks(tmp_path_factory):
-    """start_ranks(count): so many processes that compute together, see `ranks.py` next to this file."""
+    """start_ranks(count): that many processes that compute together, see `ranks.py` next to this file."""
     import torch
 
     from .ranks import Ranks

@@ -84,7 +84,7 @@ def text(seed=5, tokens=TEXT, width=TEXT_WIDTH):
 
 
 class ImageEncoder:
-    """In place of a VAE: every image becomes the latent that was given, [1, 16, 1, h, w]."""
+    """Instead of a VAE: every image becomes the latent that was given, [1, 16, 1, h, w]."""
 
     def __init__(self, latent, scale, inverted):
         self.latent = latent

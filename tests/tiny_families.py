@@ -201,6 +201,9 @@ KINDS = {
         audio=(1, 32, 2, 10),
     ),
 }
+ONE_OF_EACH = (
+    "hunyuan", "hunyuan 1.5", "ltx 0.9", "ltx 2", "kandinsky 5 lite", "cosmos", "mochi", "minimax h3",
+)  # fmt: skip
 # The same as files, with what ComfyUI's detection takes for granted.
 for _kind, _sizes, _widths in (
     ("hunyuan", {"mlp_ratio": 4.0, "vec_in_dim": 768}, {"pooled": 768}),
@@ -266,7 +269,7 @@ def conditioning(kind, tokens=13, seed=2, **extra):
 
 
 def vision(tokens=9, width=48, seed=3):
-    """In place of a vision model's output."""
+    """Instead of a vision model's output."""
     return SimpleNamespace(last_hidden_state=normal(1, tokens, width, seed=seed))
 
 

@@ -63,13 +63,18 @@ def normal(*shape, seed=0):
 
 
 def vision(tokens=257, seed=3):
-    """In place of a CLIP vision output."""
+    """Instead of a CLIP vision output."""
     return SimpleNamespace(penultimate_hidden_states=normal(1, tokens, 1280, seed=seed))
 
 
 def conditioning(text=13, seed=2, **extra):
     """CONDITIONING without a text encoder."""
     return [[normal(1, text, 4096, seed=seed), extra]]
+
+
+def area(seed, height, width, y, x):
+    """CONDITIONING for an area of the frames, in latent pixels."""
+    return conditioning(seed=seed, area=(3, height, width, 0, y, x))
 
 
 def sample(
@@ -92,3 +97,17 @@ def sample(
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
+
+
+def sample_custom(model, sigmas, sampler="euler"):
+    """Sample along these noise levels; sampler: a name or a KSAMPLER."""
+    import comfy.sample
+    import comfy.samplers
+
+    if isinstance(sampler, str):
+        sampler = comfy.samplers.sampler_object(sampler)
+    conds = conditioning()
+    return comfy.sample.sample_custom(
+        model, normal(*SIZE, seed=1), 1.0, sampler, torch.tensor(sigmas), conds, conds, torch.zeros(SIZE), seed=1,
+        disable_pbar=True,
+    )  # fmt: skip

@@ -7,10 +7,7 @@ import torch
 
 from comfyui_psa.for_diffusers import apply_psa
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 BACKENDS = ["native", "_native_cudnn", "_native_efficient", "_native_flash", "_native_math"]
 PSA = {"sparsity": 0.6, "min_tokens": 0}
 

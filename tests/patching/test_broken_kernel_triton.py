@@ -11,9 +11,10 @@ import torch
 
 from comfyui_psa.patching.patch import KEY, patch_model
 
+from .patched import PATCH
+
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
-PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 SIZE = (1, 16, 2, 32, 16)  # 256 tokens, two query blocks
 WRONG = "the kernels compute wrong results on"
 

@@ -11,7 +11,10 @@ import torch
 from comfyui_psa.kernels.order import TokenLayout
 from comfyui_psa.patching.families.cogvideox import FAMILY
 from comfyui_psa.patching.family import find_family
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
+
+from .core_nodes import compiled
+from .patched import by_step, distance, kinds, layouts, report, reports_nothing, sparse_calls
 
 PATCH = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
 SIZE = (1, 16, 5, 24, 32)  # 5 x 12 x 16 = 960 video tokens
@@ -47,10 +50,6 @@ def sample(tiny):
     return run
 
 
-def report(model):
-    return model.get_attachment(KEY).report
-
-
 @pytest.mark.parametrize(
     ("kind", "size", "text", "layout"),
     [
@@ -70,16 +69,7 @@ def test_every_row_of_the_family_has_a_case():
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("row", "kind"), CASES)
-def test_sizes_that_nothing_divides(row, kind, seed, models, sample, monkeypatch):
-    from comfyui_psa.sampling import self_attention
-
-    real, seen = self_attention.pyramid_sparse_attention, []
-
-    def spy(q, *args, layout, **kwargs):
-        seen.append((q.shape[-1], q.shape[2], layout.before, layout.after))
-        return real(q, *args, layout=layout, **kwargs)
-
-    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", spy)
+def test_sizes_that_nothing_divides(row, kind, seed, models, sample, kernel_calls):
     draw = torch.Generator().manual_seed(seed)
     frames, height, width = (
         int(torch.randint(*limits, (), generator=draw)) for limits in ((5, 10), (23, 34), (23, 34))
@@ -88,14 +78,15 @@ def test_sizes_that_nothing_divides(row, kind, seed, models, sample, monkeypatch
     inputs = PATCH | {"start_percent": 0.0, "mode": "topk", "correction": "off"}
     stock = sample(models[kind], steps=2, size=size)
     full = patch_model(models[kind], sparsity=0.01, pyramid="1: 1.0", **inputs)
-    assert (sample(full, steps=2, size=size) - stock).norm() / stock.norm() < 1e-5, size
+    assert distance(sample(full, steps=2, size=size), stock) < 1e-5, size
     sparse = patch_model(models[kind], sparsity=0.4, **inputs)
     assert torch.isfinite(sample(sparse, steps=2, size=size)).all(), size
     for patched in (full, sparse):
-        assert report(patched)["fallbacks"] == report(patched)["notes"] == [], size
-        assert [step["sparse_calls"] for step in report(patched)["steps"]] == [2, 2]
+        assert reports_nothing(patched), size
+        assert sparse_calls(patched) == [2, 2]
     (variant,) = (one for one in FAMILY.variants if one.name == row)
-    ((head, tokens, before, after),) = set(seen)
+    ((tokens, head),) = {call.q.shape[2:] for call in kernel_calls}
+    ((before, _, after),) = layouts(kernel_calls)
     assert (variant.before, variant.after) == ("text", "-")
     assert (str(head), before, after) == (variant.heads, 226, 0)
     patches = 2 if kind.startswith("1.5") else 1
@@ -113,8 +104,7 @@ def test_sparse_steps_meet_the_slider(models, sample, kind, preset):
         assert step["sparse_calls"] == 2
     assert report(psa)["preset"] == preset
     assert torch.isfinite(out).all()
-    difference = (out - sample(models[kind])).norm() / out.norm()
-    assert 1e-4 < difference < 0.5
+    assert 1e-4 < distance(sample(models[kind]), out) < 0.5
 
 
 @pytest.mark.parametrize("preset", ["cogvideox-5b", "cogvideox1.5-5b", "cogvideox-5b-4step"])
@@ -123,7 +113,7 @@ def test_the_presets_run(models, sample, preset, published):
     name = preset + " (published)" * published
     psa = patch_model(models["5b"], sparsity=0.7, **PATCH | {"preset": name, "start_percent": 0.0})
     assert torch.isfinite(sample(psa, steps=1)).all()
-    assert report(psa)["fallbacks"] == report(psa)["notes"] == []
+    assert reports_nothing(psa)
     assert report(psa)["steps"][0]["sparse_calls"] == 2
 
 
@@ -139,8 +129,8 @@ def test_the_published_figures_of_the_4_step_preset():
 def test_where_the_warm_up_is_zero_only_the_step_that_learns_is_dense(models, sample, correction, dense):
     psa = patch_model(models["5b"], sparsity=0.7, **PATCH | {"start_percent": 0.0, "correction": correction})
     sample(psa)
-    assert [step["dense_calls"] for step in report(psa)["steps"]] == dense
-    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [2 - calls for calls in dense]
+    assert by_step(psa, "dense_calls") == dense
+    assert sparse_calls(psa) == [2 - calls for calls in dense]
 
 
 @pytest.mark.parametrize(("guidance", "tokens"), [(1.0, None), (6.0, None), (6.0, 452), (6.0, 113)])
@@ -161,8 +151,8 @@ def test_fp8_weights(models, sample):
     stock = sample(model, steps=2)
     full = patch_model(model, sparsity=0.01, pyramid="1: 1.0", **PATCH | {"mode": "topk", "correction": "off"})
     assert torch.isfinite(stock).all()
-    assert (sample(full, steps=2) - stock).norm() / stock.norm() < 1e-5
-    assert report(full)["fallbacks"] == report(full)["notes"] == []
+    assert distance(sample(full, steps=2), stock) < 1e-5
+    assert reports_nothing(full)
     assert not torch.equal(stock, sample(models["5b"], steps=2)), "the weights are rounded"
 
 
@@ -184,9 +174,8 @@ def test_what_is_lost_is_given_back(models, kind):
     stock = run(models[kind])
     inputs = PATCH | {"sparsity": 0.8, "start_percent": 0.0, "mode": "topk"}
     off, on = (patch_model(models[kind], **inputs, correction=size) for size in ("off", "full"))
-    lost = (run(off) - stock).norm()
-    assert (run(on) - stock).norm() < 0.8 * lost
-    assert [step["corrected_calls"] for step in report(on)["steps"]] == [0, 2, 2, 2]
+    assert distance(run(on), stock) < 0.8 * distance(run(off), stock)
+    assert by_step(on, "corrected_calls") == [0, 2, 2, 2]
 
 
 def test_block_numbers_are_checked_against_the_model(models):
@@ -211,30 +200,14 @@ def test_a_model_without_the_corrections_is_told_so_once(comfyui, tiny, caplog):
 
 
 @pytest.mark.slow(seconds=30)
-def test_compiled_after_the_loader(models, sample):
-    """Core's TorchCompileModel after PSA CogVideoX Loader, without the minutes that generating code takes."""
-    import torch._dynamo
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-
-    def compiled(model):
-        clone = model.clone()
-        options = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(model=clone, backend="eager", options=options)
-        return clone
-
-    torch._dynamo.reset()
-    try:
-        for kind in ("5b", "1.5"):
-            model = models[kind]
-            psa, stock = patch_model(model, sparsity=0.7, **PATCH), compiled(model)
-            for which, expected in ((stock, sample(model)), (compiled(psa), sample(psa)), (stock, sample(model))):
-                out = sample(which)
-                assert (out - expected).norm() / expected.norm() < 1e-4, kind
-            assert [step["kind"] for step in report(psa)["steps"]] == ["dense", *["sparse"] * 3]
-            assert report(psa)["notes"] == report(psa)["fallbacks"] == []
-    finally:
-        torch._dynamo.reset()
+def test_compiled_after_the_loader(models, sample, compiler):
+    for kind in ("5b", "1.5"):
+        model = models[kind]
+        psa, stock = patch_model(model, sparsity=0.7, **PATCH), compiled(model)
+        for which, expected in ((stock, sample(model)), (compiled(psa), sample(psa)), (stock, sample(model))):
+            assert distance(sample(which), expected) < 1e-4, kind
+        assert kinds(psa) == ["dense", *["sparse"] * 3]
+        assert reports_nothing(psa)
 
 
 def test_blocks_that_do_not_say_which_are_counted(models, sample):

@@ -11,26 +11,17 @@ import torch
 from comfyui_psa.patching import core, written
 from comfyui_psa.patching.operator import attention_operator, model_call
 from comfyui_psa.patching.override import PSAOverride
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
 from comfyui_psa.workshop.tools.paths import ROOT
 
-PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+from .core_nodes import compiled
+from .patched import PATCH, calls, distance
+
 LAYERS = 3
 BLOCKS = [f"diffusion_model.blocks.{block}" for block in range(LAYERS)]
 PARTS = pytest.mark.parametrize("keys", [None, BLOCKS], ids=["whole", "blocks"])
 
 pytestmark = pytest.mark.slow(seconds=15)
-
-
-@pytest.fixture
-def compiler():
-    """The compiler's counters, from nothing."""
-    import torch._dynamo.utils
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -41,23 +32,6 @@ def sample(tiny_wan):
 @pytest.fixture(scope="module")
 def model(tiny_wan):
     return tiny_wan.load("t2v", num_layers=LAYERS)
-
-
-def compiled(model, keys=None, backend="eager", guards_on_options=False, **how):
-    """As core's node and KJ's do it, by default with core's filter of guards."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-
-    clone, options = model.clone(), {} if guards_on_options else {"guard_filter_fn": skip_torch_compile_dict}
-    set_torch_compile_wrapper(model=clone, backend=backend, options=options, keys=keys, **how)
-    return clone
-
-
-def calls(model):
-    """What the report counts: sparse and dense calls of every step, reasons and notes."""
-    report = model.get_attachment(KEY).report
-    steps = [(step["sparse_calls"], step["dense_calls"]) for step in report["steps"]]
-    return steps, report["fallbacks"], report["notes"]
 
 
 def loaded_with_lora(model, strength):
@@ -127,7 +101,7 @@ def test_code_that_the_compiler_generates(model, sample, compiler):
     psa = patch_model(model, **PATCH)
     expected = sample(psa)
     out = sample(compiled(psa, BLOCKS[:1], backend="inductor", fullgraph=True))
-    assert (out - expected).norm() / expected.norm() < 1e-4
+    assert distance(out, expected) < 1e-4
     assert calls(psa) == ([(0, LAYERS), *[(LAYERS, 0)] * 3], [], [])
 
 

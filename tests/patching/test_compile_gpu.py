@@ -3,49 +3,20 @@
 ComfyUI takes one device for a whole process: `PSA_TEST_DEVICE=cuda python dev.py test tests/patching`.
 """
 
-import os
-
 import pytest
 import torch
 
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and os.environ.get("PSA_TEST_DEVICE") != "cuda",
-        reason="needs PSA_TEST_DEVICE=cuda, which has ComfyUI sample on the GPU",
-    ),
-]
-PATCH = {
-    "sparsity": 0.9, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
-    "correction": "full",
-}  # fmt: skip
+from . import patched
+from .patched import calls, distance
+
+pytestmark = pytest.mark.gpu(comfyui=True)
+PATCH = patched.PATCH | {"sparsity": 0.9, "correction": "full"}
 LAYERS = 3
 BLOCKS = [f"diffusion_model.blocks.{block}" for block in range(LAYERS)]
 ROUNDING = 4e-3
 """Relative error of a float16 model whose sums are taken in another order; what PSA changes here is over 1.7e-2."""
-
-
-@pytest.fixture
-def compiler():
-    import torch._dynamo.utils
-
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
-
-
-def calls(model):
-    report = model.get_attachment(KEY).report
-    steps = [(step["sparse_calls"], step["dense_calls"]) for step in report["steps"]]
-    return steps, report["fallbacks"], report["notes"]
-
-
-def error(one, other):
-    return float((one - other).float().norm() / other.float().norm())
 
 
 @pytest.mark.parametrize("keys", [None, BLOCKS], ids=["whole", "blocks"])
@@ -69,18 +40,18 @@ def test_every_step_is_as_without_a_compiler(tiny_wan, compiler, keys, how, corr
     psa = patch_model(model, **PATCH | {"correction": correction})
     expected, stock = tiny_wan.sample(psa, steps=6), tiny_wan.sample(model, steps=6)
     wanted = calls(psa)
-    assert error(stock, expected) > 3 * ROUNDING, "PSA shows in the result"
+    assert distance(stock, expected) > 3 * ROUNDING, "PSA shows in the result"
     for clone in (psa, model):
         set_torch_compile_wrapper(model=clone, keys=keys, **how)
     for _ in range(3):  # CUDA graphs are recorded in the second and repeated in the third
-        assert error(tiny_wan.sample(psa, steps=6), expected) < ROUNDING
+        assert distance(tiny_wan.sample(psa, steps=6), expected) < ROUNDING
         assert calls(psa) == wanted
-        assert error(tiny_wan.sample(model, steps=6), stock) < ROUNDING
+        assert distance(tiny_wan.sample(model, steps=6), stock) < ROUNDING
     assert not (how.get("fullgraph") and compiler["graph_break"])
 
 
 def test_inductor_and_cuda_graphs_by_hand(compiler):
-    """The operator in a graph without ComfyUI: what it decides anew in every call is done in every call."""
+    """The operator in a graph without ComfyUI: what it decides is decided again in every call."""
     from comfyui_psa.patching.operator import attention_operator, model_call
 
     operator, asked = attention_operator(), []

@@ -9,11 +9,6 @@ import torch
 from comfyui_psa.patching import core
 
 
-@pytest.fixture(scope="module")
-def model(tiny_wan):
-    return tiny_wan.load("t2v")
-
-
 @pytest.fixture
 def watched(model, tiny_wan):
     """watched(...) samples as `tiny.sample` does and returns what the two wrappers saw."""
@@ -37,7 +32,7 @@ def watched(model, tiny_wan):
     return run
 
 
-def test_a_model_says_its_family_and_variant(model, tiny_wan):
+def test_a_model_says_its_family_and_variant(model):
     config = core.unet_config(model)
     assert (config["image_model"], config["model_type"], config["dim"]) == ("wan2.1", "t2v", 256)
 

@@ -7,31 +7,10 @@ import torch
 from comfyui_psa.choices.correction import Correction
 from comfyui_psa.patching.patch import KEY, patch_model
 
+from .core_nodes import cached
+from .patched import PATCH, by_step, distance, report
+
 pytestmark = pytest.mark.usefixtures("in_short_runs")
-
-PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_wan):
-    return tiny_wan.load("t2v")
-
-
-@pytest.fixture
-def sample(tiny_wan):
-    return tiny_wan.sample
-
-
-def report(model):
-    return model.get_attachment(KEY).report
-
-
-def by_step(model, kind="corrected_calls"):
-    return [step[kind] for step in report(model)["steps"]]
-
-
-def distance(one, other):
-    return float((one - other).norm() / other.norm())
 
 
 ARGUMENTS = {
@@ -60,7 +39,7 @@ def test_a_run_is_that_of_the_loop(model, sample, loops, case):
     assert distance(plain, expected) > 1e-3, "the correction does something"
     rows = sum(loop.corrected)
     per_call = 1 if arguments.get("cfg", 1.0) == 1.0 else 2
-    assert sum(by_step(psa)) * per_call * arguments.get("size", (1,))[0] == rows
+    assert sum(by_step(psa, "corrected_calls")) * per_call * arguments.get("size", (1,))[0] == rows
     assert report(psa)["fallbacks"] == report(psa)["notes"] == []
 
 
@@ -114,32 +93,30 @@ def test_the_last_dense_step_learns_and_no_other(model, sample):
     sample(psa, steps=10)
     dense = dense_steps(psa)
     assert learned(psa) == {dense[-1]: 2}
-    assert by_step(psa) == [0] * len(dense) + [2] * (10 - len(dense))
+    assert by_step(psa, "corrected_calls") == [0] * len(dense) + [2] * (10 - len(dense))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_a_run_that_begins_in_the_sparse_part_learns_in_its_first_step_if_two_follow(model, sample, steps):
     psa = patch_model(model, **LOW | {"start_percent": 0.0})
     sample(psa, steps=steps)
-    if steps < 3:
-        assert (learned(psa), dense_steps(psa), by_step(psa)) == ({}, [], [0] * steps)
-    else:
-        assert (learned(psa), dense_steps(psa), by_step(psa)) == ({0: 2}, [0], [0] + [2] * (steps - 1))
+    found = learned(psa), dense_steps(psa), by_step(psa, "corrected_calls")
+    assert found == (({}, [], [0] * steps) if steps < 3 else ({0: 2}, [0], [0] + [2] * (steps - 1)))
 
 
 def test_a_second_sampler_learns_for_itself(model, sample):
     psa = patch_model(model, **LOW)
     latent = sample(psa, steps=12, last_step=6, force_full_denoise=False)
-    first = by_step(psa)
+    first = by_step(psa, "corrected_calls")
     sample(psa, steps=12, start_step=6, disable_noise=True, noise=torch.zeros_like(latent), latent=latent)
-    assert (learned(psa), by_step(psa)) == ({0: 2}, [0] + [2] * 5)
+    assert (learned(psa), by_step(psa, "corrected_calls")) == ({0: 2}, [0] + [2] * 5)
     assert first[-1] == 2
 
 
 def test_image_to_image_learns_in_its_first_step(model, sample):
     psa = patch_model(model, **LOW)
     sample(psa, steps=6, denoise=0.5)
-    assert (learned(psa), by_step(psa)) == ({0: 2}, [0] + [2] * 5)
+    assert (learned(psa), by_step(psa, "corrected_calls")) == ({0: 2}, [0] + [2] * 5)
 
 
 SMALL = (1, 16, 2, 24, 32)
@@ -166,35 +143,18 @@ def test_samplers_that_evaluate_between_steps(model, sample, sampler, start):
     assert report(psa)["notes"] == report(psa)["fallbacks"] == []
 
 
-def sample_custom(tiny_wan, model, sigmas, sampler="euler"):
-    import comfy.sample
-    import comfy.samplers
-
-    noise, conds = tiny_wan.normal(*tiny_wan.SIZE, seed=1), tiny_wan.conditioning()
-    return comfy.sample.sample_custom(
-        model, noise, 1.0, comfy.samplers.sampler_object(sampler), torch.tensor(sigmas), conds, conds,
-        torch.zeros(tiny_wan.SIZE), seed=1, disable_pbar=True,
-    )  # fmt: skip
-
-
 def test_restarts_that_go_back_to_dense_levels_learn_there_again(model, tiny_wan):
     start = model.get_model_object("model_sampling").percent_to_sigma(LOW["start_percent"])
     up, down = start * 1.02, start * 0.98
     psa = patch_model(model, **LOW)
-    sample_custom(tiny_wan, psa, [1.0, up, down, 0.5, up, down, 0.4, 0.2, 0.0])
+    tiny_wan.sample_custom(psa, [1.0, up, down, 0.5, up, down, 0.4, 0.2, 0.0])
     assert learned(psa) == {1: 2, 4: 2}
-    assert by_step(psa) == [0, 0, 2, 2, 0, 2, 2, 2]
-
-
-def easy_cache(model, start, end, threshold=1000.0):
-    from comfy_extras.nodes_easycache import EasyCacheNode
-
-    return EasyCacheNode.execute(model, threshold, start, end, False).result[0]
+    assert by_step(psa, "corrected_calls") == [0, 0, 2, 2, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("windows", [(0.1, 0.35), (0.1, 0.7), (0.5, 0.8)])
 def test_a_cache_that_skips_the_learning_step_or_sparse_ones(model, sample, windows):
-    psa = easy_cache(patch_model(model, **LOW), *windows)
+    psa = cached(patch_model(model, **LOW), start=windows[0], end=windows[1])
     sample(psa, steps=20, size=SMALL)
     kinds = [step["kind"] for step in report(psa)["steps"]]
     skipped = [step for step, kind in enumerate(kinds) if kind == "skipped"]

@@ -4,7 +4,6 @@ ComfyUI takes one device for a whole process: `PSA_TEST_DEVICE=cuda python dev.p
 """
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -14,37 +13,20 @@ from comfyui_psa.kernels.config import PyramidConfig
 from comfyui_psa.kernels.delta import measure_delta
 from comfyui_psa.kernels.order import TokenLayout, make_order
 from comfyui_psa.patching import override
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
 from comfyui_psa.sampling.correction import Memory
 
-pytestmark = [
-    pytest.mark.usefixtures("in_short_runs"),
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-in_comfyui = pytest.mark.skipif(
-    torch.cuda.is_available() and os.environ.get("PSA_TEST_DEVICE") != "cuda",
-    reason="needs PSA_TEST_DEVICE=cuda, which has ComfyUI sample on the GPU",
-)
-PATCH = {
-    "sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
-    "correction": "full",
-}  # fmt: skip
+from . import patched
+from .patched import report
+
+pytestmark = [pytest.mark.usefixtures("in_short_runs"), pytest.mark.gpu]
+PATCH = patched.PATCH | {"correction": "full"}
 GRID = (4, 24, 32)
 
 
 @pytest.fixture(scope="module")
 def model(tiny_wan):
     return tiny_wan.load("t2v", torch.bfloat16)
-
-
-@pytest.fixture
-def sample(tiny_wan):
-    return tiny_wan.sample
-
-
-def report(model):
-    return model.get_attachment(KEY).report
 
 
 def on_the_host(monkeypatch):
@@ -54,7 +36,7 @@ def on_the_host(monkeypatch):
     monkeypatch.setattr(override, "COMFYUI", dataclasses.replace(override.COMFYUI, memory=without))
 
 
-@in_comfyui
+@pytest.mark.gpu(comfyui=True)
 def test_losses_on_the_host_give_the_same_latents(model, sample, monkeypatch):
     import comfy.model_management as management
 
@@ -72,7 +54,7 @@ def test_losses_on_the_host_give_the_same_latents(model, sample, monkeypatch):
     assert pinned == management.TOTAL_PINNED_MEMORY
 
 
-@in_comfyui
+@pytest.mark.gpu(comfyui=True)
 @pytest.mark.parametrize("host", [False, True])
 def test_memory_is_flat_over_runs(model, sample, monkeypatch, host):
     import comfy.model_management as management
@@ -87,7 +69,7 @@ def test_memory_is_flat_over_runs(model, sample, monkeypatch, host):
     assert len(set(seen[2:])) == 1
 
 
-@in_comfyui
+@pytest.mark.gpu(comfyui=True)
 @pytest.mark.parametrize("host", [False, True])
 def test_a_run_that_is_stopped_unpins(model, sample, monkeypatch, host):
     import comfy.model_management as management

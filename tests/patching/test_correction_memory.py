@@ -9,41 +9,19 @@ import torch
 from comfyui_psa.choices import correction as choices
 from comfyui_psa.patching import override
 from comfyui_psa.patching.override import RUN_KEY
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
 from comfyui_psa.sampling import self_attention
 from comfyui_psa.sampling.correction import LossStore, Memory
 from comfyui_psa.sampling.record import Record
 from comfyui_psa.sampling.run import Run
 
+from . import patched
+from .patched import by_step, distance, report
+
 pytestmark = pytest.mark.usefixtures("in_short_runs")
 
-PATCH = {
-    "sparsity": 0.85, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
-    "correction": "full",
-}  # fmt: skip
+PATCH = patched.PATCH | {"sparsity": 0.85, "correction": "full"}
 SMALL = {"steps": 5, "size": (1, 16, 3, 16, 32)}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_wan):
-    return tiny_wan.load("t2v")
-
-
-@pytest.fixture
-def sample(tiny_wan):
-    return tiny_wan.sample
-
-
-def report(model):
-    return model.get_attachment(KEY).report
-
-
-def by_step(model, kind):
-    return [step[kind] for step in report(model)["steps"]]
-
-
-def distance(one, other):
-    return float((one - other).norm() / other.norm())
 
 
 def failing(monkeypatch, error, when):
@@ -74,7 +52,7 @@ def test_out_of_memory_while_learning_gives_the_correction_up(model, sample, mon
     psa = patch_model(model, **PATCH)
     calls = failing(monkeypatch, FULL, lambda given: given["learns"] and given["number"])
     out = sample(psa, **SMALL)
-    assert (out - plain).norm() / plain.norm() < 1e-5
+    assert distance(out, plain) < 1e-5
     assert {given["heads"] for given in calls} == {2}, "calls are not computed in parts for it"
     (line,) = lines(caplog)
     assert "no correction: the memory is full; set correction to eighth" in line
@@ -159,8 +137,8 @@ def test_a_type_that_cannot_be_held_is_plain_psa(model, sample, monkeypatch, cap
     assert "stays dense" not in line, "it is sparse"
 
 
-def test_a_part_that_cannot_be_sparse_leaves_the_others_corrected(model, sample, tiny_wan, caplog):
-    part = [[tiny_wan.normal(1, 13, 4096, seed=8), {"area": (3, 32, 16, 0, 0, 0)}]]
+def test_a_part_that_cannot_be_sparse_leaves_the_others_corrected(model, sample, tiny_wan):
+    part = tiny_wan.area(8, 32, 16, 0, 0)
     psa = patch_model(model, **PATCH | {"block_kv": "128"})
     sample(psa, steps=5, positive=part + tiny_wan.conditioning())
     whole, small = report(psa)["grids"]
@@ -228,7 +206,7 @@ def test_what_follows_a_failure_in_the_same_step_has_the_density_of_the_slider(m
     assert {given["config"].sparsity for given in calls[first + 1 :]} == {0.6}
 
 
-def test_losses_without_room_are_in_the_report_and_a_note(model, sample, monkeypatch, caplog, tiny_wan):
+def test_losses_without_room_are_in_the_report_and_a_note(model, sample, monkeypatch, caplog):
     """The size was chosen for one prompt; another one appears that needs room too."""
     genuine = LossStore.choose_size
 

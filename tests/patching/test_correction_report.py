@@ -4,58 +4,23 @@ import pytest
 import torch
 
 from comfyui_psa.choices.presets import load_presets
-from comfyui_psa.patching.patch import KEY, patch_model
-from comfyui_psa.sampling import self_attention
+from comfyui_psa.patching.patch import patch_model
+
+from .core_nodes import compiled
+from .patched import PATCH, by_step, distance, report
 
 pytestmark = pytest.mark.usefixtures("in_short_runs")
 
-PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
 WIDE = {"steps": 14, "size": (1, 16, 3, 32, 48)}  # 18 blocks of keys
 
 
-@pytest.fixture(scope="module")
-def model(tiny_wan):
-    return tiny_wan.load("t2v")
-
-
-@pytest.fixture
-def sample(tiny_wan):
-    return tiny_wan.sample
-
-
-def report(model):
-    return model.get_attachment(KEY).report
-
-
-def by_step(model, kind):
-    return [step[kind] for step in report(model)["steps"]]
-
-
-def distance(one, other):
-    return float((one - other).norm() / other.norm())
-
-
-class Kernels:
-    """The kernels, watched: the work of every call, and whether its levels were given."""
-
-    def __init__(self, monkeypatch):
-        self.densities, self.kept, self.deltas = [], [], []
-        genuine = self_attention.pyramid_sparse_attention
-
-        def attention(*args, **kwargs):
-            result = genuine(*args, **kwargs)
-            self.densities.append(float(result.density))
-            if "out" in kwargs:  # not beside a dense call
-                self.kept.append(kwargs.get("lists") is not None)
-                self.deltas.append(kwargs.get("delta") is not None)
-            return result
-
-        monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
+def given_to_sparse_calls(kernel_calls, name):
+    """Whether each was given levels ("lists") or a correction ("delta"); what runs beside a dense call is left out."""
+    return [call.given.get(name) is not None for call in kernel_calls if "out" in call.given]
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.75, 0.85])
-def test_the_slider_is_the_mean_over_sparse_steps_with_renewals(model, sample, monkeypatch, sparsity):
-    kernels = Kernels(monkeypatch)
+def test_the_slider_is_the_mean_over_sparse_steps_with_renewals(model, sample, kernel_calls, sparsity):
     psa = patch_model(model, **PATCH | {"sparsity": sparsity, "correction": "full"})
     sample(psa, **WIDE)
     found = report(psa)
@@ -68,8 +33,9 @@ def test_the_slider_is_the_mean_over_sparse_steps_with_renewals(model, sample, m
     calls = 2 * WIDE["steps"]
     dense = sum(by_step(psa, "dense_calls"))
     last_turns = sum(by_step(psa, "learned_calls")[-1:])  # dense, but nothing is measured any more
-    assert len(kernels.densities) == calls - dense + sum(by_step(psa, "learned_calls")) - last_turns
-    assert found["saved"] == pytest.approx(1 - (dense + sum(kernels.densities)) / calls, abs=1e-4)
+    assert len(kernel_calls) == calls - dense + sum(by_step(psa, "learned_calls")) - last_turns
+    computed = dense + sum(float(call.result.density) for call in kernel_calls)
+    assert found["saved"] == pytest.approx(1 - computed / calls, abs=1e-4)
 
 
 @pytest.mark.parametrize("sparsity", [0.75, 0.8])
@@ -146,47 +112,28 @@ def test_an_order_that_follows_the_data_says_why_there_is_none(model, sample, ca
     ("changes", "steps", "kept"),
     [({}, 12, True), ({"falling": 0.5}, 12, False), ({}, 5, False), ({"start_percent": 0.0, "falling": 0.5}, 9, False)],
 )
-def test_levels_are_kept_unless_they_change_from_step_to_step(model, sample, monkeypatch, changes, steps, kept):
-    kernels = Kernels(monkeypatch)
+def test_levels_are_kept_unless_they_change_from_step_to_step(model, sample, kernel_calls, changes, steps, kept):
     psa = patch_model(model, **PATCH | {"correction": "full"} | changes)
     sample(psa, steps=steps)
-    assert set(kernels.deltas) == {True}
-    assert set(kernels.kept) == {kept}
+    assert set(given_to_sparse_calls(kernel_calls, "delta")) == {True}
+    assert set(given_to_sparse_calls(kernel_calls, "lists")) == {kept}
     if "falling" in changes:
         assert report(psa)["mean_sparsity"] == pytest.approx(0.6, abs=0.03)
 
 
-def test_levels_are_reused_beside_a_correction_that_keeps_none(model, sample, monkeypatch):
-    kernels = Kernels(monkeypatch)
+def test_levels_are_reused_beside_a_correction_that_keeps_none(model, sample, kernel_calls):
     psa = patch_model(model, **PATCH | {"correction": "full", "reuse_steps": 2})
     sample(psa, steps=5)  # too few to keep levels for all of them
-    assert set(kernels.deltas) == {True}
-    assert kernels.kept[:4] == [False, False, True, True]
-
-
-@pytest.fixture
-def compiler():
-    """The compiler, from nothing."""
-    import torch._dynamo
-
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+    assert set(given_to_sparse_calls(kernel_calls, "delta")) == {True}
+    assert given_to_sparse_calls(kernel_calls, "lists")[:4] == [False, False, True, True]
 
 
 @pytest.mark.slow(seconds=15)
 def test_compiled_is_what_it_is_without(model, sample, compiler):
-    """As TorchCompileModel does it, but without the minutes that generating code takes."""
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-
     patch = PATCH | {"correction": "full"}
     eager = patch_model(model, **patch)
     expected = sample(eager, steps=8)
-    clone = model.clone()
-    set_torch_compile_wrapper(model=clone, backend="eager", options={"guard_filter_fn": skip_torch_compile_dict})
-    psa = patch_model(clone, **patch)
-    out = sample(psa, steps=8)
-    assert (out - expected).norm() / expected.norm() < 1e-5
+    psa = patch_model(compiled(model), **patch)
+    assert distance(sample(psa, steps=8), expected) < 1e-5
     for kind in ("sparse_calls", "corrected_calls", "learned_calls", "dense_calls"):
         assert by_step(psa, kind) == by_step(eager, kind)

@@ -7,33 +7,16 @@ import pytest
 import torch
 
 from comfyui_psa.patching import core
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
+
+from . import patched
+from .core_nodes import lora, on_two_devices, windowed
+from .patched import distance, report
 
 pytestmark = pytest.mark.usefixtures("in_short_runs")
 
-PATCH = {
-    "sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0,
-    "correction": "full",
-}  # fmt: skip
+PATCH = patched.PATCH | {"correction": "full"}
 STEPS = 9
-
-
-@pytest.fixture(scope="module")
-def model(tiny_wan):
-    return tiny_wan.load("t2v")
-
-
-@pytest.fixture
-def sample(tiny_wan):
-    return tiny_wan.sample
-
-
-def report(model):
-    return model.get_attachment(KEY).report
-
-
-def distance(one, other):
-    return float((one - other).norm() / other.norm())
 
 
 def mixed_up(places):
@@ -45,7 +28,9 @@ UUID, VIDEO, WINDOW, TOKENS, WITHOUT = range(5)
 OTHERS = {UUID: (1, 2, 3, 4), VIDEO: (0, 2, 3, 4), WINDOW: (0, 1, 3, 4), WITHOUT: (0, 1, 2, 3)}
 
 
-def check(model, sample, loops, arguments, apart, around=lambda model: model, grids=None, patched=None, **settings):
+def check_against_loop(
+    model, sample, loops, arguments, apart, around=lambda model: model, grids=None, patched=None, **settings
+):
     """A run equals the loop's, and the loop's with rows mixed up that differ in `apart` is another one."""
     arguments = {"steps": STEPS, "size": (1, 16, 3, 16, 32)} | arguments
     stock = around(model)
@@ -85,26 +70,21 @@ def test_guidance_batched_in_one_step_and_split_in_the_next(model, sample, loops
         return clone
 
     in_turns(model, monkeypatch)
-    check(model, sample, loops, {"cfg": 5.0}, UUID, around)
+    check_against_loop(model, sample, loops, {"cfg": 5.0}, UUID, around)
     assert {1, 2} == set(batches)
 
 
 def test_prompts_of_other_lengths_are_split_in_every_step(model, sample, loops, tiny_wan):
-    check(model, sample, loops, {"cfg": 5.0, "negative": tiny_wan.conditioning(text=21, seed=4)}, UUID)
+    check_against_loop(model, sample, loops, {"cfg": 5.0, "negative": tiny_wan.conditioning(text=21, seed=4)}, UUID)
 
 
 def test_several_videos(model, sample, loops):
-    check(model, sample, loops, {"size": (2, 16, 3, 16, 32), "cfg": 3.0, "steps": 8}, VIDEO)
-
-
-def area(tiny_wan, seed, *sizes):
-    """A prompt for an area: (height, width, y, x) in latent pixels."""
-    return [[tiny_wan.normal(1, 13, 4096, seed=seed), {"area": (3, *sizes[:2], 0, *sizes[2:])}]]
+    check_against_loop(model, sample, loops, {"size": (2, 16, 3, 16, 32), "cfg": 3.0, "steps": 8}, VIDEO)
 
 
 def test_prompts_by_area(model, sample, loops, tiny_wan):
-    left, right = area(tiny_wan, 8, 32, 16, 0, 0), area(tiny_wan, 9, 32, 16, 0, 16)
-    psa = check(
+    left, right = tiny_wan.area(8, 32, 16, 0, 0), tiny_wan.area(9, 32, 16, 0, 16)
+    psa = check_against_loop(
         model, sample, loops, {"positive": left + right + tiny_wan.conditioning(), "size": (1, 16, 3, 32, 32)}, UUID,
         grids={768: (3, 16, 16), 384: (3, 16, 8)},
     )  # fmt: skip
@@ -116,7 +96,7 @@ def test_prompts_by_area(model, sample, loops, tiny_wan):
 def test_a_prompt_that_appears_midway_has_no_loss(model, sample, loops, tiny_wan):
     late = tiny_wan.conditioning(seed=8, start_percent=0.6)
     early = tiny_wan.conditioning(end_percent=0.6)
-    psa = check(model, sample, loops, {"positive": early + late, "steps": 12}, UUID)
+    psa = check_against_loop(model, sample, loops, {"positive": early + late, "steps": 12}, UUID)
     steps = report(psa)["steps"]
     calls = [(step["sparse_calls"], step["corrected_calls"]) for step in steps if step["sparse_calls"]]
     assert calls[0] == (2, 2)
@@ -124,24 +104,16 @@ def test_a_prompt_that_appears_midway_has_no_loss(model, sample, loops, tiny_wan
     assert report(psa)["correction"]["corrected_calls"] < sum(sparse for sparse, _ in calls)
 
 
-def windowed(model, schedule):
-    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
-
-    names = ("context_length", "context_overlap", "context_schedule", "context_stride", "closed_loop", "fuse_method")
-    inputs = dict(zip(names, (9, 4, schedule, 1, False, "pyramid"), strict=True))  # 3 latent frames that share 1
-    return WanContextWindowsManualNode.execute(model, **inputs, freenoise=False).result[0]
-
-
 @pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform"])
 def test_context_windows(model, sample, loops, schedule):
     """Windows that move on have no loss where they have not been before."""
-    psa = check(
+    psa = check_against_loop(
         model,
         sample,
         loops,
         {"size": (1, 16, 6, 16, 32)},
         WINDOW,
-        lambda model: windowed(model, schedule),
+        lambda model: windowed(model, 9, 4, schedule),  # 3 latent frames that share 1
         grids={128 * frames: (frames, 8, 16) for frames in range(1, 7)},
     )
     steps = report(psa)["steps"]
@@ -149,32 +121,22 @@ def test_context_windows(model, sample, loops, schedule):
     assert corrected == sparse if schedule == "standard_static" else 0 < corrected <= sparse
 
 
-def lora(scale=0.5):
-    generator = torch.Generator().manual_seed(9)
-    weights = {}
-    for block, name in itertools.product((0, 1), "qkvo"):
-        prefix = f"diffusion_model.blocks.{block}.self_attn.{name}."
-        weights[prefix + "lora_A.weight"] = torch.randn(4, 256, generator=generator) * scale
-        weights[prefix + "lora_B.weight"] = torch.randn(256, 4, generator=generator) * scale
-    return weights
-
-
 def test_a_lora_of_one_prompt(model, sample, loops, tiny_wan):
     import comfy.hooks
 
-    hooks = comfy.hooks.create_hook_lora(lora(), 1.0, 0.0)
+    hooks = comfy.hooks.create_hook_lora(lora(0.5), 1.0, 0.0)
     mask = torch.zeros(1, 16, 32)
     mask[:, :, :16] = 1.0
     left = comfy.hooks.set_conds_props([tiny_wan.conditioning()], 1.0, "default", mask=mask, hooks=hooks)[0]
     right = comfy.hooks.set_conds_props([tiny_wan.conditioning(seed=8)], 1.0, "default", mask=1 - mask)[0]
-    check(model, sample, loops, {"positive": left + right, "cfg": 3.0}, UUID)
+    check_against_loop(model, sample, loops, {"positive": left + right, "cfg": 3.0}, UUID)
 
 
 def keyframed(tiny_wan, changes):
     """A prompt with a LoRA whose strength changes: {share of the run: strength}."""
     import comfy.hooks
 
-    hooks = comfy.hooks.create_hook_lora(lora(), 1.0, 0.0)
+    hooks = comfy.hooks.create_hook_lora(lora(0.5), 1.0, 0.0)
     keyframes = comfy.hooks.HookKeyframeGroup()
     for start, strength in changes.items():
         keyframes.add(comfy.hooks.HookKeyframe(strength=strength, start_percent=start))
@@ -191,9 +153,9 @@ def test_a_lora_whose_strength_changes(model, sample, tiny_wan, changes, caplog)
     dense = sample(model, positive=keyframed(tiny_wan, changes), **arguments)
     corrected, plain = (patch_model(model, **PATCH | {"correction": size}) for size in ("full", "off"))
     without = distance(sample(plain, positive=keyframed(tiny_wan, changes), **arguments), dense)
-    error = distance(sample(corrected, positive=keyframed(tiny_wan, changes), **arguments), dense)
+    given_back = distance(sample(corrected, positive=keyframed(tiny_wan, changes), **arguments), dense)
     # The corrected steps before the change are sparser, and their own error stays in the video.
-    assert error <= 1.5 * without, "stale, it was 3 to 6 times as large"
+    assert given_back <= 1.5 * without, "stale, it was 3 to 6 times as large"
     assert report(corrected)["steps"][-1]["corrected_calls"] == 0
     assert "strength" in report(corrected)["correction"]["reason"]
     assert sum("strength" in line for line in caplog.messages) == 1
@@ -214,7 +176,7 @@ def test_guidance_by_a_model_without_some_blocks(model, sample, loops):
     def around(model):
         return SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 1.0, "0", "").result[0]
 
-    check(model, sample, loops, {"cfg": 3.0}, WITHOUT, around)
+    check_against_loop(model, sample, loops, {"cfg": 3.0}, WITHOUT, around)
 
 
 def test_another_grid_with_as_many_tokens_in_a_later_run(model, sample):
@@ -222,17 +184,6 @@ def test_another_grid_with_as_many_tokens_in_a_later_run(model, sample):
     sample(psa, steps=STEPS)
     wide = (1, 16, 3, 16, 64)
     assert torch.equal(sample(psa, steps=STEPS, size=wide), sample(patch_model(model, **PATCH), steps=STEPS, size=wide))
-
-
-def on_two_devices(model, tiny_wan):
-    """As in MultiGPU CFG Split, with a copy of the weights; the CPU under another name plays the second GPU."""
-    both = model.clone()
-    both.cached_patcher_init = (tiny_wan.load, ("t2v",))
-    second = both.deepclone_multigpu(new_load_device=torch.device("cpu", 0))
-    second.is_multigpu_base_clone = True
-    both.set_additional_models("multigpu", [second])
-    both.match_multigpu_clones()
-    return both
 
 
 def test_two_gpus_hold_what_their_own_rows_lost(model, sample, loops, tiny_wan, monkeypatch):
@@ -250,7 +201,7 @@ def test_two_gpus_hold_what_their_own_rows_lost(model, sample, loops, tiny_wan, 
 
     monkeypatch.setattr(override, "learn", learn)
     two = patch_model(on_two_devices(model, tiny_wan), **PATCH)
-    check(model, sample, loops, arguments, UUID, patched=two)
+    check_against_loop(model, sample, loops, arguments, UUID, patched=two)
     assert len(threads) == 2
     one = patch_model(model, **PATCH)
     sample(one, steps=STEPS, size=(1, 16, 3, 16, 32), **arguments)

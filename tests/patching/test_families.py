@@ -12,14 +12,14 @@ import math
 import pytest
 import torch
 
-INPUTS = {"preset": "auto", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "mode": "topk"}
-FULL = {"sparsity": 0.01, "pyramid": "1: 1.0", **INPUTS}
+from comfyui_psa.patching.family import families, find_family
+from comfyui_psa.patching.patch import patch_model
+
+from ..tiny_families import ONE_OF_EACH
+from .patched import FULL, SPARSE, distance, layouts, report, reports_nothing
+
 TEXT = 13
 FRAME = 14 * 16
-
-ONE_OF_EACH = [
-    "hunyuan", "hunyuan 1.5", "ltx 0.9", "ltx 2", "kandinsky 5 lite", "cosmos", "mochi", "minimax h3",
-]  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -132,60 +132,12 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def models(tiny_families):
-    """models(kind): a tiny model of that kind, kept until another is asked for."""
-    kept = {}
-
-    def get(kind):
-        if kind not in kept:
-            kept.clear()
-            kept[kind] = tiny_families.load(kind)
-        return kept[kind]
-
-    return get
-
-
-@pytest.fixture
-def seen(monkeypatch):
-    """(queries [H, L, D], layout) of every sparse call."""
-    from comfyui_psa.sampling import self_attention
-
-    found = []
-    real = self_attention.pyramid_sparse_attention
-
-    def spy(q, *args, **kwargs):
-        found.append((q[0].clone(), kwargs["layout"]))
-        return real(q, *args, **kwargs)
-
-    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", spy)
-    return found
-
-
-def psa(model, **inputs):
-    from comfyui_psa.patching.patch import patch_model
-
-    return patch_model(model, **inputs)
-
-
-def report(model):
-    from comfyui_psa.patching.patch import KEY
-
-    return model.get_attachment(KEY).report
-
-
-def error(out, reference):
-    return float((out - reference).norm() / reference.norm())
-
-
 def different(one, other):
     return (one != other).any(-1).any(0).nonzero().flatten().tolist()
 
 
 def variant(kind, row):
     """The row of the family's file that a kind of model belongs to."""
-    from comfyui_psa.patching.family import families
-
     start = kind.split()[0]
     (family,) = (one for one in families() if any(name.startswith(start) for name in one.image_models))
     (found,) = (one for one in family.variants if one.name == row)
@@ -193,8 +145,6 @@ def variant(kind, row):
 
 
 def test_every_row_of_the_new_families_has_a_case():
-    from comfyui_psa.patching.family import families
-
     listed = {one.name for family in families() for one in family.variants if family.name not in OTHER_FILES}
     assert {case.row for case in CASES} | {row for row, *_ in DENSE} == listed
 
@@ -203,7 +153,7 @@ OTHER_FILES = ("CogVideoX", "Wan2.1 and Wan2.2")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.kind}-{n}" for n, case in enumerate(CASES)])
-def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case, models, tiny_families, seen):
+def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case, models, tiny_families, kernel_calls):
     model, tiny = models(case.kind), tiny_families
     extra = {name: make(tiny) for name, make in case.extra.items()}
     size = case.size or tiny.KINDS[case.kind].size
@@ -212,33 +162,33 @@ def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case
     def run(model, extra=extra, **more):
         return tiny.sample(model, case.kind, size=size, extra=extra, **(case.more | more))
 
-    stock, full = run(model), psa(model, **FULL)
-    assert error(run(full), stock) < 1e-5
-    assert {(layout.before, layout.grid, layout.after) for _, layout in seen} == {(case.before, case.grid, case.after)}
-    assert len(seen) == case.calls
-    queries = seen[0][0]
+    stock, full = run(model), patch_model(model, **FULL)
+    assert distance(run(full), stock) < 1e-5
+    assert layouts(kernel_calls) == {(case.before, case.grid, case.after)}
+    assert len(kernel_calls) == case.calls
+    (queries,) = kernel_calls[0].q
     assert str(queries.shape[2]) in variant(case.kind, case.row).heads
     assert queries.shape[1] == case.before + video + case.after
 
     if case.references:
-        seen.clear()
+        kernel_calls.clear()
         run(full, extra | {name: extra[name] + 1.0 for name in case.references})
-        assert different(queries, seen[0][0]) == list(range(*case.changed))
+        assert different(queries, kernel_calls[0].q[0]) == list(range(*case.changed))
     patch_y, patch_x = (-(-side // cells) for side, cells in zip(size[3:], case.grid[1:], strict=True))
     for t, y, x in ((case.frozen, 1, 1), (1, 5, 7), (case.grid[0] - 1, size[3] - 1, size[4] - 1)):
         noise = tiny.normal(*size, seed=1)
         noise[0, :, t, y, x] += 1.0
-        seen.clear()
+        kernel_calls.clear()
         run(full, noise=noise)
         place = case.before + (t * case.grid[1] + y // patch_y) * case.grid[2] + x // patch_x
-        assert different(queries, seen[0][0]) == [place]
+        assert different(queries, kernel_calls[0].q[0]) == [place]
 
-    sparse = psa(model, sparsity=0.5, **INPUTS)
+    sparse = patch_model(model, **SPARSE)
     out = run(sparse)
-    assert report(sparse)["fallbacks"] == report(sparse)["notes"] == []
+    assert reports_nothing(sparse)
     assert report(sparse)["mean_sparsity"] == pytest.approx(0.5, abs=0.06)  # a dozen key blocks: whole ones are coarse
     assert torch.isfinite(out).all()
-    assert error(out, stock) > 1e-5
+    assert distance(out, stock) > 1e-5
 
 
 def random_sizes(kind, tiny):
@@ -257,113 +207,21 @@ SIZES = (3, 7), (20, 31), (20, 31)
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
 def test_any_size_that_the_core_accepts_runs(kind, models, tiny_families):
     model, tiny = models(kind), tiny_families
-    full, sparse = psa(model, **FULL), psa(model, sparsity=0.4, **INPUTS)
+    full, sparse = patch_model(model, **FULL), patch_model(model, **SPARSE | {"sparsity": 0.4})
     accepted = 0
     for size in itertools.islice(random_sizes(kind, tiny), 12):
         try:
             stock = tiny.sample(model, kind, size=size)
         except (RuntimeError, AssertionError):  # no size for this model, with or without PSA
             continue
-        assert error(tiny.sample(full, kind, size=size), stock) < 1e-5, size
-        assert report(full)["fallbacks"] == report(full)["notes"] == [], size
+        assert distance(tiny.sample(full, kind, size=size), stock) < 1e-5, size
+        assert reports_nothing(full), size
         assert torch.isfinite(tiny.sample(sparse, kind, size=size)).all(), size
-        assert report(sparse)["fallbacks"] == report(sparse)["notes"] == [], size
+        assert reports_nothing(sparse), size
         accepted += 1
         if accepted == 2:
             return
     raise AssertionError("the model accepts hardly any size")
-
-
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-@pytest.mark.parametrize("tokens", [TEXT, 21])
-def test_guidance_batched_or_split_is_sparse(kind, tokens, models, tiny_families):
-    model, tiny = models(kind), tiny_families
-    negative = tiny.conditioning(kind, tokens, seed=4)
-    stock = tiny.sample(model, kind, cfg=4.0, negative=negative)
-    full = psa(model, **FULL)
-    assert error(tiny.sample(full, kind, cfg=4.0, negative=negative), stock) < 1e-5
-    step = report(full)["steps"][0]
-    assert (step["dense_calls"], report(full)["fallbacks"], report(full)["notes"]) == (0, [], [])
-    assert len(report(full)["layers"]) == blocks_of(model)
-
-
-def blocks_of(model):
-    from comfyui_psa.patching.family import find_family
-
-    return find_family(model).blocks
-
-
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-def test_a_lora_before_or_after_is_the_same(kind, models, tiny_families):
-    import comfy.sd
-
-    model, tiny = models(kind), tiny_families
-    weights = model.get_model_object("diffusion_model").state_dict()
-    ends = tuple(f"{name}.weight" for name in ("qkv", "qkv_x", "qkv_proj", "to_q", "to_query", "q_proj"))
-    key = next(key for key in weights if "blocks.1." in key and key.endswith(ends))
-    wide, deep = weights[key].shape
-    lora = {
-        f"diffusion_model.{key.removesuffix('.weight')}.lora_A.weight": tiny.normal(4, deep, seed=8),
-        f"diffusion_model.{key.removesuffix('.weight')}.lora_B.weight": tiny.normal(wide, 4, seed=9),
-    }
-
-    def with_lora(model):
-        return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
-
-    stock, bent = tiny.sample(model, kind), tiny.sample(with_lora(model), kind)
-    assert error(bent, stock) > 1e-4
-    before, after = psa(with_lora(model), **FULL), with_lora(psa(model, **FULL))
-    assert error(tiny.sample(before, kind), bent) < 1e-5
-    assert error(tiny.sample(after, kind), bent) < 1e-5
-    assert report(before)["fallbacks"] == report(before)["notes"] == []
-
-
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-def test_fp8_weights(kind, tiny_families):
-    model = tiny_families.load(kind, torch.float8_e4m3fn)
-    stock, full = tiny_families.sample(model, kind), psa(model, **FULL)
-    assert torch.isfinite(stock).all()
-    assert error(tiny_families.sample(full, kind), stock) < 1e-5
-    assert report(full)["fallbacks"] == report(full)["notes"] == []
-
-
-@pytest.mark.parametrize("kind", ONE_OF_EACH)
-def test_what_is_lost_is_given_back(kind, models, tiny_families):
-    model = models(kind)
-    # Steps so short that the model sees almost the same in all of them, and so loses the same.
-    run = {"steps": 4, "sigmas": torch.tensor([0.5, 0.499, 0.498, 0.497, 0.496])}
-    stock = tiny_families.sample(model, kind, **run)
-    off, on = (psa(model, **INPUTS, sparsity=0.8, correction=size) for size in ("off", "full"))
-    lost = error(tiny_families.sample(off, kind, **run), stock)
-    assert error(tiny_families.sample(on, kind, **run), stock) < 0.8 * lost
-    assert [step["corrected_calls"] for step in report(on)["steps"]] == [0, *[blocks_of(model)] * 3]
-
-
-@pytest.mark.parametrize("kind", ["hunyuan", "hunyuan 1.5"])
-def test_double_and_single_blocks_have_numbers_of_their_own(kind, models, tiny_families):
-    sparse = psa(models(kind), sparsity=0.5, **INPUTS, dense_blocks="0, 3")
-    tiny_families.sample(sparse, kind)
-    assert list(report(sparse)["layers"]) == ["1", "2"]
-
-
-@pytest.mark.slow(seconds=15)
-def test_blocks_of_both_kinds_keep_their_numbers_in_a_compiled_network(models, tiny_families):
-    import torch._dynamo
-    from comfy_api.torch_helpers import set_torch_compile_wrapper
-    from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
-
-    sparse = psa(models("hunyuan"), sparsity=0.5, **INPUTS, dense_blocks="0, 3")
-    expected = tiny_families.sample(sparse, "hunyuan")
-    compiled = sparse.clone()
-    torch._dynamo.reset()
-    try:
-        options = {"guard_filter_fn": skip_torch_compile_dict}
-        set_torch_compile_wrapper(model=compiled, backend="eager", options=options)
-        assert error(tiny_families.sample(compiled, "hunyuan"), expected) < 1e-3
-    finally:
-        torch._dynamo.reset()
-    assert list(report(sparse)["layers"]) == ["1", "2"]
-    assert report(sparse)["notes"] == []
 
 
 DENSE = [
@@ -395,11 +253,11 @@ def test_what_psa_cannot_do_stays_dense_and_says_why(row, kind, extra, more, rea
     model = models(kind)
     extra = {name: make(tiny_families) for name, make in extra.items()}
     stock = tiny_families.sample(model, kind, extra=extra, **more)
-    sparse = psa(model, sparsity=0.5, **INPUTS)
+    sparse = patch_model(model, **SPARSE)
     assert torch.equal(tiny_families.sample(sparse, kind, extra=extra, **more), stock)
     (found,) = report(sparse)["fallbacks"]
     assert reason in found["reason"]
-    assert found["calls"] == blocks_of(model)
+    assert found["calls"] == find_family(model).blocks
     assert report(sparse)["notes"] == []
 
 
@@ -416,7 +274,7 @@ def test_a_call_that_cannot_be_read_stays_dense_and_ends_no_run(models, tiny_fam
 
     model = models("cosmos")
     stock = tiny_families.sample(model, "cosmos")
-    sparse = psa(model, sparsity=0.5, **INPUTS)
+    sparse = patch_model(model, **SPARSE)
     monkeypatch.setattr(cosmos_predict2, "grid_of", lambda *_: [].pop())
     assert torch.equal(tiny_families.sample(sparse, "cosmos"), stock)
     (found,) = report(sparse)["fallbacks"]
@@ -443,8 +301,6 @@ def test_a_file_in_the_folder_is_a_family(models, tmp_path, monkeypatch):
 
 def test_models_without_a_time_axis_are_not_for_psa(models):
     import comfy.latent_formats
-
-    from comfyui_psa.patching.family import find_family
 
     class Holder:
         latent_format = comfy.latent_formats.Flux()

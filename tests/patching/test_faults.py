@@ -9,24 +9,10 @@ from comfyui_psa.kernels.attention import pyramid_sparse_attention
 from comfyui_psa.patching import core
 from comfyui_psa.patching.override import RUN_KEY
 from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.reports.show import show_report
 from comfyui_psa.sampling import self_attention
 
-PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
-PLAIN = PATCH | {"correction": "off"}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_wan):
-    return tiny_wan.load("t2v")
-
-
-@pytest.fixture
-def sample(tiny_wan):
-    return tiny_wan.sample
-
-
-def report(model):
-    return model.get_attachment(KEY).report
+from .patched import PATCH, PLAIN, distance, kinds, report, sparse_calls
 
 
 def failing(monkeypatch, error, when=lambda call, q: True):
@@ -48,8 +34,8 @@ def test_out_of_memory_is_tried_again_with_fewer_heads(model, sample, monkeypatc
     expected = sample(psa, steps=4)
     calls = failing(monkeypatch, torch.OutOfMemoryError("full"), lambda _, q: q.shape[1] > 1)
     out = sample(psa, steps=4)
-    assert (out - expected).norm() / expected.norm() < 1e-5  # topk: the heads do not know of each other
-    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [0, 2, 2, 2]
+    assert distance(out, expected) < 1e-5  # topk: the heads do not know of each other
+    assert sparse_calls(psa) == [0, 2, 2, 2]
     assert [shape[1] for shape in calls] == [2, *[1] * 12], "once found, the size stays for the run"
     assert caplog.text.count("out of memory") == 1
     assert report(psa)["fallbacks"] == []
@@ -94,7 +80,7 @@ def test_a_failure_in_the_middle_of_a_step_leaves_the_rest_dense(model, sample, 
     failing(monkeypatch, RuntimeError("gone"), lambda call, _: call == 3)
     out = sample(psa, steps=4)
     assert torch.isfinite(out).all()
-    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [0, 2, 1, 0]
+    assert sparse_calls(psa) == [0, 2, 1, 0]
 
 
 def test_a_step_that_is_differentiated_is_dense_and_the_next_is_not(model, sample, monkeypatch, caplog):
@@ -122,7 +108,7 @@ def test_a_step_that_is_differentiated_is_dense_and_the_next_is_not(model, sampl
     psa.set_model_unet_function_wrapper(guide)
     sample(psa, steps=4)
     assert gradients[0].abs().max() > 0
-    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [0, 2, 0, 2]
+    assert sparse_calls(psa) == [0, 2, 0, 2]
     assert caplog.text.count("staying dense: gradients are asked for") == 1
 
 
@@ -160,6 +146,31 @@ def test_an_interrupt_at_any_stage_leaves_nothing_behind(model, sample, monkeypa
     assert stopping.get_attachment(KEY).report is not None, "what was done until then is reported"
     assert torch.equal(sample(psa, steps=4), expected)
     assert torch.equal(sample(model, steps=4), stock)
+
+
+def test_the_step_that_was_broken_off_is_not_shown_as_done(model, sample, monkeypatch, caplog):
+    told, ended = [], []
+    psa = patch_model(model, **PATCH | {"on_step": told.append, "on_end": ended.append, "verbose": True})
+
+    def stop(*args, **kwargs):
+        if len(told) == 2:
+            raise Stopped
+        return genuine(*args, **kwargs)
+
+    genuine = self_attention.pyramid_sparse_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(self_attention, "pyramid_sparse_attention", stop)
+        with pytest.raises(Stopped), caplog.at_level("INFO"):
+            sample(psa, steps=4)
+    assert [figures["step"] for figures in told] == [0, 1]
+    assert kinds(psa) == ["dense", "sparse", "interrupted"]
+    assert (ended[0]["completed"], ended[0]["kinds"]) == (False, {"dense": 1, "sparse": 1, "interrupted": 1})
+    assert "steps sparse" not in caplog.text
+    assert show_report(psa, {}, -1, 0, None)
+    sample(psa, steps=4)
+    assert kinds(psa) == ["dense", *["sparse"] * 3]
+    assert ended[1]["completed"] is True
+    assert ended[1]["sparsity"] == report(psa)["mean_sparsity"]
 
 
 def test_an_error_of_the_user_s_own_attention_is_the_user_s(model, sample):

@@ -7,6 +7,8 @@ import torch
 
 from comfyui_psa.patching.patch import KEY, patch_model
 
+from .patched import report
+
 KIND = "cosmos 1"
 INPUTS = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
 
@@ -14,10 +16,6 @@ INPUTS = {"start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0}
 @pytest.fixture(scope="module")
 def model(tiny_families):
     return tiny_families.load(KIND)
-
-
-def report(model):
-    return model.get_attachment(KEY).report
 
 
 def test_it_is_sparse_and_says_what_it_assumes(model, tiny_families, caplog):

@@ -4,21 +4,12 @@ ComfyUI takes one device for a whole process, and -s shows the figures:
 `PSA_TEST_DEVICE=cuda python dev.py test -s tests/patching/test_memory_gpu.py`.
 """
 
-import os
-
 import pytest
 import torch
 
 from comfyui_psa.patching.patch import KEY, patch_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(
-        torch.cuda.is_available() and os.environ.get("PSA_TEST_DEVICE") != "cuda",
-        reason="needs PSA_TEST_DEVICE=cuda, which has ComfyUI sample on the GPU",
-    ),
-]
+pytestmark = pytest.mark.gpu(comfyui=True)
 SIZE = (1, 16, 21, 90, 160)  # 75,600 tokens
 WAN_14B = {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 1}
 SMALL = 32 * 2**20

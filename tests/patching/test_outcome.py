@@ -1,19 +1,17 @@
-"""What a node says in bold after a run: the figures of that run, or why nothing was sparse and what to do."""
+"""What a node says in bold: the figures of its run, why nothing was sparse and what to do, that another one counts."""
+
+import sys
+from types import SimpleNamespace
 
 import pytest
 
-from comfyui_psa.patching import core
-from comfyui_psa.patching.live import asked_of
+from comfyui_psa.patching import core, live
 from comfyui_psa.patching.patch import patch_model
 from comfyui_psa.sampling import self_attention
 
-PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
+from .patched import PATCH
+
 BLOCKS, STEPS = 2, 4
-
-
-@pytest.fixture(scope="module")
-def model(tiny_wan):
-    return tiny_wan.load("t2v")
 
 
 @pytest.fixture
@@ -31,23 +29,17 @@ def told(model, tiny_wan):
 
 @pytest.mark.parametrize("correction", ["off", "auto"])
 @pytest.mark.parametrize("changes", [{}, {"dense_blocks": "1"}, {"start_percent": 0.6}, {"start_percent": 0.0}])
-def test_what_is_saved_is_a_share_of_all_attention_of_the_run(told, model, monkeypatch, changes, correction):
-    densities, dense = [], []
-    genuine = self_attention.pyramid_sparse_attention
-
-    def watched(*args, **kwargs):
-        result = genuine(*args, **kwargs)
-        densities.append(float(result.density))
-        return result
+def test_what_is_saved_is_a_share_of_all_attention_of_the_run(told, model, kernel_calls, changes, correction):
+    dense = []
 
     def earlier(func, q, k, *args, **kwargs):
         dense.append(q.shape == k.shape)
         return func(q, k, *args, **kwargs)
 
-    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", watched)
     counted = model.clone()
     core.set_override(counted, earlier)
     found = told(model=counted, correction=correction, **changes)
+    densities = [float(call.result.density) for call in kernel_calls]
     learned = len(densities) + sum(dense) - BLOCKS * STEPS
     assert (len(densities) > learned, learned > 0) == (True, correction == "auto")
     # Work that was done: the density of every call of PSA, also of those that only measure what is lost, and 1 for
@@ -97,6 +89,25 @@ def test_a_run_that_was_broken_off_gives_no_reason(model, tiny_wan, monkeypatch)
     assert (ended[0]["completed"], ended[0]["dense"]) == (False, None)
 
 
+def test_a_second_patch_tells_the_first(model, monkeypatch, caplog):
+    def patch_for(node, model, **inputs):
+        patched = patch_model(model, **PATCH | inputs)
+        live.told(model, patched, node)
+        return patched
+
+    sent = []
+    server = SimpleNamespace(client_id="page", send_sync=lambda event, data, client: sent.append((event, data)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    first = patch_for("5", model)
+    with caplog.at_level("INFO"):
+        second = patch_for("10", first, sparsity=0.0)
+    assert sent == [("psa.replaced", {"node": "5", "by": "10"})]
+    assert "PSA Patch #5 is replaced by PSA Patch #10" in caplog.text
+    patch_for("5", patch_for("5", model))
+    patch_for(None, second)
+    assert len(sent) == 1
+
+
 def test_the_page_gets_back_what_it_queued():
     prompt = {
         "1": {"class_type": "UNETLoader", "inputs": {"unet_name": "a"}},
@@ -105,6 +116,6 @@ def test_the_page_gets_back_what_it_queued():
         "4": {"class_type": "PSAPatch", "inputs": {"model": ["1", 0], "psa_pyramid": ["1", 0]}},
     }
     pyramid = {"full": 0.1, "tail": True, "half": None}
-    assert asked_of(prompt, "3") == {"model": None, "sparsity": 0.85, "psa_pyramid": pyramid}
-    assert asked_of(prompt, "4") == {"model": None, "psa_pyramid": None}
-    assert asked_of(None, "3") == asked_of(prompt, "9") == {}
+    assert live.asked_of(prompt, "3") == {"model": None, "sparsity": 0.85, "psa_pyramid": pyramid}
+    assert live.asked_of(prompt, "4") == {"model": None, "psa_pyramid": None}
+    assert live.asked_of(None, "3") == live.asked_of(prompt, "9") == {}

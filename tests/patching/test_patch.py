@@ -6,67 +6,48 @@ import re
 import pytest
 import torch
 
-PATCH = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
+from comfyui_psa.patching.patch import patch_model, remove_patch
+
+from .patched import by_step, distance, report, sparse_calls
+
+INPUTS = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
+SIZE = (1, 16, 5, 32, 32)
 
 
 @pytest.fixture(scope="module")
-def model(comfyui):
-    """Wan T2V, two layers, two heads of 128, random weights."""
-    import comfy.ldm.wan.model
-    import comfy.ops
-    import comfy.sd
+def sample(tiny_wan):
+    """sample(model, ...) in four steps, with a prompt of `tokens` tokens."""
 
-    blank = comfy.ldm.wan.model.WanModel(
-        dim=256, ffn_dim=256, num_heads=2, num_layers=2, operations=comfy.ops.disable_weight_init, dtype=torch.float32
-    )
-    generator = torch.Generator().manual_seed(0)
-    state = {key: torch.randn(value.shape, generator=generator) * 0.1 for key, value in blank.state_dict().items()}
-    return comfy.sd.load_diffusion_model_state_dict(state)
+    def run(model, steps=4, size=SIZE, tokens=13, **more):
+        prompt = tiny_wan.conditioning(tokens)
+        return tiny_wan.sample(model, steps, size=size, positive=prompt, negative=prompt, **more)
 
-
-def sample(model, steps=4, callback=None, latent=(1, 16, 5, 32, 32), context_tokens=13):
-    import comfy.sample
-
-    noise = torch.randn(latent, generator=torch.Generator().manual_seed(1))
-    context = torch.randn(1, context_tokens, 4096, generator=torch.Generator().manual_seed(2))
-    conditioning = [[context, {}]]
-    return comfy.sample.sample(
-        model, noise, steps, 1.0, "euler", "simple", conditioning, conditioning, torch.zeros(latent), seed=1,
-        callback=callback, disable_pbar=True,
-    )  # fmt: skip
+    return run
 
 
 def patched(model, sparsity=0.7, **changes):
-    from comfyui_psa.patching.patch import patch_model
-
-    return patch_model(model, sparsity=sparsity, **PATCH | changes)
-
-
-def report(model):
-    from comfyui_psa.patching.patch import KEY
-
-    return model.get_attachment(KEY).report
+    return patch_model(model, **INPUTS | {"sparsity": sparsity} | changes)
 
 
 @pytest.fixture(scope="module")
-def stock(model):
+def stock(model, sample):
     return sample(model)
 
 
 @pytest.mark.parametrize("mode", ["budget", "topk"])
-def test_sparse_steps_meet_the_slider(model, stock, mode):
+def test_sparse_steps_meet_the_slider(model, sample, stock, mode):
     psa = patched(model, 0.7, mode=mode, block_kv="32")
     out = sample(psa)
     steps = report(psa)["steps"]
     assert [step["sparsity"] is None for step in steps] == [True, False, False, False]
-    assert [step["sparse_calls"] for step in steps] == [0, 2, 2, 2]
+    assert sparse_calls(psa) == [0, 2, 2, 2]
     for step in steps[1:]:
         assert step["sparsity"] == pytest.approx(0.7, abs=0.01)
     assert torch.isfinite(out).all()
     assert not torch.equal(out, stock)
 
 
-def test_the_log_says_what_was_set_and_what_came_of_it(model, caplog):
+def test_the_log_says_what_was_set_and_what_came_of_it(model, sample, caplog):
     with caplog.at_level(logging.INFO):
         sample(patched(model, 0.7, mode="topk"))
         sample(patched(model, start_percent=0.9), steps=2)
@@ -87,18 +68,18 @@ def test_the_log_says_what_was_set_and_what_came_of_it(model, caplog):
 
 
 @pytest.mark.parametrize("correction", ["off", "auto"])
-def test_all_blocks_in_full_equal_dense(model, correction):
+def test_all_blocks_in_full_equal_dense(model, sample, correction):
     """With a correction too: what such calls lose is nothing, and there is nothing to renew."""
     psa = patched(model, 0.01, mode="topk", pyramid="1: 1.0", start_percent=0.0, correction=correction)
     out, stock = sample(psa, steps=10), sample(model, steps=10)
     first = 0 if correction == "auto" else 2  # it measures what is lost
-    assert [step["sparse_calls"] for step in report(psa)["steps"]] == [first, *[2] * 9]
-    assert sum(step["corrected_calls"] for step in report(psa)["steps"]) == (18 if correction == "auto" else 0)
+    assert sparse_calls(psa) == [first, *[2] * 9]
+    assert sum(by_step(psa, "corrected_calls")) == (18 if correction == "auto" else 0)
     # One of 20 key blocks may be reduced to its mean at sparsity 0.01; none is after rounding to whole blocks.
-    assert (out - stock).norm() / stock.norm() < 1e-4
+    assert distance(out, stock) < 1e-4
 
 
-def test_the_model_that_was_patched_is_untouched_and_sparsity_zero_is_stock(model, stock):
+def test_the_model_that_was_patched_is_untouched_and_sparsity_zero_is_stock(model, sample, stock):
     before = {kind: dict(keys) for kind, keys in model.wrappers.items()}
     sample(patched(model))
     assert {kind: dict(keys) for kind, keys in model.wrappers.items()} == before
@@ -106,7 +87,7 @@ def test_the_model_that_was_patched_is_untouched_and_sparsity_zero_is_stock(mode
     assert torch.equal(sample(patched(model, 0.0)), stock)
 
 
-def test_an_earlier_override_is_kept_and_gets_what_psa_declines(model):
+def test_an_earlier_override_is_kept_and_gets_what_psa_declines(model, sample):
     calls = []
 
     def earlier(func, *args, **kwargs):
@@ -120,22 +101,20 @@ def test_an_earlier_override_is_kept_and_gets_what_psa_declines(model):
     # 2 layers x 4 cross-attention calls, and the 2 self-attention calls of the dense first step.
     assert calls.count(False) == 8
     assert calls.count(True) == 2
-    from comfyui_psa.patching.patch import remove_patch
-
     restored = remove_patch(psa).model_options["transformer_options"]["optimized_attention_override"]
     assert restored is earlier
 
 
-def test_patching_twice_replaces_the_first(model):
+def test_patching_twice_replaces_the_first(model, sample):
     twice = patched(patched(model, 0.9), 0.5)
     assert twice.model_options["transformer_options"]["optimized_attention_override"].previous is None
     sample(twice)
     assert report(twice)["target_sparsity"] == 0.5
-    assert sum(step["sparse_calls"] for step in report(twice)["steps"]) == 6
+    assert sum(sparse_calls(twice)) == 6
 
 
 @pytest.mark.parametrize(
-    ("changes", "latent", "context_tokens", "reason"),
+    ("changes", "size", "tokens", "reason"),
     [
         ({"min_tokens": 5000}, (1, 16, 5, 32, 32), 13, "fewer than min_tokens 5000"),
         ({"dense_blocks": "0-1"}, (1, 16, 5, 32, 32), 13, "listed in dense_blocks"),
@@ -143,11 +122,11 @@ def test_patching_twice_replaces_the_first(model):
         ({}, (1, 16, 2, 32, 32), 512, "cannot tell self-attention from cross-attention"),
     ],
 )
-def test_what_psa_cannot_serve_stays_dense_with_one_line(model, caplog, changes, latent, context_tokens, reason):
-    expected = sample(model, latent=latent, context_tokens=context_tokens)
+def test_what_psa_cannot_serve_stays_dense_with_one_line(model, sample, caplog, changes, size, tokens, reason):
+    expected = sample(model, size=size, tokens=tokens)
     psa = patched(model, **changes)
     with caplog.at_level(logging.WARNING):
-        out = sample(psa, latent=latent, context_tokens=context_tokens)
+        out = sample(psa, size=size, tokens=tokens)
     assert torch.equal(out, expected)
     assert report(psa)["mean_sparsity"] is None
     lines = [record.message for record in caplog.records if "staying dense" in record.message]
@@ -159,7 +138,7 @@ def test_what_psa_cannot_serve_stays_dense_with_one_line(model, caplog, changes,
     "words",
     ["out of shared memory\nsecond line", "at 38:12:\n    x = tl.arange(0, 48)\n        ^\nout of shared memory"],
 )
-def test_a_failure_in_the_kernels_ends_in_the_dense_path(model, stock, caplog, monkeypatch, words):
+def test_a_failure_in_the_kernels_ends_in_the_dense_path(model, sample, stock, caplog, monkeypatch, words):
     from comfyui_psa.sampling import self_attention
 
     def broken(*args, **kwargs):
@@ -176,7 +155,7 @@ def test_a_failure_in_the_kernels_ends_in_the_dense_path(model, stock, caplog, m
     assert sum("out of shared memory" in record.message for record in caplog.records) == 1
 
 
-def test_an_interrupted_run_leaves_nothing_behind(model, stock):
+def test_an_interrupted_run_leaves_nothing_behind(model, sample, stock):
     class Interrupted(Exception):
         pass
 
@@ -193,17 +172,15 @@ def test_an_interrupted_run_leaves_nothing_behind(model, stock):
     assert torch.equal(sample(model), stock)
 
 
-def test_odd_latents_are_padded_like_the_model_pads_them(model):
+def test_odd_latents_are_padded_like_the_model_pads_them(model, sample):
     psa = patched(model)
-    out = sample(psa, latent=(1, 16, 5, 31, 33))
+    out = sample(psa, size=(1, 16, 5, 31, 33))
     assert out.shape == (1, 16, 5, 31, 33)
     assert report(psa)["grid"] == [5, 16, 17]
     assert report(psa)["mean_sparsity"] == pytest.approx(0.7, abs=0.02)
 
 
 def test_a_model_that_is_not_wan_stays_dense(model, caplog):
-    from comfyui_psa.patching.patch import patch_model
-
     class Other:
         pass
 
@@ -211,7 +188,7 @@ def test_a_model_that_is_not_wan_stays_dense(model, caplog):
     other.model = Other()
     other.model.model_config = Other()
     other.model.model_config.unet_config = {"image_model": "flux"}
-    out = patch_model(other, sparsity=0.85, **PATCH)
+    out = patched(other)
     assert "optimized_attention_override" not in out.model_options["transformer_options"]
     assert "flux" in caplog.text
 

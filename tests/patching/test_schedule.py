@@ -1,20 +1,14 @@
 """In which model calls PSA is active: by the noise level of each, with any sampler, sampler pair or shift."""
 
 import pytest
-import torch
 
 from comfyui_psa.patching import core
 from comfyui_psa.patching.override import RUN_KEY
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
 from comfyui_psa.sampling.position import Position
 from comfyui_psa.sampling.schedule import Schedule
 
-PATCH = {"sparsity": 0.6, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.25, "end_percent": 1.0}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_wan):
-    return tiny_wan.load("t2v")
+from .patched import PATCH, report
 
 
 @pytest.fixture(scope="module")
@@ -81,28 +75,19 @@ def test_a_shift_before_and_after_the_patch(model, calls, late):
     assert active(calls(psa, 3.0, steps=10)) == [False] * 3 + [True] * 7
 
 
-def test_a_pair_of_samplers_is_one_schedule(model, calls, tiny_wan):
+def test_a_pair_of_samplers_is_one_schedule(model, calls):
     psa = patch_model(model, **PATCH | {"start_percent": 0.5})
     first = calls(psa, steps=8, last_step=3, force_full_denoise=False)
     second = calls(psa, steps=8, start_step=3, disable_noise=True)
     assert active(first) == [False] * 3
     assert active(second) == [False] + [True] * 4
-    assert len(psa.get_attachment(KEY).report["steps"]) == 5
+    assert len(report(psa)["steps"]) == 5
 
 
 def test_custom_sigmas(model, calls, tiny_wan):
-    import comfy.sample
-    import comfy.samplers
-
-    def sample(watched, sigmas):
-        noise, conds = tiny_wan.normal(*tiny_wan.SIZE, seed=1), tiny_wan.conditioning()
-        comfy.sample.sample_custom(
-            watched, noise, 1.0, comfy.samplers.sampler_object("euler"), torch.tensor(sigmas), conds, conds,
-            torch.zeros(tiny_wan.SIZE), seed=1, disable_pbar=True,
-        )  # fmt: skip
-
     psa = patch_model(model, **PATCH | {"start_percent": 0.5})  # at shift 8: sigma 0.8889
-    assert active(calls(psa, sample=sample, sigmas=[1.0, 0.95, 0.89, 0.88, 0.3, 0.0])) == [False] * 3 + [True] * 2
+    seen = calls(psa, sample=tiny_wan.sample_custom, sigmas=[1.0, 0.95, 0.89, 0.88, 0.3, 0.0])
+    assert active(seen) == [False] * 3 + [True] * 2
 
 
 @pytest.mark.parametrize("scheduler", ["simple", "beta", "sgm_uniform", "normal"])
@@ -180,7 +165,7 @@ def test_a_step_begins_once(sigmas, begun, left):
 def test_a_sampler_that_looks_ahead_has_as_many_steps_as_it_was_given(model, tiny_wan):
     psa = patch_model(model, **PATCH)
     tiny_wan.sample(psa, steps=6, sampler="heunpp2", size=(1, 16, 2, 24, 32))
-    assert [step["index"] for step in psa.get_attachment(KEY).report["steps"]] == [0, 1, 2, 3, 4, 5]
+    assert [step["index"] for step in report(psa)["steps"]] == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_share_is_that_of_the_sparse_steps():

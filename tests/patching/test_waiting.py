@@ -1,5 +1,5 @@
 """No sparse call waits for the device. A thread that waits in the middle of a model call launches the rest too late: on
-several GPUs, where ComfyUI copies the other prompt's output to the first one, behind that GPU's whole step."""
+several GPUs, where ComfyUI copies the other prompt's output to the first one, only after that GPU's step."""
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode

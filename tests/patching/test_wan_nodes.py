@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from comfyui_psa.patching.patch import KEY, patch_model
-from comfyui_psa.sampling import self_attention
+from comfyui_psa.patching.patch import patch_model
 
-PATCH = {"sparsity": 0.5, "preset": "auto", "mode": "topk", "min_tokens": 0, "start_percent": 0.0, "end_percent": 1.0}
+from .patched import FULL, SPARSE, distance, layouts, reports_nothing
+
 SIZE = {"width": 256, "height": 256, "length": 9, "batch_size": 1}
 
 
 class Encoder:
-    """In place of a Wan VAE: random latents of the right size."""
+    """Instead of a Wan VAE: random latents of the right size."""
 
     temporal_compression_decode = staticmethod(lambda: 4)
     spacial_compression_encode = staticmethod(lambda: 8)
@@ -22,32 +22,17 @@ class Encoder:
         return torch.randn(1, 16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
 
 
-@pytest.fixture
-def layouts(monkeypatch):
-    """The layouts (before, grid, after) that PSA took."""
-    seen = set()
-    real = self_attention.pyramid_sparse_attention
-
-    def attention(*args, layout, **kwargs):
-        seen.add((layout.before, layout.grid, layout.after))
-        return real(*args, layout=layout, **kwargs)
-
-    monkeypatch.setattr(self_attention, "pyramid_sparse_attention", attention)
-    return seen
-
-
-def sample(tiny_wan, kind, positive, negative, latent, model=None, cfg=3.0):
+def check_sampling(tiny_wan, kind, positive, negative, latent, model=None, cfg=3.0):
     """Sparse, and with everything in full like dense; returns dense."""
     model = tiny_wan.load(kind) if model is None else model
     inputs = {"size": tuple(latent["samples"].shape), "cfg": cfg, "positive": positive, "negative": negative}
     stock = tiny_wan.sample(model, **inputs)
-    for changes, near in (({}, False), ({"sparsity": 0.01, "pyramid": "1: 1.0"}, True)):
-        psa = patch_model(model, **PATCH | changes)
+    for settings in (SPARSE, FULL):
+        psa = patch_model(model, **settings)
         out = tiny_wan.sample(psa, **inputs)
         assert torch.isfinite(out).all()
-        assert ((out - stock).norm() / stock.norm() < 1e-5) == near
-        report = psa.get_attachment(KEY).report
-        assert report["fallbacks"] == report["notes"] == []
+        assert (distance(out, stock) < 1e-5) == (settings is FULL)
+        assert reports_nothing(psa)
     return stock
 
 
@@ -57,7 +42,7 @@ def image(frames=1, seed=0):
 
 @pytest.mark.parametrize("reference", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_vace(tiny_wan, layouts, reference, masked):
+def test_vace(tiny_wan, kernel_calls, reference, masked):
     from comfy_extras.nodes_wan import WanVaceToVideo
 
     conds = tiny_wan.conditioning(), tiny_wan.conditioning(seed=4)
@@ -68,20 +53,20 @@ def test_vace(tiny_wan, layouts, reference, masked):
         reference_image=image(seed=1) if reference else None,
     ).result  # fmt: skip
     assert trim == int(reference)
-    sample(tiny_wan, "vace", positive, negative, latent)
-    assert layouts == {(256 * trim, (3, 16, 16), 0)}
+    check_sampling(tiny_wan, "vace", positive, negative, latent)
+    assert layouts(kernel_calls) == {(256 * trim, (3, 16, 16), 0)}
 
 
-def test_phantom(tiny_wan, layouts):
+def test_phantom(tiny_wan, kernel_calls):
     from comfy_extras.nodes_wan import WanPhantomSubjectToVideo
 
     conds = tiny_wan.conditioning(), tiny_wan.conditioning(seed=4)
     positive, negative, _, latent = WanPhantomSubjectToVideo.execute(*conds, Encoder(), **SIZE, images=image(2)).result
-    sample(tiny_wan, "t2v", positive, negative, latent)
-    assert layouts == {(0, (3, 16, 16), 512)}
+    check_sampling(tiny_wan, "t2v", positive, negative, latent)
+    assert layouts(kernel_calls) == {(0, (3, 16, 16), 512)}
 
 
-def test_animate(tiny_wan, layouts):
+def test_animate(tiny_wan, kernel_calls):
     from comfy_extras.nodes_wan import WanAnimateToVideo
 
     conds = tiny_wan.conditioning(), tiny_wan.conditioning(seed=4)
@@ -90,21 +75,21 @@ def test_animate(tiny_wan, layouts):
         pose_video=image(9),
     ).result  # fmt: skip
     assert trim == 1
-    sample(tiny_wan, "animate", positive, negative, latent)
-    assert layouts == {(256, (3, 16, 16), 0)}
+    check_sampling(tiny_wan, "animate", positive, negative, latent)
+    assert layouts(kernel_calls) == {(256, (3, 16, 16), 0)}
 
 
-def test_s2v(tiny_wan, layouts):
+def test_s2v(tiny_wan, kernel_calls):
     from comfy_extras.nodes_wan import WanSoundImageToVideo
 
     conds = tiny_wan.conditioning(), tiny_wan.conditioning(seed=4)
     s2v = WanSoundImageToVideo.execute(*conds, Encoder(), **SIZE, ref_image=image(), ref_motion=image(73)).result
-    sample(tiny_wan, "s2v", *s2v)
-    assert layouts == {(0, (3, 16, 16), 256 + 256 + 64 + 64)}
+    check_sampling(tiny_wan, "s2v", *s2v)
+    assert layouts(kernel_calls) == {(0, (3, 16, 16), 256 + 256 + 64 + 64)}
 
 
 @pytest.mark.parametrize("references", [0, 2])
-def test_bernini(tiny_wan, layouts, references):
+def test_bernini(tiny_wan, kernel_calls, references):
     from comfy_extras.nodes_bernini import BerniniConditioning
 
     conds = tiny_wan.conditioning(), tiny_wan.conditioning(seed=4)
@@ -112,8 +97,8 @@ def test_bernini(tiny_wan, layouts, references):
     positive, negative, latent = BerniniConditioning.execute(
         *conds, Encoder(), **SIZE, source_video=image(9), reference_images=images
     ).result
-    sample(tiny_wan, "t2v", positive, negative, latent)
-    assert layouts == {(0, (3, 16, 16), (3 + references) * 256)}
+    check_sampling(tiny_wan, "t2v", positive, negative, latent)
+    assert layouts(kernel_calls) == {(0, (3, 16, 16), (3 + references) * 256)}
 
 
 def as_model_patch(network):
@@ -157,17 +142,17 @@ def talk(tiny_wan, mode, audio_scale=1.0):
 
 
 @pytest.mark.parametrize("mode", ["single_speaker", "two_speakers"])
-def test_infinite_talk(tiny_wan, layouts, mode):
+def test_infinite_talk(tiny_wan, kernel_calls, mode):
     """Attention over the sound stays as it is: it does not pass through the override. Core's code for it takes no batch
     of prompts, so there is no guidance."""
     model, *inputs = talk(tiny_wan, mode)
-    stock = sample(tiny_wan, "", *inputs, model=model, cfg=1.0)
-    assert layouts == {(0, (3, 16, 16), 0)}
+    stock = check_sampling(tiny_wan, "", *inputs, model=model, cfg=1.0)
+    assert layouts(kernel_calls) == {(0, (3, 16, 16), 0)}
     silent, *inputs = talk(tiny_wan, mode, audio_scale=0.0)
-    assert not torch.equal(sample(tiny_wan, "", *inputs, model=silent, cfg=1.0), stock), "the sound counts"
+    assert not torch.equal(check_sampling(tiny_wan, "", *inputs, model=silent, cfg=1.0), stock), "the sound counts"
 
 
-def test_uni3c(tiny_wan, layouts):
+def test_uni3c(tiny_wan, kernel_calls):
     """Its controlnet is a network of its own, as long as the video, and stays dense."""
     import comfy.ops
     from comfy.ldm.wan.uni3c import WanUni3CControlnet
@@ -184,6 +169,6 @@ def test_uni3c(tiny_wan, layouts):
     (model,) = WanUni3CControlnetApply().apply_patch(
         wan, as_model_patch(controlnet), Encoder(), image(9), strength=1.0, start_percent=0.0, end_percent=1.0
     )
-    stock = sample(tiny_wan, "", *inputs, model=model)
-    assert layouts == {(0, (3, 16, 16), 0)}
-    assert not torch.equal(sample(tiny_wan, "", *inputs, model=wan), stock), "the controlnet counts"
+    stock = check_sampling(tiny_wan, "", *inputs, model=model)
+    assert layouts(kernel_calls) == {(0, (3, 16, 16), 0)}
+    assert not torch.equal(check_sampling(tiny_wan, "", *inputs, model=wan), stock), "the controlnet counts"

@@ -5,12 +5,19 @@ changing one input changes exactly the tokens that it makes. The rows are those 
 """
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import torch
 
-NO_VIDEO = (1, 16, 3, 32, 32)
+from comfyui_psa.patching.families.wan import FAMILY
+from comfyui_psa.patching.family import find_family
+from comfyui_psa.patching.patch import KEY, patch_model
+
+from .patched import FULL, SPARSE, distance, layouts, report, reports_nothing, sparse_calls
+
+SIZE = (1, 16, 3, 32, 32)
 FRAME = 256
 
 
@@ -32,7 +39,7 @@ class Case:
     before: int = 0
     frames: int = 3
     after: int = 0
-    size: tuple = NO_VIDEO
+    size: tuple = SIZE
     calls: int = 2
 
     @property
@@ -70,7 +77,6 @@ def as_list(x):
     return [x]
 
 
-GRID = ("-", "T x H x W", "-")
 FIRST = (1, 16, 4, 32, 32)
 
 CASES = [
@@ -150,17 +156,9 @@ DENSE = {
 
 
 @pytest.fixture(scope="module")
-def models(comfyui, tiny_wan):
+def models(tiny_wan):
     """models(kind): a tiny model of that kind, kept until another is asked for."""
-    kept = {}
-
-    def get(kind):
-        if kind not in kept:
-            kept.clear()
-            kept[kind] = tiny_wan.load(kind)
-        return kept[kind]
-
-    return get
+    return functools.lru_cache(maxsize=1)(tiny_wan.load)
 
 
 def make_extra(case, tiny):
@@ -188,10 +186,7 @@ def different(one, other):
 
 
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.row}-{case.kind}-{n}" for n, case in enumerate(CASES)])
-def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case, models, tiny_wan, monkeypatch):
-    from comfyui_psa.patching.patch import KEY, patch_model
-    from comfyui_psa.sampling import self_attention
-
+def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case, models, tiny_wan, kernel_calls):
     model, extra = models(case.kind), make_extra(case, tiny_wan)
     before, grid, after = case.layout
     video = math.prod(grid)
@@ -211,62 +206,44 @@ def test_the_layout_is_where_the_tokens_are_and_everything_in_full_is_dense(case
         place = before + (t * grid[1] + y // 2) * grid[2] + x // 2
         assert different(tokens, first_tokens(model, tiny_wan, case, extra, noise)) == [place]
 
-    seen = []
-    real = self_attention.pyramid_sparse_attention
-    monkeypatch.setattr(
-        self_attention, "pyramid_sparse_attention", lambda *args, **kw: seen.append(kw["layout"]) or real(*args, **kw)
-    )
-    inputs = {"preset": "auto", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "mode": "topk"}
     stock = tiny_wan.sample(model, size=case.size, extra=extra)
-    full = patch_model(model, sparsity=0.01, pyramid="1: 1.0", **inputs)
-    dense = tiny_wan.sample(full, size=case.size, extra=extra)
-    assert {(layout.before, layout.grid, layout.after) for layout in seen} == {case.layout}
-    assert len(seen) == case.calls
-    assert (dense - stock).norm() / stock.norm() < 1e-4
+    dense = tiny_wan.sample(patch_model(model, **FULL), size=case.size, extra=extra)
+    assert layouts(kernel_calls) == {case.layout}
+    assert len(kernel_calls) == case.calls
+    assert distance(dense, stock) < 1e-4
 
-    sparse = patch_model(model, sparsity=0.5, **inputs)
+    sparse = patch_model(model, **SPARSE)
     out = tiny_wan.sample(sparse, size=case.size, extra=extra)
-    report = sparse.get_attachment(KEY).report
-    assert report["fallbacks"] == report["notes"] == []
-    assert report["mean_sparsity"] == pytest.approx(0.5, abs=0.06)  # a dozen key blocks: whole blocks are coarse
+    assert reports_nothing(sparse)
+    # A dozen key blocks: whole ones are coarse.
+    assert report(sparse)["mean_sparsity"] == pytest.approx(0.5, abs=0.06)
     assert torch.isfinite(out).all()
-    assert (out - stock).norm() / stock.norm() > 1e-5
+    assert distance(out, stock) > 1e-5
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_sizes_that_nothing_divides(models, tiny_wan, seed):
-    from comfyui_psa.patching.patch import KEY, patch_model
-
     draw = torch.Generator().manual_seed(seed)
     frames, height, width = (int(torch.randint(*limits, (), generator=draw)) for limits in ((3, 7), (21, 34), (21, 34)))
     size = (1, 16, frames, height, width)
-    inputs = {"preset": "auto", "start_percent": 0.0, "end_percent": 1.0, "min_tokens": 0, "mode": "topk"}
     stock = tiny_wan.sample(models("t2v"), size=size)
-    full = patch_model(models("t2v"), sparsity=0.01, pyramid="1: 1.0", **inputs)
-    assert (tiny_wan.sample(full, size=size) - stock).norm() / stock.norm() < 1e-5, size
-    sparse = patch_model(models("t2v"), sparsity=0.4, **inputs)
+    full = patch_model(models("t2v"), **FULL)
+    assert distance(tiny_wan.sample(full, size=size), stock) < 1e-5, size
+    sparse = patch_model(models("t2v"), **SPARSE | {"sparsity": 0.4})
     assert torch.isfinite(tiny_wan.sample(sparse, size=size)).all(), size
-    for patched in (full, sparse):
-        report = patched.get_attachment(KEY).report
-        assert report["fallbacks"] == report["notes"] == [], size
+    assert reports_nothing(full), size
+    assert reports_nothing(sparse), size
 
 
 def test_the_face_attention_of_animate_never_reaches_psa(models, tiny_wan):
-    from comfyui_psa.patching.patch import KEY, patch_model
-
-    psa = patch_model(
-        models("animate"), sparsity=0.5, preset="auto", start_percent=0.0, end_percent=1.0, min_tokens=0, mode="topk"
-    )
+    psa = patch_model(models("animate"), **SPARSE)
     extra = {"face_video_pixels": tiny_wan.normal(1, 3, 1, 512, 512)}
     assert torch.isfinite(tiny_wan.sample(psa, size=FIRST, extra=extra)).all()
-    report = psa.get_attachment(KEY).report
-    assert report["steps"][0]["sparse_calls"] == 5
-    assert report["fallbacks"] == report["notes"] == []
+    assert sparse_calls(psa) == [5]
+    assert reports_nothing(psa)
 
 
 def test_the_autoregressive_variant_stays_dense_with_a_reason(models):
-    from comfyui_psa.patching.family import find_family
-
     class WAN21_CausalAR:
         pass
 
@@ -281,14 +258,12 @@ def test_the_autoregressive_variant_stays_dense_with_a_reason(models):
     ("name", "reason"), [("animate2", "this Wan model is Animate 2"), ("another", "this one is another")]
 )
 def test_a_variant_that_psa_does_not_know_stays_as_it_is(models, tiny_wan, monkeypatch, name, reason):
-    from comfyui_psa.patching.patch import KEY, patch_model
-
     model = models("t2v")
     monkeypatch.setitem(model.model.model_config.unet_config, "model_type", name)
-    patched = patch_model(model, sparsity=0.5, preset="auto", start_percent=0.0, end_percent=1.0, min_tokens=0)
+    patched = patch_model(model, **SPARSE)
     assert reason in patched.get_attachment(KEY).note
     assert torch.equal(tiny_wan.sample(patched), tiny_wan.sample(model))
-    assert patched.get_attachment(KEY).report is None
+    assert report(patched) is None
 
 
 def test_animate_2_stays_as_it_is(tiny_wan):
@@ -296,11 +271,9 @@ def test_animate_2_stays_as_it_is(tiny_wan):
     pytest.importorskip("comfy.ldm.wan.model_animate2")
     import comfy.sd
 
-    from comfyui_psa.patching.patch import KEY, patch_model
-
     metadata = {"config": '{"transformer": {"model_type": "animate2"}}'}
     model = comfy.sd.load_diffusion_model_state_dict(tiny_wan.state_dict("animate2"), metadata=metadata)
-    patched = patch_model(model, sparsity=0.5, preset="auto", start_percent=0.0, end_percent=1.0, min_tokens=0)
+    patched = patch_model(model, **SPARSE)
     assert "this Wan model is Animate 2" in patched.get_attachment(KEY).note
     extra = {"pose_video_latent": tiny_wan.normal(1, 16, 3, 32, 32)}
     stock = tiny_wan.sample(model, size=FIRST, extra=extra)
@@ -308,8 +281,6 @@ def test_animate_2_stays_as_it_is(tiny_wan):
 
 
 def test_the_family_lists_exactly_these_variants():
-    from comfyui_psa.patching.families.wan import FAMILY
-
     rows = [(one.name, one.before, one.grid, one.after, one.psa) for one in FAMILY.variants]
     expected = list(dict.fromkeys((case.row, *case.columns, "sparse") for case in CASES))
     expected += [(row, "", "", "", f"dense: {why}") for row, why in DENSE.items()]

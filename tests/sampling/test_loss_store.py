@@ -19,7 +19,7 @@ BYTES = {size: HEADS * -(-TOKENS // group) * (DIM + 4) for size, group in GROUPS
 
 
 def memory(free):
-    """A program with so many bytes free on the device; nothing here is pinned."""
+    """A program with `free` bytes free on the device; nothing here is pinned."""
 
     def refuse(*_):
         raise AssertionError("memory of the CPU is not pinned for the CPU")
@@ -44,7 +44,7 @@ def loss(group=1, seed=0, lists=None):
 
 
 def kept_lists(blocks):
-    """Levels with so many blocks in every row."""
+    """Levels with `blocks` blocks in every row."""
     config = PyramidConfig(shares={1: blocks / 16}, mode="topk", sparsity=None, order="raster", tail=False)
     scores = torch.rand(1, HEADS, 8, 16, generator=torch.Generator().manual_seed(blocks))
     return group_by_level(choose_levels(scores, config), config.stored_factors).packed()
@@ -60,9 +60,8 @@ def test_the_finest_that_fits(size, caplog):
     assert chosen("auto", CALLS * BYTES[size] - 1).size != size
 
 
-def test_levels_count(caplog):
-    config = PyramidConfig(shares={1: 0.5}, mode="topk", order="raster")
-    lists = group_by_level(choose_levels(torch.rand(1, HEADS, 8, 16), config), config.stored_factors).packed()
+def test_levels_count():
+    lists = kept_lists(8)
     free = CALLS * (BYTES["half"] + lists.blocks.nbytes)
     assert chosen("auto", free, lists).size == "half"
     assert chosen("auto", free - 1, lists).size == "quarter"
@@ -118,7 +117,7 @@ def test_beyond_the_budget_a_loss_is_refused_and_the_old_one_is_gone():
     assert made.put(0, loss(seed=3)), "its own room is free again"
     made._budget = made.nbytes - 1
     assert not made.put(0, loss(seed=4))
-    assert made.get(0) is None, "an outdated loss is not used in its place"
+    assert made.get(0) is None, "an outdated loss is not used instead"
     assert made.most == CALLS * BYTES["full"]
 
 

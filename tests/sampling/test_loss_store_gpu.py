@@ -11,10 +11,7 @@ from comfyui_psa.kernels.levels import choose_levels, group_by_level
 from comfyui_psa.kernels.order import TokenOrder
 from comfyui_psa.sampling.correction import Loss, LossStore, Memory
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 HEADS, TOKENS, DIM, CALLS = 4, 4096, 128, 6
 
 
@@ -61,7 +58,7 @@ def same(one, other):
     )
 
 
-def test_the_host_gives_back_what_the_gpu_would(monkeypatch):
+def test_the_host_gives_back_what_the_gpu_would():
     pins = Pins()
     here, there = made(pins, True), made(pins, False)
     assert (here.where, there.where) == ("GPU memory", "host memory")
