@@ -22,8 +22,11 @@ Target = Any
 
 # What torch adds anywhere in a name when it compiles or shards a module.
 _TORCH = re.compile(r"(?:^|(?<=[._]))_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]")
-# The whole network in a name with underscores: the method, one word, and `model` any number of times.
-_FLAT_WRAPPER = re.compile(r"(?:(?:lora|lycoris|oft)_+(?:[a-z]+(?:_?2)?_+)?)?(?:(?:(?:base|diffusion)_)?model_+)*")
+# The whole network in a name with underscores: the method, one word, and `model` any number of times, of which kind or
+# for which expert.
+_FLAT_WRAPPER = re.compile(
+    r"(?:(?:lora|lycoris|oft)_+(?:[a-z]+(?:_?2)?_+)?)?(?:(?:(?:base|diffusion|(?:high|low)_noise)_)?model_+)*"
+)
 # The whole network in ComfyUI's own names.
 _CORE_WRAPPER = re.compile(r"^(?:(?:diffusion_model|transformer|unet)\.|lora_(?:unet|transformer)_|lycoris_)")
 _SECOND = re.compile(r"(?:^|[._])(?:[a-z_]*[a-z]_?2|low(?:_noise)?(?:_model)?)[._]")

@@ -22,6 +22,7 @@ NAMES = {
     "lightx2v": (f"diffusion_model.{Q}", KOHYA),
     "SimpleTuner": ("transformer.blocks.0.attn1.to_q", {}),
     "musubi": ("lora_unet_blocks_0_self_attn_q", KOHYA),
+    "kohya, of an expert": ("lora_high_noise_model_blocks_0_self_attn_q", KOHYA),
     "Wan Fun": ("lora_unet__blocks_0_self_attn_q", KOHYA),
     "LyCORIS": ("lycoris_blocks_0_attn1_to_q", KOHYA),
     "compiled": (f"_orig_mod.{Q}", {}),
@@ -47,7 +48,14 @@ def test_names_of_every_tool_mean_the_same_weight(wan, tool):
 
 
 @pytest.mark.parametrize(
-    "name", ["transformer_2.blocks.0.attn1.to_q", f"pipe.dit2.{Q}", f"low_noise_model.{Q}", f"unet2.{Q}"]
+    "name",
+    [
+        "transformer_2.blocks.0.attn1.to_q",
+        f"pipe.dit2.{Q}",
+        f"low_noise_model.{Q}",
+        f"unet2.{Q}",
+        "lora_low_noise_model_blocks_0_self_attn_q",
+    ],
 )
 def test_a_lora_of_the_second_expert_is_applied_and_says_so(wan, name):
     patched, summary = patch_with_lora(wan, pair(name), "x")
