@@ -19,7 +19,7 @@ from ..cogvideox.corrections import correct_model
 from ..cogvideox.variant import Variant, find_variant
 from .files import FileError, read_object
 from .model_folders import FAMILY, find_folders
-from .native_weights import NotCogVideoX, check_sizes, native_names
+from .native_weights import NotCogVideoX, check_sizes, native_names, unused_scales, with_native_layers
 from .recognise import describe, examples
 from .safetensors_header import Header, read_header
 from .tensor_file import read_tensors
@@ -202,6 +202,11 @@ def _load(checked: Checked, weight_dtype: str, disable_dynamic: bool) -> Any:
         raise FileError(checked.path, "ComfyUI cannot make a model of its weights") from error
     if model is None or model.model.model_config.unet_config.get("image_model") != "cogvideox":
         raise FileError(checked.path, "ComfyUI does not take its weights for CogVideoX", "update ComfyUI")
+    unscaled = unused_scales(checked.names.values(), model.model.state_dict())
+    if unscaled:
+        reason = f"ComfyUI does not use the scales of its weights, so these would be wrong, for example {unscaled[0]}"
+        do = "take a file in ComfyUI's own fp8 format, or the bf16 file with weight_dtype fp8_e4m3fn"
+        raise FileError(checked.path, reason, do)
     return correct_model(model, checked.variant, NODE)
 
 
@@ -212,7 +217,7 @@ def _read(files: list[Path], names: dict[str, str]) -> tuple[dict[str, torch.Ten
         found, about = read_tensors(file)
         metadata = metadata or about
         tensors.update((names[key], found[key]) for key in list(found) if key in names)
-    return tensors, metadata
+    return tensors, with_native_layers(metadata, names)
 
 
 def _joined(headers: list[Header]) -> Header:

@@ -6,6 +6,7 @@ loading at a weight of the wrong size.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ _FIRST = "blocks.0.norm1.linear.weight"
 _BESIDE = "patch_embed.text_proj.weight"
 # Extra tensors of ComfyUI's quantised weights, and the names of bitsandbytes' own, which ComfyUI cannot use.
 _QUANTISED = re.compile(r"scale|quant|absmax")
+_WEIGHT_SCALE = re.compile(r"\.(?:weight_scale|scale_weight)\w*$")
+_FORMATS = "_quantization_metadata"
 _BITSANDBYTES = re.compile(r"\.(absmax|quant_map|nested_\w+|quant_state\.\w+)$")
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
@@ -77,6 +80,32 @@ def check_sizes(path: Path, header: Header, names: Mapping[str, str]) -> tuple[d
             sizes = f"{_size(shape)}, where this model has {_size(wanted[name])}"
             raise FileError(path, f"{name} is {sizes}; it belongs to another model, or the file is damaged")
     return config, [name for name in given if name not in wanted and not _QUANTISED.search(name)]
+
+
+def unused_scales(names: Iterable[str], loaded: Iterable[str]) -> list[str]:
+    """Scales of 8-bit weights in a file, by ComfyUI's names, whose layers have none in the model that ComfyUI made.
+
+    Scales count only with a mark that says what they are, and it may be missing, or name the layers otherwise.
+    """
+    scaled = {name.rpartition(".")[0] for name in loaded if _WEIGHT_SCALE.search(name)}
+    found = sorted(name for name in names if _WEIGHT_SCALE.search(name))
+    return [name for name in found if f"diffusion_model.{name.rpartition('.')[0]}" not in scaled]
+
+
+def with_native_layers(metadata: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
+    """A file's metadata, in which the formats of quantised layers go by ComfyUI's names as well.
+
+    Args:
+        names: name in the file -> ComfyUI's name.
+    """
+    try:
+        formats = json.loads(metadata.get(_FORMATS, "{}"))
+        layers = dict(formats["layers"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return dict(metadata)
+    native = {name.rpartition(".")[0]: known.rpartition(".")[0] for name, known in names.items()}
+    formats["layers"] = {native.get(layer, layer): form for layer, form in layers.items()}
+    return {**metadata, _FORMATS: json.dumps(formats)}
 
 
 def _sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
