@@ -8,7 +8,7 @@ from typing import Any
 
 from ..sampling.run import log
 from .handle import PatchHandle
-from .patch import KEY
+from .patch import KEY, STOCK
 
 STEP_EVENT = "psa.step"
 RUN_EVENT = "psa.run"
@@ -67,7 +67,8 @@ def listeners(node_id: str | None, asked: dict[str, Any] | None = None) -> dict[
 
 def told(model: Any, patched: Any, node_id: str | None) -> list[str]:
     """What the page of a node is told once `model` has been `patched`: why the model stays dense ("" if it does not),
-    and the preset that is used, since `auto` leaves that to the model ("" if there is none).
+    and the preset that is used, since `auto` leaves that to the model ("" if there is none). If a sparsity of 0 is the
+    reason, it is not told: the page knows, and the model is not at fault.
 
     If the model comes from another PSA Patch, the page is also told which node replaces that one on this branch.
     """
@@ -78,4 +79,6 @@ def told(model: Any, patched: Any, node_id: str | None) -> list[str]:
     if before is not None and node_id is not None and before != node_id:
         log.info("PSA: PSA Patch #%s is replaced by PSA Patch #%s, which follows it", before, node_id)
         Sender(REPLACED_EVENT, before)({"by": node_id})
-    return [handle.note, ""] if handle.settings is None else ["", handle.settings.preset]
+    if handle.settings is None:
+        return ["" if handle.note == STOCK else handle.note, ""]
+    return ["", handle.settings.preset]

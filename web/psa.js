@@ -197,7 +197,7 @@ function settingOf(node, { answer, received }) {
     const { refused, figures = null } = answer ?? {};
     const names = { ...namesOf(patch && source(node)), ...namesOf(node) };
     const problem = refused ? told(language(), refused, names) : null;
-    const stock = patch && sparsity === 0 && !wired;
+    const stock = patch && sparsity === 0 && (!wired || received !== null);
     if (answer?.silent) notes.push(say("noAnswer"));
     else if (patch && pyramidUnreadable(node)) notes.push(say("unknown"));
     else if (!patch && figures?.target != null) notes.push(say("scaled", { sparsity: figures.target.toFixed(2) }));

@@ -124,6 +124,10 @@ def test_a_sparsity_that_came_over_a_wire_is_the_one_that_is_shown(pages, demo_w
     assert "sparsity is wired; the last run got 0.60." in after["text"]
     assert after["sparsity"] == pytest.approx(0.6, abs=1e-3)
     assert after["headline"].startswith("This run: ")
+    frontend.choose(number, "value", 0.0)
+    assert frontend.run()[0] == "execution_success"
+    assert frontend.picture(patch)["headline"].startswith("Stays dense: sparsity is 0.")
+    assert "the last run got 0.00." in frontend.picture(patch)["text"]
     assert frontend.errors == []
 
 

@@ -282,6 +282,10 @@ def test_what_stays_dense_is_said_in_the_node(pages, demo):
     frontend.choose(node, "sparsity", 0.0)
     assert frontend.run()[0] == "execution_success"
     assert frontend.picture(node)["headline"] == "Stays dense: sparsity is 0. Move the slider up to save work."
+    frontend.choose(node, "sparsity", 0.5)
+    seen = frontend.picture(node)
+    assert seen["headline"] == "50 % of the attention work saved in the sparse steps"
+    assert seen["sentence"] == "No run yet: measurements will appear here.", "the model is not at fault"
     assert frontend.errors == []
 
 

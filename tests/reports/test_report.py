@@ -167,13 +167,12 @@ def test_a_model_that_stayed_dense_gets_a_picture_that_says_why(model):
 
     inputs = {"preset": "auto", "start_percent": 0.25, "end_percent": 1.0, "min_tokens": 0}
     stock = patch_model(model, sparsity=0.0, **inputs)
-    sentence, preset = told(model, stock, None)
+    assert told(model, stock, None) == ["", ""], "that the model is at fault"
     report, picture = show_report(stock, {}, -1, 0, None)
-    assert json.loads(report)["note"] == sentence == "sparsity is 0: the model is the stock one"
+    assert json.loads(report)["note"] == "sparsity is 0: the model is the stock one"
     assert picture.shape[1] < 200
     unpatched = json.loads(show_report(model, {}, -1, 0, None)[0])
     assert "PSA Patch is bypassed" in unpatched["note"]
-    assert preset == ""
     fresh = patch_model(model, sparsity=0.5, **inputs)
     assert told(model, fresh, "1") == ["", "module-default"]
     assert json.loads(show_report(fresh, {}, -1, 0, None)[0]) == {"note": "the model has not sampled yet"}
