@@ -113,21 +113,39 @@ def make_patches(target: Target, parts: Mapping[str, torch.Tensor], sizes: Mappi
 def changes_nothing(patches: Iterable[tuple[Target, Any]], sizes: Mapping[str, Size | None]) -> bool:
     """Whether no weight changes by its patch: an adapter that was never trained multiplies by zero.
 
-    Found out by ComfyUI's own code, on weights that are ones, from the smallest on until one changes.
+    Found out by ComfyUI's own code, on weights that are ones, from the smallest on until one changes. Large weights would
+    take minutes, so patches of one form that are zero in the same places are tried once.
     """
     import comfy.lora
 
     places = [(sizes.get(_key(place)), place, patch) for place, patch in patches]
     if any(size is None for size, *_ in places):
         return False
+    tried = set()
     for size, place, patch in sorted(places, key=lambda one: math.prod(one[0] or ())):
+        zeros = (type(patch), *_zeros(patch))
+        if True in zeros and zeros in tried:
+            continue
         weight = torch.ones(size or (), dtype=torch.float64)  # so that small changes are not rounded away
         offset = None if isinstance(place, str) else place[1]
         with torch.no_grad(), _quiet():
             found = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, None)], weight.clone(), _key(place))
         if not torch.equal(found, weight):
             return False
+        tried.add(zeros)
     return True
+
+
+def _zeros(part: Any) -> Iterator[bool | str | None]:
+    """Which tensors and numbers of a patch are zero, in order; words and what is missing as they are."""
+    part = getattr(part, "weights", part)
+    if isinstance(part, list | tuple):
+        for inner in part:
+            yield from _zeros(inner)
+    elif isinstance(part, torch.Tensor):
+        yield not part.any()
+    else:
+        yield part if part is None or isinstance(part, str) else part == 0
 
 
 def _with_bias(parts: Mapping[str, torch.Tensor]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -43,6 +43,26 @@ def test_one_weight_that_changes_is_enough(wan, model_folders, other):
     assert "zero" not in summary
 
 
+@pytest.mark.parametrize("kind", ["never trained", "alpha of zero", "rotations by nothing"])
+def test_many_layers_of_one_kind_are_tried_once(wan, model_folders, monkeypatch, kind):
+    """Of 400 layers of a large model it would take minutes."""
+    import comfy.lora
+
+    layers = {key.replace(Q, layer): value.clone() for layer in (Q, OUT) for key, value in ZEROS[kind].items()}
+    save_file(layers, model_folders / "loras" / "zeros.safetensors")
+    genuine, tried = comfy.lora.calculate_weight, []
+
+    def calculate_weight(patches, weight, key):
+        tried.extend([key] if weight.device.type == "cpu" else [])
+        return genuine(patches, weight, key)
+
+    monkeypatch.setattr(comfy.lora, "calculate_weight", calculate_weight)
+    _, summary = apply_lora(wan, "zeros.safetensors", 1.0)
+    assert "2 weights of the model patched" in summary
+    assert "nothing changes" in summary
+    assert len(tried) == 1
+
+
 def test_a_rank_of_zero_is_refused(wan, model_folders):
     empty = {f"{Q}.lora_A.weight": torch.zeros(0, DIM), f"{Q}.lora_B.weight": torch.zeros(DIM, 0)}
     save_file(empty, model_folders / "loras" / "rank zero.safetensors")
