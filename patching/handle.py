@@ -129,6 +129,7 @@ class CallListener:
             *((None, ()) if isinstance(call, str) else call),
             latent_size=tuple(x.shape[2:]) if x.ndim == 5 else (),
             foreign=not isinstance(options.get(core.OVERRIDE_KEY), PSAOverride),
+            rows=core.prompts_of(options, x.shape[0]),
         )
         run.begin_weights(tuple(options.get("uuids", ())), strengths)
         if isinstance(call, str):

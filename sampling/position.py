@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Hashable, Mapping
 
 from ..kernels.order import TokenLayout
 from .schedule import Place, Schedule
@@ -91,6 +91,7 @@ class Position:
         call_size: tuple[int, ...] = (),
         width: int | None = None,
         first_blocks: Mapping[str, int] = NO_BLOCKS,
+        rows: Collection[Hashable] = (),
     ) -> list[tuple[int, float]]:
         """A model call begins, see `Run.begin_model_call`.
 
@@ -101,7 +102,7 @@ class Position:
         self.layout, self.context_tokens, self._call_size = layout, context_tokens, call_size
         self.width, self.first_blocks = width, first_blocks
         self.active = self.is_active(sigma)
-        before, place = self._place, self._schedule.move(sigma)
+        before, place = self._place, self._schedule.move(sigma, rows)
         self._place = place
         self._calls = 0
         if place is before:

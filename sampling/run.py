@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 import torch
 
@@ -160,6 +160,7 @@ class Run:
         *,
         latent_size: tuple[int, ...] = (),
         foreign: bool = False,
+        rows: Collection[Hashable] = (),
     ) -> None:
         """Called once per forward of the diffusion model, before its first attention call.
 
@@ -168,8 +169,9 @@ class Run:
             context_tokens, width, first_blocks: see `Position`.
             latent_size: (time, height, width) of the latent of this call, if known.
             foreign: whether another attention override is in front of PSA's.
+            rows: what it computes: prompts, of which parts of the video.
         """
-        steps = self.position.begin_model_call(sigma, layout, context_tokens, latent_size, width, first_blocks)
+        steps = self.position.begin_model_call(sigma, layout, context_tokens, latent_size, width, first_blocks, rows)
         self.record.begin_steps(steps, self.position)
         for _ in steps:
             self.kept.next_step()

@@ -7,7 +7,7 @@ levels (restarts), and a cache may skip some levels. So we walk along the levels
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 _CLOSE = 1e-4
 """Relative distance within which two noise levels count as the same."""
@@ -44,17 +44,27 @@ class Schedule:
         self._falls = all(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False))
         self._next = 0
         self._sigma: float | None = None
+        self._rows: set[Hashable] = set()
         self._place = Place(-1, False)
 
-    def move(self, sigma: float) -> Place:
-        """The place of the next model call, at noise level `sigma`.
+    def move(self, sigma: float, rows: Collection[Hashable] = ()) -> Place:
+        """The place of the next model call, at noise level `sigma`, which computes `rows`.
 
-        Calls in a row at the same level are one evaluation: the prompts of a step, or its windows and areas.
+        Calls in a row at the same level are one evaluation: the prompts of a step, or its windows and areas. If the
+        schedule has that level again, its next step begins when a row comes a second time.
         """
-        if self._sigma is None or not _alike(sigma, self._sigma):
-            self._sigma = sigma
+        goes_on = self._sigma is not None and _alike(sigma, self._sigma)
+        if goes_on and self._comes_again(sigma) and not self._rows.isdisjoint(rows):
+            goes_on = False
+        if not goes_on:
+            self._sigma, self._rows = sigma, set()
             self._place = self._find(sigma)
+        self._rows.update(rows)
         return self._place
+
+    def _comes_again(self, sigma: float) -> bool:
+        """Whether the next step begins at this level."""
+        return self._next < len(self.levels) and _alike(self.levels[self._next], sigma)
 
     def _find(self, sigma: float) -> Place:
         if not self.levels:

@@ -99,15 +99,15 @@ def sample(
         torch.set_num_threads(threads)
 
 
-def sample_custom(model, sigmas, sampler="euler"):
+def sample_custom(model, sigmas, sampler="euler", cfg=1.0, size=SIZE):
     """Sample along these noise levels; sampler: a name or a KSAMPLER."""
     import comfy.sample
     import comfy.samplers
 
     if isinstance(sampler, str):
         sampler = comfy.samplers.sampler_object(sampler)
-    conds = conditioning()
+    positive, negative = conditioning(), conditioning(seed=4)
     return comfy.sample.sample_custom(
-        model, normal(*SIZE, seed=1), 1.0, sampler, torch.tensor(sigmas), conds, conds, torch.zeros(SIZE), seed=1,
+        model, normal(*size, seed=1), cfg, sampler, torch.tensor(sigmas), positive, negative, torch.zeros(size), seed=1,
         disable_pbar=True,
     )  # fmt: skip

@@ -144,6 +144,37 @@ def test_a_schedule_is_walked_along(levels, sigmas, steps, shares):
 
 
 @pytest.mark.parametrize(
+    ("calls", "steps"),
+    [
+        # One prompt, two prompts in one call, and in a call each; two windows.
+        ([(1.0, "a"), (0.8, "a"), (0.8, "a"), (0.8, "a"), (0.4, "a")], [0, 1, 2, 3, 4]),
+        ([(1.0, "ab"), (0.8, "ab"), (0.8, "ab"), (0.8, "ab"), (0.4, "ab")], [0, 1, 2, 3, 4]),
+        ([(1.0, "a"), (1.0, "b"), (0.8, "a"), (0.8, "b"), (0.8, "a"), (0.8, "b"), (0.8, "b")], [0, 0, 1, 1, 2, 2, 3]),
+        # Batched in one step and split in the next; a prompt that is there in one of them only.
+        ([(0.8, "ab"), (0.8, "a"), (0.8, "b"), (0.8, "b"), (0.4, "ab")], [1, 2, 2, 3, 4]),
+        # A sampler that looks at the next level first has one more; a cache answered two of them.
+        ([(1.0, "a"), (0.8, "a"), (0.8, "a"), (0.8, "a"), (0.8, "a"), (0.4, "a")], [0, 1, 2, 3, 3, 4]),
+        ([(1.0, "a"), (0.8, "a"), (0.4, "a")], [0, 1, 4]),
+        # Levels that are nearly the same.
+        ([(1.0, "a"), (0.80001, "a"), (0.8, "a"), (0.79999, "a"), (0.4, "a")], [0, 1, 2, 3, 4]),
+    ],
+)
+def test_a_level_that_the_schedule_has_several_times_is_several_steps(calls, steps):
+    schedule = Schedule([1.0, 0.8, 0.8, 0.8, 0.4], lambda sigma: True)
+    assert [schedule.move(sigma, rows).step for sigma, rows in calls] == steps
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun"])
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_a_run_with_a_level_several_times_has_all_its_steps(model, tiny_wan, sampler, cfg):
+    psa = patch_model(model, **PATCH)
+    sigmas = [1.0, 0.97, 0.97, 0.6, 0.6, 0.6, 0.3, 0.0]
+    tiny_wan.sample_custom(psa, sigmas, sampler, cfg=cfg, size=(1, 16, 2, 24, 32))
+    assert [step["index"] for step in report(psa)["steps"]] == list(range(7))
+    assert {step["kind"] for step in report(psa)["steps"]} == {"dense", "sparse"}
+
+
+@pytest.mark.parametrize(
     ("sigmas", "begun", "left"),
     [
         ([1.0, 0.8, 0.6], [[0], [1], [2]], [3, 4]),
