@@ -87,13 +87,13 @@ export class Table {
         return found.includes(null) ? null : found.join("，");
     }
 
-    /** Of an error: what it says, and what to do, which begins with a capital letter. */
+    /** Of an error: what it says, and what to do, which begins with a capital letter there and not in the table. */
     sentences(text, known) {
         if (!text.endsWith(".")) return null;
         for (let at = text.indexOf(". "); at > 0; at = text.indexOf(". ", at + 1)) {
             const said = this.find(text.slice(0, at), known);
             const rest = text.slice(at + 2, -1);
-            const remedy = this.find(rest, known) ?? this.find(rest.charAt(0).toLowerCase() + rest.slice(1), known);
+            const remedy = this.find(rest.charAt(0).toLowerCase() + rest.slice(1), known) ?? this.find(rest, known);
             if (said !== null && remedy !== null) return `${said}。${remedy}。`;
         }
         return null;

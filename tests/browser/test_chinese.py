@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,10 +51,16 @@ def sentences(folder):
     from comfyui_psa.loading.download import DownloadError, check_names
     from comfyui_psa.loading.files import FileError
     from comfyui_psa.loading.safetensors_header import read_header
+    from comfyui_psa.reports.calibrate import Measuring
     from comfyui_psa.sampling.findings import find, unranked_note
     from comfyui_psa.sampling.record import Record
 
     yield from find(Record(-1))
+    short = "9 video tokens (5 frames of 48x16) are fewer than two query blocks of 128; sample a longer or larger video"
+    for reason in (*find(Record(-1)), short):
+        with pytest.raises(InputError) as caught:
+            Measuring([], SimpleNamespace(read=lambda *_, reason=reason: reason)).before_call(*[None] * 5)
+        yield str(caught.value)
     yield from unranked_note(7)
     yield reason_against("semantic")
     yield triton_reason(torch.zeros(1, 1, 8, 512))
