@@ -12,7 +12,7 @@ from typing import Any
 
 from ..choices.settings import PatchSettings
 from ..sampling.figures import make_report, median_seconds, summary
-from ..sampling.findings import find, why_dense
+from ..sampling.findings import find
 from ..sampling.maps import RunMaps
 from ..sampling.run import Run, log
 from . import core
@@ -151,7 +151,7 @@ def figures(run: Run, report: dict[str, Any], completed: bool) -> dict[str, Any]
         "seconds": median_seconds(report),
         "pays": report["pays"],
         "time": report["time"],
-        "dense": why_dense(run) if completed else None,
+        "dense": report["dense"] if completed else None,
         "reasons": dict(run.record.fallbacks),
         "notes": run.record.notes,
     }

@@ -11,8 +11,8 @@ fast the sparse ones were, why: why that is less than 1.1 times, or null; null i
 (seconds of dense, of sparse and of all other steps, and of PSA's attention), fallbacks (reason, calls), correction
 (size, where: GPU, CPU or host memory, bytes: the most that were held, corrected_calls, learned_calls, without_room: how
 many losses could not be kept, reason: why there was none or why it ended; null if it is off), notes (sentences about
-the run as a whole), level_map (pooling factors of one block's first head, every stride-th row and column, and the share
-of its resolution at which each token was seen).
+the run as a whole), dense (why nothing was sparse and what to do, or null), level_map (pooling factors of one block's
+first head, every stride-th row and column, and the share of its resolution at which each token was seen).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from ..kernels.config import PyramidConfig
 from ..kernels.density import coverage_of, level_shares, pair_cost
-from .findings import NONE_ACTIVE
+from .findings import NONE_ACTIVE, why_dense
 from .pays import how_it_pays, pays
 from .record import DENSE, KINDS, SPARSE, UNSEEN, LevelMap, Record, Step
 from .run import Run
@@ -92,6 +92,7 @@ def make_report(run: Run) -> dict[str, Any]:
         "fallbacks": [{"reason": reason, "calls": count} for reason, count in record.fallbacks.items()],
         "correction": _correction(run),
         "notes": list(record.notes),
+        "dense": why_dense(run),
         "level_map": None if record.level_map is None else _level_map(record.level_map, config),
     }
 

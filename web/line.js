@@ -21,8 +21,9 @@ export function lineOf(language, node, json) {
     }
 }
 
-function reported(language, { note, steps = [], saved, pays, fallbacks = [], notes = [] }) {
-    if (!steps.length) return say(language, "nothing", { reason: note ? told(language, note) : "-" });
+function reported(language, { note, dense = null, steps = [], saved, pays }) {
+    const nothing = note ?? dense ?? "-";
+    if (!steps.length) return say(language, "nothing", { reason: told(language, nothing).replace(/\.$/, "") });
     const kinds = {};
     for (const { kind } of steps) kinds[kind] = (kinds[kind] ?? 0) + 1;
     const seconds = {};
@@ -30,8 +31,8 @@ function reported(language, { note, steps = [], saved, pays, fallbacks = [], not
         const found = pays?.[kind] ?? median(steps.filter((step) => step.kind === kind).map((step) => step.seconds));
         if (found !== undefined) seconds[kind] = found;
     }
-    const dense = kinds.sparse ? null : (fallbacks[0]?.reason ?? notes[0] ?? null);
-    const run = { completed: !kinds.interrupted, steps: steps.length, kinds, saved, seconds, pays, dense };
+    const completed = !kinds.interrupted;
+    const run = { completed, steps: steps.length, kinds, saved, seconds, pays, dense: completed ? dense : null };
     const { what, detail } = happened(language, { run });
     return [what, detail].filter(Boolean).join("; ");
 }

@@ -208,7 +208,7 @@ def line(frontend, node, figures=None):
 
 STEP = {"kind": "dense", "seconds": 2.0}
 SPARSE = {"kind": "sparse", "seconds": 0.5}
-RUN = {"steps": [STEP, STEP, SPARSE, SPARSE], "saved": 0.4, "pays": None, "fallbacks": [], "notes": []}
+RUN = {"steps": [STEP, STEP, SPARSE, SPARSE], "saved": 0.4, "pays": None, "dense": None}
 POINTS = [{"sparsity": 0.5, "error": 0.04, "seconds": 0.9}, {"sparsity": 0.8, "error": 0.1421, "seconds": 0.4}]
 FOUND = {"goal": "error", "target": 0.15, "sparsity": 0.81, "reached": True, "dense_seconds": 1.0, "points": POINTS}
 
@@ -219,9 +219,10 @@ FOUND = {"goal": "error", "target": 0.15, "sparsity": 0.81, "reached": True, "de
         ("PSAReport", RUN, "2 of 4 steps sparse, 40 % of the attention saved; sparse steps 0.50 s, dense steps 2.0 s"),
         (
             "PSAReport",
-            {**RUN, "steps": [STEP], "fallbacks": [{"reason": "too short; sample more", "calls": 3}]},
+            {**RUN, "steps": [STEP], "dense": "too short; sample more"},
             "Stayed dense: too short. Sample more.",
         ),
+        ("PSAReport", {**RUN, "steps": [], "dense": "a cache answered"}, "Nothing to show: a cache answered."),
         ("PSAReport", {"note": "the model has not sampled yet"}, "Nothing to show: the model has not sampled yet."),
         ("PSACompare", {"psnr": 31.246, "ssim": 0.98764, "lpips": None}, "PSNR 31.25 dB, SSIM 0.9876"),
         ("PSACompare", {"psnr": 31.2, "ssim": 0.9, "lpips": 0.0312}, "PSNR 31.20 dB, SSIM 0.9000, LPIPS 0.0312"),

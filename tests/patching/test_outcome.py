@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from comfyui_psa.patching import core, live
-from comfyui_psa.patching.patch import patch_model
+from comfyui_psa.patching.patch import KEY, patch_model
 from comfyui_psa.sampling import self_attention
 
 from .patched import PATCH
@@ -20,8 +20,10 @@ def told(model, tiny_wan):
 
     def run(steps=STEPS, model=model, sampler="euler", **changes):
         ended = []
-        tiny_wan.sample(patch_model(model, **PATCH | changes, on_end=ended.append), steps=steps, sampler=sampler)
+        psa = patch_model(model, **PATCH | changes, on_end=ended.append)
+        tiny_wan.sample(psa, steps=steps, sampler=sampler)
         (found,) = ended
+        assert psa.get_attachment(KEY).report["dense"] == found["dense"], "PSA Report says the same"
         return found
 
     return run
