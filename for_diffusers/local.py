@@ -19,13 +19,14 @@ from ..kernels.backends import BACKENDS, gradient_reason, in_autocast
 from ..kernels.order import TokenLayout
 from ..sampling.self_attention import own_words
 from .arguments import ArgumentChecks, wrong
+from .attention_call import for_every_head
 from .operator import Untraced
 
 log = logging.getLogger("ComfyUI-PSA")
 
 
 class LocalAttention:
-    """Attention of q, k, v [B, L, H, D] as yunchang and xDiT call it.
+    """Attention of q, k, v [B, L, H, D] as yunchang and xDiT call it. Heads may share keys and values in groups.
 
     Attributes:
         sparse: whether calls are sparse; set it to False for the first steps, and to True for the others.
@@ -107,6 +108,7 @@ class LocalAttention:
             if given is not None:
                 raise _error(name, given, "none, every token sees all tokens alike", "compute this attention elsewhere")
         q, k, v = in_autocast(*(x.transpose(1, 2) for x in (query, key, value)))
+        k, v = for_every_head(q, k), for_every_head(q, v)
         output = None
         if q.shape == k.shape:
             if q.shape[2] != self._layout.length:

@@ -69,10 +69,10 @@ def _attention(
         output = ATTENTION(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
     else:
         call.attentions += 1
-        output = state.attend(call, int(block), q, k, v, *given, scale=scale)
+        output = state.attend(call, int(block), q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
         if output is None:
             output = ATTENTION(q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
-            state.learn(call, output, q, k, v, *given, scale=scale)
+            state.learn(call, output, q, k, v, *given, scale=scale, enable_gqa=enable_gqa)
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 

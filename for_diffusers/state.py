@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..choices.settings import PatchSettings
-from ..kernels.backends import NO_GRADIENTS, BackendError, in_autocast
+from ..kernels.backends import BackendError, in_autocast
 from ..kernels.broken import KernelError
 from ..kernels.config import ConfigError
 from ..kernels.order import TokenLayout
@@ -28,6 +28,7 @@ from ..sampling.run import Run
 from ..sampling.self_attention import Host, attend, decline_reason, learn, own_words
 from . import memory, operator
 from .attention_backends import unseen_note, unseen_reason
+from .attention_call import AttentionCall, read_attention
 from .layout import MODELS, transformer_in
 from .parallel import Parallel, SharedBudget, dense_reason, find_parallel
 from .schedule import Schedule, Steps
@@ -278,20 +279,8 @@ class TransformerState:
         if not seen and not self.off:
             self._stays_dense(call, call.reason or unseen_reason(attention))
 
-    def attend(
-        self,
-        call: Call,
-        block: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **_: Any,
-    ) -> torch.Tensor | None:
-        """PSA on query, key, value [B, H, L, D], with the arguments of scaled_dot_product_attention.
+    def attend(self, call: Call, block: int, query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """PSA on query [B, H, L, D], with the arguments of scaled_dot_product_attention.
 
         None if the call stays dense, which is counted; each reason is logged once.
         """
@@ -303,51 +292,33 @@ class TransformerState:
         if not run.position.active:
             self._stays_dense(call, None)
             return None
-        tokens = query.shape[2]
-        (query, key, value), masked = self._without_padding(run, in_autocast(query, key, value), attn_mask)
-        masked |= is_causal or bool(dropout_p)
-        found: torch.Tensor | str | None
-        found = _decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)
+        seen = self._seen(run, query, *args, **kwargs)
+        found: torch.Tensor | str | None = _decline_reason(call, seen)
         if found is None and not run.learns:
-            found = attend(run, query, key, value, scale=scale, **_given(call, query))
+            found = attend(run, seen.query, seen.key, seen.value, scale=seen.scale, **_given(call, seen.query))
         if found is None or isinstance(found, str):
             self._stays_dense(call, found)
             return None
         call.end_budget()
-        return found if found.shape[2] == tokens else F.pad(found, (0, 0, 0, tokens - found.shape[2]))
+        padding = query.shape[2] - found.shape[2]
+        return F.pad(found, (0, 0, 0, padding)) if padding else found
 
-    def learn(
-        self,
-        call: Call,
-        dense: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attn_mask: torch.Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        **_: Any,
-    ) -> None:
+    def learn(self, call: Call, dense: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """Called with the output of each call that stayed dense: measure what PSA would have lost, if it is time to."""
         run = call.run
-        (query, key, value, dense), masked = self._without_padding(
-            run, in_autocast(query, key, value, dense), attn_mask
-        )
-        masked |= is_causal or bool(dropout_p)
-        if run.learns and not (_decline_reason(call, query, key, masked) or decline_reason(run, query, key, value)):
-            learn(run, query, key, value, dense, scale=scale, **_given(call, query))
+        if run.learns:
+            seen = self._seen(run, *args, **kwargs)
+            if _decline_reason(call, seen) is None:
+                (dense,) = in_autocast(dense[..., : seen.query.shape[2], :])
+                learn(run, seen.query, seen.key, seen.value, dense, scale=seen.scale, **_given(call, seen.query))
         call.end_budget()
 
-    def _without_padding(
-        self, run: Run, tensors: tuple[torch.Tensor, ...], mask: torch.Tensor | None
-    ) -> tuple[tuple[torch.Tensor, ...], bool]:
-        """Tensors [B, H, L, D] without the padding at their end, which a mask only hides; whether there is another
-        mask. What is computed for the padding itself is never used."""
-        layout = run.position.layout
-        if mask is None or layout is None or not MODELS[self.family].padded:
-            return tensors, mask is not None
-        return tuple(x[:, :, : layout.length] for x in tensors), False
+    def _seen(self, run: Run, *args: Any, **kwargs: Any) -> AttentionCall:
+        """The call without the padding at its end, if that is all that its mask hides. What is computed for the padding
+        itself is never used."""
+        seen, layout = read_attention(*args, **kwargs), run.position.layout
+        hides_padding = seen.masked and layout is not None and MODELS[self.family].padded
+        return seen.without_padding(run.position.known_layout.length) if hides_padding else seen
 
     def _stays_dense(self, call: Call, reason: str | None, calls: int = 1) -> None:
         """Count calls that stay dense, and log the reason once. In the warm-up, a reason means no step is sparse."""
@@ -360,17 +331,12 @@ class TransformerState:
             record.tell(reason)
 
 
-def _decline_reason(call: Call, q: torch.Tensor, k: torch.Tensor, masked: bool) -> str | None:
-    """Why a call of an active step stays dense, for reasons that only exist in diffusers; None if there is none."""
+def _decline_reason(call: Call, seen: AttentionCall) -> str | None:
+    """Why a call of an active step stays dense; None if PSA can take it."""
     if call.reason is not None:
         return call.reason
-    if masked:
-        return "the attention call has a mask"
-    tokens, expected = q.shape[2], call.run.position.known_layout.length
-    if q.shape != k.shape or tokens != expected:
-        return f"{tokens} and {k.shape[2]} tokens, but {expected} are expected of this model"
-    # The first pass of a reentrant checkpoint runs without a graph, and its second pass must compute the same.
-    return NO_GRADIENTS if call.with_graph and not torch.is_grad_enabled() else None
+    own = seen.decline_reason(call.run.position.known_layout.length, call.with_graph)
+    return own or decline_reason(call.run, seen.query, seen.key, seen.value)
 
 
 def _given(call: Call, query: torch.Tensor) -> dict[str, Any]:

@@ -38,6 +38,7 @@ PASSED_ON = {
         "for_diffusers/layout.py:_read_hunyuan_15",
         "for_diffusers/layout.py:_own_sparse_attention",
         "for_diffusers/state.py",
+        "for_diffusers/attention_call.py",
         "for_diffusers/attention_backends.py",
         "for_diffusers/parallel.py:dense_reason",
         "kernels/backends.py",
