@@ -1,6 +1,5 @@
 """The first call of a kind on a machine is checked, and a broken kernel ends there; in the interpreter or on a GPU."""
 
-import dataclasses
 import json
 
 import pytest
@@ -9,12 +8,13 @@ import torch
 from comfyui_psa.kernels import PyramidConfig, TokenLayout, pyramid_sparse_attention
 from comfyui_psa.kernels.broken import KernelError
 from comfyui_psa.kernels.delta import measure_delta
-from comfyui_psa.kernels.order import TokenOrder
 
 pytest.importorskip("triton")
 
 from comfyui_psa.kernels.gpu import backend, self_check
 from comfyui_psa.kernels.gpu.tiles import AttendTile
+
+from . import broken_kernels
 
 LAYOUT = TokenLayout((2, 5, 9), before=3)
 CONFIG = PyramidConfig(mode="topk", sparsity=0.5, block_q=32, block_kv=32, order="curve")
@@ -121,44 +121,15 @@ def test_a_machine_that_has_changed_checks_again(machine, look, monkeypatch, cha
     assert machine.checks == [None, None]
 
 
-def no_correction(q, *arguments, delta=None, **more):
-    """Forgets what is to be added."""
-    return GENUINE_ATTEND(q, *arguments, **more)
+FAULTS = [
+    ("attend_triton", broken_kernels.louder),
+    ("build_pyramid_triton", broken_kernels.flat_pyramid),
+    ("choose_lists_triton", broken_kernels.doubled_lists),
+    ("attend_triton", broken_kernels.no_text),
+]
 
 
-def louder(q, pyramid, lists, block_q, scale, extra_k, extra_v, out, **more):
-    GENUINE_ATTEND(q, pyramid, lists, block_q, scale, extra_k, extra_v, out, **more)
-    out *= 1.1
-
-
-def no_text(q, pyramid, lists, block_q, scale, extra_k, extra_v, out, **more):
-    GENUINE_ATTEND(q, pyramid, lists, block_q, scale, None, None, out, **more)
-
-
-def flat_pyramid(k, v, *arguments, **more):
-    pyramid = GENUINE_PYRAMID(k, v, *arguments, **more)
-    for factor in pyramid.values:
-        if factor > 1:
-            pyramid.values[factor].zero_()
-    return pyramid
-
-
-def doubled_lists(*arguments):
-    lists = GENUINE_LISTS(*arguments)
-    lists.blocks.zero_()
-    return lists
-
-
-GENUINE_ATTEND, GENUINE_PYRAMID = backend.attend_triton, backend.build_pyramid_triton
-GENUINE_LISTS = backend.choose_lists_triton
-FAULTS = {
-    "attend_triton": louder, "build_pyramid_triton": flat_pyramid, "choose_lists_triton": doubled_lists,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "fault"), [*FAULTS.items(), ("attend_triton", no_text)], ids=lambda x: getattr(x, "__name__", "")
-)
+@pytest.mark.parametrize(("name", "fault"), FAULTS, ids=lambda x: getattr(x, "__name__", ""))
 def test_a_broken_kernel_is_refused_here_and_in_the_next_process(machine, call, monkeypatch, name, fault):
     calls = []
     monkeypatch.setattr(backend, name, lambda *a, **k: calls.append(1) or fault(*a, **k))
@@ -172,74 +143,23 @@ def test_a_broken_kernel_is_refused_here_and_in_the_next_process(machine, call, 
     ]
 
 
-def unordered_means(x, groups, block, order):
-    return GENUINE_POOL(x, groups, block, TokenOrder(None, None))
-
-
-def forgotten_block(x, groups, block, order):
-    means = GENUINE_POOL(x, groups, block, order)
-    means[-1][:, -1, -block // groups[-1] * 2 : -block // groups[-1]] = 0
-    return means
-
-
-def upside_down(*arguments):
-    return 1 - GENUINE_SCORES(*arguments)
-
-
-def flat(*arguments):
-    return GENUINE_SCORES(*arguments) ** 0.1
-
-
-def one_wrong_score(*arguments):
-    scores = GENUINE_SCORES(*arguments)
-    scores[0, 1, -1, 1] *= 2
-    return scores
-
-
-def least_important(scores, *arguments):
-    return GENUINE_LISTS((-scores).exp(), *arguments)
-
-
-def swapped(scores, *arguments):
-    """Two blocks of a row at one another's level."""
-    other = scores.clone()
-    first, last = scores[0, 1, 0].argmax(), scores[0, 1, 0].argmin()
-    other[0, 1, 0, first], other[0, 1, 0, last] = scores[0, 1, 0, last], scores[0, 1, 0, first]
-    return GENUINE_LISTS(other, *arguments)
-
-
-def too_many(scores, config, *arguments):
-    sparsity = None if config.sparsity is None else config.sparsity - 0.25
-    shares = config.shares if sparsity is not None else {factor: 0.3 for factor in config.shares}
-    return GENUINE_LISTS(scores, dataclasses.replace(config, shares=shares, sparsity=sparsity), *arguments)
-
-
-def one_head_with_more(scores, config, *arguments):
-    lists, more = GENUINE_LISTS(scores, config, *arguments), too_many(scores, config, *arguments)
-    for name in ("blocks", "ends", "density"):
-        getattr(lists, name)[:, 1] = getattr(more, name)[:, 1]
-    return lists
-
-
-def wrong_density(*arguments):
-    lists = GENUINE_LISTS(*arguments)
-    lists.density.mul_(1.1)
-    return lists
-
-
-def wrong_best(*arguments):
-    lists = GENUINE_LISTS(*arguments)
-    lists.best.copy_(lists.best.max() - lists.best)
-    return lists
-
-
-GENUINE_POOL, GENUINE_SCORES = backend.pool_triton, backend.reduced_softmax_triton
 MISRANKED = {
-    "pool_triton": ("means", [unordered_means, forgotten_block]),
-    "reduced_softmax_triton": ("scores", [upside_down, flat, one_wrong_score]),
+    "pool_triton": ("means", [broken_kernels.unordered_means, broken_kernels.forgotten_block]),
+    "reduced_softmax_triton": (
+        "scores",
+        [broken_kernels.upside_down, broken_kernels.flat, broken_kernels.one_wrong_score],
+    ),
     "choose_lists_triton": (
         "levels",
-        [doubled_lists, least_important, swapped, too_many, one_head_with_more, wrong_density, wrong_best],
+        [
+            broken_kernels.doubled_lists,
+            broken_kernels.least_important,
+            broken_kernels.swapped,
+            broken_kernels.too_many,
+            broken_kernels.one_head_with_more,
+            broken_kernels.wrong_density,
+            broken_kernels.wrong_best,
+        ],
     ),
 }
 MODES = {
@@ -247,7 +167,7 @@ MODES = {
     "threshold": {"mode": "threshold", "sparsity": None, "shares": {1: 0.3, 2: 0.2, 8: 0.2}},
     "budget": {"mode": "budget", "sparsity": 0.6},
 }
-IN_ALL_MODES = (swapped, too_many, one_head_with_more)
+IN_ALL_MODES = (broken_kernels.swapped, broken_kernels.too_many, broken_kernels.one_head_with_more)
 LONG = TokenLayout((4, 8, 12), before=3)
 
 
@@ -333,7 +253,7 @@ def test_extreme_numbers_raise_no_false_alarm(machine, random_tensor, change):
 
 
 def test_a_broken_correction_is_refused_and_plain_calls_are_not(machine, call, monkeypatch):
-    monkeypatch.setattr(backend, "attend_triton", no_correction)
+    monkeypatch.setattr(backend, "attend_triton", broken_kernels.no_correction)
     first = call()
     video = first.output[:, :, LAYOUT.before :]
     delta = measure_delta(video * 1.5, video, first.query_order, 1)
