@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(config, items):
     """In the newest frontend the nodes are tried, in its own renderer, and the demo's template; the rest in the core's
     own alone: to try everything twice takes many minutes, and what a new frontend breaks are nodes and their widgets.
     """
-    in_both = ("test_nodes.py", "test_the_demo_runs_at_once")
+    in_both = ("test_nodes.py", "test_node_runs.py", "test_the_demo_runs_at_once")
     left_out = [
         item
         for item in items
