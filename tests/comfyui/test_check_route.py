@@ -32,7 +32,7 @@ def ask(comfyui):
     return ask
 
 
-def is_of(figures, config):
+def check_figures(figures, config):
     expected = expect(config)
     assert figures["sparsity"] == expected.sparsity
     assert figures["coverage"] == expected.coverage
@@ -42,7 +42,6 @@ def is_of(figures, config):
     if expected.shares is not None:
         assert figures["shares"] == {str(factor): share for factor, share in expected.shares.items()}
     assert figures["of_mass"] == (expected.shares is None)
-    return True
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.85, 0.95])
@@ -50,7 +49,7 @@ def is_of(figures, config):
 def test_the_figures_are_those_of_the_configuration_that_runs(ask, name, sparsity):
     told = ask("PSAPatch", {"preset": name, "sparsity": sparsity})
     assert told["refused"] is None
-    assert is_of(told["figures"], load_presets()[name].config(sparsity))
+    check_figures(told["figures"], load_presets()[name].config(sparsity))
 
 
 def test_what_the_node_changes_is_in_the_figures(ask):
@@ -58,26 +57,26 @@ def test_what_the_node_changes_is_in_the_figures(ask):
     preset = load_presets()["module-default"]
     config = preset.config(0.7, mode="topk", shares={2: 0.3, 8: 0.3}, tail=True, block_kv=32, importance="sampled")
     told = ask("PSAPatch", changes | {"sparsity": 0.7})
-    assert is_of(told["figures"], config)
+    check_figures(told["figures"], config)
     assert told["figures"]["tail"] == 32
 
 
 def test_auto_is_the_preset_that_a_run_told_of(ask):
     told = ask("PSAPatch", {}, auto="wan2.1-14b")
-    assert is_of(told["figures"], load_presets()["wan2.1-14b"].config(0.85))
+    check_figures(told["figures"], load_presets()["wan2.1-14b"].config(0.85))
     assert told["figures"]["of_mass"]
 
 
 def test_a_pyramid_is_as_written_alone_and_scaled_to_the_patch_that_it_feeds(ask):
     shape = {"full": 0.3, "half": 0.0, "eighth": 0.0}
     alone = PyramidConfig({1: 0.3}, "topk", None, tail=False, order="curve", reduction="mean")
-    assert is_of(ask("PSAPyramid", shape)["figures"], alone)
+    check_figures(ask("PSAPyramid", shape)["figures"], alone)
     scaled = PyramidConfig({1: 0.3}, "topk", 0.8, tail=False, order="curve", reduction="mean")
-    assert is_of(ask("PSAPyramid", shape, sparsity=0.8)["figures"], scaled)
-    assert is_of(ask("PSAPyramid", shape | {"as_written": True}, sparsity=0.8)["figures"], alone)
+    check_figures(ask("PSAPyramid", shape, sparsity=0.8)["figures"], scaled)
+    check_figures(ask("PSAPyramid", shape | {"as_written": True}, sparsity=0.8)["figures"], alone)
     pyramid = ask.question("PSAPyramid", shape)
     told = ask("PSAPatch", {"sparsity": 0.8}, linked=["model", "psa_pyramid"], pyramid=pyramid)
-    assert is_of(told["figures"], scaled)
+    check_figures(told["figures"], scaled)
 
 
 def test_budget_without_a_target_shows_the_mass_alone(ask):

@@ -117,6 +117,7 @@ def test_no_home(run, tmp_path, home):
     homes = dict.fromkeys(("HOME", "USERPROFILE"), None if home is None else str(tmp_path / home))
     cache = str(tmp_path / "cache") if home is None else None  # without a home Triton asks the system for one
     run(**homes, TRITON_CACHE_DIR=cache, MPLCONFIGDIR=str(tmp_path))
+    assert len(checks_kept(tmp_path)) == (home != "file"), "a folder cannot be made in a file"
 
 
 def test_every_message_can_be_printed_on_any_console():

@@ -76,7 +76,7 @@ def inputs(case, dtype, device, random_tensor, random_factors, poisoned, batch=2
     return q, k, v, (more_k, more_v) if extra else (None, None), factors, tuple(sorted({*choices} - {0}))
 
 
-def check(case, dtype, device, *fixtures, **sizes):
+def check_attend(case, dtype, device, *fixtures, **sizes):
     q, k, v, extra, factors, stored = inputs(case, dtype, device, *fixtures, **sizes)
     length_q, length_k, dim, block_q, block_kv, *_ = case
     pyramid, scale = build_pyramid(k, v, stored, block_kv), dim**-0.5
@@ -90,7 +90,7 @@ def check(case, dtype, device, *fixtures, **sizes):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(triton_device, dtype, case, random_tensor, random_factors, poisoned):
     heads = 2 if dtype == torch.float32 or triton_device == "cuda" else 1
-    check(case, dtype, triton_device, random_tensor, random_factors, poisoned, batch=2 // heads, heads=heads)
+    check_attend(case, dtype, triton_device, random_tensor, random_factors, poisoned, batch=2 // heads, heads=heads)
 
 
 @pytest.mark.gpu
@@ -98,7 +98,7 @@ def test_cases(triton_device, dtype, case, random_tensor, random_factors, poison
 def test_large_cases(triton_device, dtype, case, random_tensor, random_factors, poisoned):
     if triton_device == "cpu":
         pytest.skip("needs a GPU")
-    check(case, dtype, triton_device, random_tensor, random_factors, poisoned)
+    check_attend(case, dtype, triton_device, random_tensor, random_factors, poisoned)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -86,7 +86,7 @@ def errors(smooth_qkv, random_factors, grid, dim, heads, device, dtype, precisio
         )
 
 
-def check(precision, *case):
+def check_errors(precision, *case):
     for head, (ours, dense) in enumerate(errors(*case, precision, most_rows=8)):
         bound = 1.5e-2 if precision == "int8" else 2 * dense + 1e-3
         assert ours <= bound, (case[2:], head, ours, dense)
@@ -95,7 +95,7 @@ def check(precision, *case):
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize(("grid", "dim"), [*((grid, 64) for grid in SMALL), (SMALL[0], 128), (SMALL[-1], 128)], ids=str)
 def test_small(triton_device, half_types, smooth_qkv, random_factors, grid, dim, precision):
-    check(precision, smooth_qkv, random_factors, grid, dim, 2, triton_device, half_types[-1])
+    check_errors(precision, smooth_qkv, random_factors, grid, dim, 2, triton_device, half_types[-1])
 
 
 @pytest.mark.gpu
@@ -106,7 +106,7 @@ def test_small(triton_device, half_types, smooth_qkv, random_factors, grid, dim,
 def test_real_sizes(triton_device, smooth_qkv, random_factors, grid, dim, dtype, precision):
     if triton_device == "cpu":
         pytest.skip("needs a GPU")
-    check(precision, smooth_qkv, random_factors, grid, dim, 4, triton_device, dtype)
+    check_errors(precision, smooth_qkv, random_factors, grid, dim, 4, triton_device, dtype)
 
 
 @pytest.mark.gpu

@@ -37,7 +37,7 @@ def every_gpu(kind, *further):
     return [*itertools.product(TARGETS, [kind]), *itertools.product(ONE_OF_EACH, further)]
 
 
-def compile_for(gpu, kernel, arguments, constants, floats=("scale",), **options):
+def check_compiles(gpu, kernel, arguments, constants, floats=("scale",), **options):
     """Compile a jitted function: types of some arguments by name, the others by what their names say.
 
     A type is that of a pointer or a number, None for an argument that is not there, or a tuple of such.
@@ -75,7 +75,7 @@ def compile_for(gpu, kernel, arguments, constants, floats=("scale",), **options)
     return compiled
 
 
-def attend_for(gpu, dim, kind, *, careful=False, extra=False, uneven=False, kept=False):
+def check_attention_compiles(gpu, dim, kind, *, careful=False, extra=False, uneven=False, kept=False):
     """The attention kernel for a GPU; kind: the type of the tensors, or int8 for bfloat16 with int8 keys; kept: with a
     correction and packed lists."""
     from comfyui_psa.kernels.gpu.attend import _attend
@@ -102,7 +102,7 @@ def attend_for(gpu, dim, kind, *, careful=False, extra=False, uneven=False, kept
         "FACTORS": (1, 8, 64), "BLOCK_Q": 128, "BLOCK_KV": 64, "TILE": tile.rows, "HEAD_DIM": dim, "DIM": dim,
         "CAREFUL": careful, "STAGES": tile.stages, "WAIT": tile.wait, "HALVES": tile.halves,
     }  # fmt: skip
-    return compile_for(gpu, _attend, arguments, constants, num_warps=tile.warps, num_stages=tile.stages)
+    return check_compiles(gpu, _attend, arguments, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 @pytest.mark.slow(seconds=60)
@@ -118,7 +118,7 @@ def attend_for(gpu, dim, kind, *, careful=False, extra=False, uneven=False, kept
     ],
 )
 def test_attend(gpu, dim, kind, tmp_path):
-    compiled = attend_for(gpu, dim, kind)
+    compiled = check_attention_compiles(gpu, dim, kind)
     if gpu == "sm90":
         assert "wgmma.mma_async" in compiled.asm["ptx"]
         assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
@@ -131,14 +131,14 @@ def test_attend(gpu, dim, kind, tmp_path):
 
 @pytest.mark.parametrize("more", [{"careful": True}, {"extra": True}, {"uneven": True}, {"kept": True}], ids=str)
 def test_attend_with(more):
-    attend_for("sm86", 64, "fp16", **more)
+    check_attention_compiles("sm86", 64, "fp16", **more)
 
 
 @pytest.mark.slow(seconds=60)
 @pytest.mark.parametrize("dim", [64, 128])
 @pytest.mark.parametrize("gpu", ONE_OF_EACH)
 def test_attend_with_a_correction(gpu, dim):
-    attend_for(gpu, dim, "bf16", kept=True)
+    check_attention_compiles(gpu, dim, "bf16", kept=True)
 
 
 def test_the_attention_kernel_has_no_more_than_35_parameters():
@@ -156,7 +156,7 @@ def assembler_notes(ptx, folder):
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
 
 
-def pool_for(gpu, kind):
+def check_pooling_compiles(gpu, kind):
     """The pooling kernel for a GPU; kind: keys and values at once, or keys in eight bits alone."""
     from comfyui_psa.kernels.gpu.pyramid import _pool
 
@@ -167,12 +167,12 @@ def pool_for(gpu, kind):
         "fine_ptr": "*i8" if int8 else "*fp16", "stride_x": strides, "stride_y": None if int8 else strides,
     }  # fmt: skip
     constants = {"FACTORS": (1, 2, 8, 64), "LEVELS": 4, "BLOCK": 64, "BLOCKS": 2, "HEAD_DIM": 128, "DIM": 128}
-    return compile_for(gpu, _pool, arguments, constants, num_warps=4)
+    return check_compiles(gpu, _pool, arguments, constants, num_warps=4)
 
 
 @pytest.mark.parametrize(("gpu", "kind"), every_gpu("keys and values", "int8 keys"))
 def test_pool(gpu, kind):
-    compiled = pool_for(gpu, kind)
+    compiled = check_pooling_compiles(gpu, kind)
     if gpu == "sm90":
         # Which tensor a program reads is known late; its rows must still be read 16 bytes at a time.
         reads = re.findall(r"ld\.global\S*\.(v4\.b32|b16) ", compiled.asm["ptx"])
@@ -185,7 +185,7 @@ def test_queries_of_eight_bits(gpu):
     from comfyui_psa.kernels.gpu.int8 import _quantise
 
     pointers = {"x_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*i8", "scales_ptr": "*fp32"}
-    compile_for(gpu, _quantise, pointers, {"BLOCK": 128, "HEAD_DIM": 128, "DIM": 128, "ORDERED": True}, num_warps=4)
+    check_compiles(gpu, _quantise, pointers, {"BLOCK": 128, "HEAD_DIM": 128, "DIM": 128, "ORDERED": True}, num_warps=4)
 
 
 @pytest.mark.parametrize(("gpu", "kind"), every_gpu("plain", "with a correction"))
@@ -194,7 +194,7 @@ def test_order(gpu, kind):
 
     pointers = {"x_ptr": "*bf16", "index_ptr": "*i64", "out_ptr": "*bf16"}
     pointers["delta"] = ("*u8", "*fp32", "i32") if kind == "with a correction" else None
-    compile_for(gpu, _move, pointers, {"UNDO": True, "ROWS": 64, "HEAD_DIM": 128, "DIM": 128}, num_warps=4)
+    check_compiles(gpu, _move, pointers, {"UNDO": True, "ROWS": 64, "HEAD_DIM": 128, "DIM": 128}, num_warps=4)
 
 
 @pytest.mark.parametrize(("gpu", "kind"), every_gpu((128, True), (128, False), (256, True)))
@@ -212,7 +212,7 @@ def test_importance(gpu, kind):
     stages = importance_stages("hip" if gpu.startswith("gfx") else gpu, dim)
     if dim == 256 and gpu.startswith("gfx"):
         pytest.skip("heads of 256 do not fit the shared memory there; such models stay dense")
-    compile_for(gpu, _reduce, pointers, constants, num_warps=8, num_stages=stages)
+    check_compiles(gpu, _reduce, pointers, constants, num_warps=8, num_stages=stages)
 
 
 @pytest.mark.parametrize(("gpu", "mode"), every_gpu("topk", "budget"))
@@ -232,7 +232,7 @@ def test_levels(gpu, mode):
         "FACTORS": (1, 2, 8), "LEVELS": 3, "STORED": (1, 2, 8, 64), "STORED_LEVELS": 4, "DROPPED": 64, "RULE": rule,
         "SCALED": rule == 1, "FLOOR": 1e-6 * rule, "CAPPED": rule == 1, "BLOCK_KV": 64, "WIDTH": 1024,
     }  # fmt: skip
-    compile_for(gpu, _choose, pointers, constants, num_warps=1)
+    check_compiles(gpu, _choose, pointers, constants, num_warps=1)
 
 
 def test_the_sequence_length_is_no_compile_time_constant():

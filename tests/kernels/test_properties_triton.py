@@ -41,7 +41,7 @@ def with_map(q, k, v, factors, config=CONFIG):
     return call(q, k, v, config, lists=group_by_level(factors.to(q.device), config.stored_factors)).output
 
 
-def same(got, expected):
+def check_same(got, expected):
     tolerance = TOLERANCE[got.dtype]
     torch.testing.assert_close(got.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
@@ -54,7 +54,7 @@ def test_level_one_everywhere_is_dense_attention(dtypes, qkv, poisoned, dim, bat
     for dtype in dtypes:
         q, k, v = qkv(dtype, layout.length, batch=batch, dim=dim)
         out = call(poisoned(q), poisoned(k), poisoned(v), config, layout=layout).output
-        same(out, F.scaled_dot_product_attention(q.float(), k.float(), v.float()))
+        check_same(out, F.scaled_dot_product_attention(q.float(), k.float(), v.float()))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_level_one_everywhere_is_dense_attention(dtypes, qkv, poisoned, dim, bat
 def test_queries_of_another_length(dtypes, qkv, length_q, length_k):
     for dtype in dtypes:
         q, k, v = qkv(dtype, length_q, length_k)
-        same(call(q, k, v, FULL).output, F.scaled_dot_product_attention(q.float(), k.float(), v.float()))
+        check_same(call(q, k, v, FULL).output, F.scaled_dot_product_attention(q.float(), k.float(), v.float()))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
@@ -73,7 +73,7 @@ def test_constant_values_come_back_under_any_map(dtypes, qkv, random_factors, pr
     for dtype in dtypes:
         q, k, v = qkv(dtype, 250)
         v = v[:, :, :1].expand(-1, -1, 250, -1).contiguous()
-        same(with_map(q, k, v, factors, config), v)
+        check_same(with_map(q, k, v, factors, config), v)
 
 
 @pytest.mark.parametrize("length", [256, 193, 255])
@@ -84,7 +84,7 @@ def test_pooling_is_exact_where_blocks_are_constant(dtypes, qkv, random_factors,
         q, k, v = qkv(dtype, length)
         k, v = (x[:, :, :: CONFIG.block_kv].repeat_interleave(CONFIG.block_kv, 2)[:, :, :length] for x in (k, v))
         expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-        same(with_map(q, k.contiguous(), v.contiguous(), factors), expected)
+        check_same(with_map(q, k.contiguous(), v.contiguous(), factors), expected)
 
 
 def test_permuting_keys_inside_a_level_one_block_changes_nothing(dtypes, qkv, random_factors):
@@ -95,7 +95,7 @@ def test_permuting_keys_inside_a_level_one_block_changes_nothing(dtypes, qkv, ra
     for dtype in dtypes:
         q, k, v = qkv(dtype, 200)
         moved = with_map(q, k[:, :, index].contiguous(), v[:, :, index].contiguous(), factors)
-        same(moved, with_map(q, k, v, factors))
+        check_same(moved, with_map(q, k, v, factors))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
@@ -119,7 +119,7 @@ def test_each_level_full_and_empty(oracle, dtypes, qkv, random_factors, level):
     maps.append(random_factors((1, 1, 3, 4), tuple(f for f in (0, *LEVELS) if f != level), seed=level))
     for factors in maps:
         expected = oracle.attend_all(q.cpu(), k.cpu(), v.cpu(), factors, 32, 64, 0.125)
-        same(with_map(q, k, v, factors), expected.to(q.device))
+        check_same(with_map(q, k, v, factors), expected.to(q.device))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8"])

@@ -31,7 +31,7 @@ def orders(triton_device):
     return make
 
 
-def same_pyramid(got, expected, tolerance):
+def check_same_pyramid(got, expected, tolerance):
     assert tuple(got.keys) == tuple(expected.keys)
     for ours, theirs in ((got.keys, expected.keys), (got.values, expected.values)):
         for factor in ours:
@@ -49,7 +49,7 @@ def test_pyramid(triton_device, half_types, random_tensor, poisoned, orders, cas
         for order in orders(length):
             got = build_pyramid_triton(poisoned(k), poisoned(v), factors, block, order)
             expected = build_pyramid(order.apply(k), order.apply(v), factors, block)
-            same_pyramid(got, expected, {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype])
+            check_same_pyramid(got, expected, {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[dtype])
             assert (got.block_kv, got.length) == (block, length)
             assert (got.keys.get(1) is None) == (1 not in factors)
 
@@ -106,4 +106,4 @@ def test_the_orders_of_grids(triton_device, random_tensor):
     for name in ("raster", "curve", "tiles"):
         order = make_order(name, (3, 8, 9), (2, 4, 4), triton_device)
         got = build_pyramid_triton(k, v, (1, 8), 32, order)
-        same_pyramid(got, build_pyramid(order.apply(k), order.apply(v), (1, 8), 32), 2e-6)
+        check_same_pyramid(got, build_pyramid(order.apply(k), order.apply(v), (1, 8), 32), 2e-6)

@@ -29,7 +29,7 @@ def broken(sharded, model_folders):
     shutil.rmtree(folder)
 
 
-def refused(name, reason):
+def raises_refusal(name, reason):
     """The error of a checkpoint that cannot be used: node, input, what was given, and what is wrong with which file."""
     start = rf"^PSA CogVideoX Loader, input checkpoint: '{name}' was given; allowed: a checkpoint that can be used; "
     return pytest.raises(InputError, match=f"{start}.*{reason}")
@@ -105,10 +105,10 @@ def test_the_schedule_comes_from_the_scheduler_config(broken):
     shifted = load_checkpoint("broken").get_model_object("model_sampling").sigmas
     assert shifted[500] / plain[500] > 1.5
     config.write_text(json.dumps(settings | {"prediction_type": "epsilon"}), encoding="utf-8")
-    with refused("broken", "its scheduler config says 'epsilon'"):
+    with raises_refusal("broken", "its scheduler config says 'epsilon'"):
         load_checkpoint("broken")
     config.write_text("{", encoding="utf-8")
-    with refused("broken", r"scheduler_config\.json: it cannot be read"):
+    with raises_refusal("broken", r"scheduler_config\.json: it cannot be read"):
         load_checkpoint("broken")
 
 
@@ -121,27 +121,27 @@ def test_fp8_weights_are_stored_in_fp8(sharded, weight_dtype):
 def test_a_missing_shard_is_named(broken):
     shard = sorted((broken / "transformer").glob("*.safetensors"))[-1]
     shard.unlink()
-    with refused("broken", rf"{shard.name}: this shard is missing \(1 of \d+ are\)"):
+    with raises_refusal("broken", rf"{shard.name}: this shard is missing \(1 of \d+ are\)"):
         load_checkpoint("broken")
 
 
 def test_a_missing_index_is_named(broken):
     (broken / "transformer" / "diffusion_pytorch_model.safetensors.index.json").unlink()
-    with refused("broken", r"index\.json: it is missing, and \d+ files are there"):
+    with raises_refusal("broken", r"index\.json: it is missing, and \d+ files are there"):
         load_checkpoint("broken")
 
 
 def test_an_index_must_not_lead_out_of_its_folder(broken):
     index = broken / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "../../secret.safetensors"}}), encoding="utf-8")
-    with refused("broken", "it must list files of its own folder"):
+    with raises_refusal("broken", "it must list files of its own folder"):
         load_checkpoint("broken")
 
 
 def test_an_incomplete_shard_is_named(broken):
     shard = sorted((broken / "transformer").glob("*.safetensors"))[0]
     shard.write_bytes(shard.read_bytes()[:-10])
-    with refused("broken", rf"{shard.name}: it ends too early"):
+    with raises_refusal("broken", rf"{shard.name}: it ends too early"):
         load_checkpoint("broken")
 
 
@@ -153,7 +153,7 @@ def test_weights_that_no_file_holds_are_an_error_and_not_noise(broken):
     for file in [*files, folder / "diffusion_pytorch_model.safetensors.index.json"]:
         file.unlink()
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    with refused("broken", r"1 of \d+ weights are missing, for example blocks\.1\.k\.weight"):
+    with raises_refusal("broken", r"1 of \d+ weights are missing, for example blocks\.1\.k\.weight"):
         load_checkpoint("broken")
 
 
@@ -161,7 +161,7 @@ def test_a_folder_of_pickles_is_refused(broken):
     for file in (broken / "transformer").glob("*.safetensors*"):
         file.unlink()
     (broken / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
-    with refused("broken", r"holds no \.safetensors file"):
+    with raises_refusal("broken", r"holds no \.safetensors file"):
         load_checkpoint("broken")
 
 
@@ -195,7 +195,7 @@ def test_another_model_is_refused_with_examples_of_its_keys(model_folders):
 def test_files_that_are_not_safetensors_are_said_to_be_what_they_are(model_folders, content, reason):
     path = model_folders / "diffusion_models" / "bad.safetensors"
     path.write_bytes(content)
-    with refused("bad.safetensors", rf"bad\.safetensors: .*{reason}"):
+    with raises_refusal("bad.safetensors", rf"bad\.safetensors: .*{reason}"):
         load_checkpoint("bad.safetensors")
     path.unlink()
 

@@ -31,11 +31,16 @@ def folder(original, model_folders):
     shutil.rmtree(place, ignore_errors=True)
 
 
+def tensors_in(folder):
+    """All tensors of a folder's files, as diffusers names them."""
+    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+
+
 @pytest.fixture
 def whole(folder):
     """That folder with all weights in one file, which is not written yet: (folder of the transformer, tensors)."""
     inside = folder / "transformer"
-    tensors = {key: value for file in inside.glob("*.safetensors") for key, value in load_file(file).items()}
+    tensors = tensors_in(inside)
     for file in inside.glob("*.safetensors*"):
         file.unlink()
     return inside, tensors
@@ -59,12 +64,13 @@ def test_of_several_indexes_the_one_whose_files_are_there_counts(folder, stray):
     index = folder / "transformer" / f"{NAME}.safetensors.index.json"
     entries = json.loads(index.read_text(encoding="utf-8"))
     gone = {key: name.replace(NAME, "gone") for key, name in entries["weight_map"].items()}
+    tensors = tensors_in(folder / "transformer")
     (folder / "transformer" / stray).write_text(json.dumps({"weight_map": gone}), encoding="utf-8")
-    load_checkpoint("mine")
+    assert same_weights(load_checkpoint("mine"), tensors)
     # The other way around: the usual index lists nothing that is there, the variant does.
     index.rename(folder / "transformer" / f"{NAME}.bf16.safetensors.index.json")
     index.write_text(json.dumps({"weight_map": gone}), encoding="utf-8")
-    load_checkpoint("mine")
+    assert same_weights(load_checkpoint("mine"), tensors)
 
 
 @pytest.mark.parametrize("stray", [b"{", b"[]", b'{"weight_map": 3}', b'{"weight_map": {"a": "../b.safetensors"}}'])
@@ -270,8 +276,8 @@ def test_names_of_workflows_that_were_saved_on_windows_are_found(original, model
     shutil.copytree(original, models / "owner" / "model")
     tensors, _ = read_checkpoint(original / "transformer")
     save_file({key: value.clone() for key, value in tensors.items()}, models / "owner" / "one.safetensors")
-    load_checkpoint("owner\\model")
-    load_checkpoint("owner\\one.safetensors")
+    for name in ("owner\\model", "owner\\one.safetensors"):
+        assert same_weights(load_checkpoint(name), tensors_in(original / "transformer")), name
     shutil.rmtree(models / "owner")
 
 
