@@ -113,8 +113,8 @@ def make_patches(target: Target, parts: Mapping[str, torch.Tensor], sizes: Mappi
 def changes_nothing(patches: Iterable[tuple[Target, Any]], sizes: Mapping[str, Size | None]) -> bool:
     """Whether no weight changes by its patch: an adapter that was never trained multiplies by zero.
 
-    Found out by ComfyUI's own code, on weights that are ones, from the smallest on until one changes. Large weights would
-    take minutes, so patches of one form that are zero in the same places are tried once.
+    Found out by ComfyUI's own code, on weights that are ones, from the smallest on until one changes. Large weights
+    would take minutes, so patches of one form that are zero in the same places are tried once.
     """
     import comfy.lora
 
