@@ -65,11 +65,11 @@ class PSANode(io.ComfyNode):
         specs = {spec.id: spec for spec in schema.inputs}
         for line in name_unknown(schema.display_name, inputs, specs):
             log.warning("PSA: %s", line)
-        inputs = {name: inputs[name] for name in inputs if name in specs}
+        inputs = {name: as_plain(value) for name, value in inputs.items() if name in specs}
         inputs = {name: value for name, value in inputs.items() if value is not None or not specs[name].optional}
         try:
             cls.judge(inputs)
-            return cls.run(**{name: as_plain(specs[name], value) for name, value in inputs.items()})
+            return cls.run(**inputs)
         except NodeError:
             raise
         except Exception as error:

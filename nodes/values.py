@@ -11,6 +11,7 @@ import numbers
 from collections.abc import Callable, Container, Iterable
 from typing import Any
 
+import numpy as np
 from comfy_api.latest import io
 
 from ..choices.errors import InputError, is_model
@@ -75,14 +76,12 @@ def check_values(node: str, specs: Iterable[io.Input], inputs: dict[str, Any], a
                 raise InputError(spec.id, value, allowed, node, do=f"connect {allowed.partition(':')[0]} to {spec.id}")
 
 
-_TYPES = {io.Int.Input: int, io.Float.Input: float, io.Boolean.Input: bool, io.Combo.Input: str, io.String.Input: str}
-
-
-def as_plain(spec: io.Input, value: Any) -> Any:
-    """A value that has passed, in Python's own type. Links bring numbers of other libraries, too, which look the same;
-    what is made from them could not be sent to the page as JSON, and ComfyUI ends with such a message."""
-    kind = _TYPES.get(type(spec))
-    return value if kind is None or value is None else kind(value)
+def as_plain(value: Any) -> Any:
+    """A number or text in Python's own type, anything else as it is. Links bring numbers of other libraries, too, which
+    look the same; what is made from them cannot be sent to the page as JSON, and ComfyUI ends with such a message."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return float(value) if isinstance(value, numbers.Real) and not isinstance(value, int | float) else value
 
 
 def name_unknown(node: str, given: Iterable[str], known: Iterable[str]) -> list[str]:
