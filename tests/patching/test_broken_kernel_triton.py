@@ -9,9 +9,9 @@ import os
 import pytest
 import torch
 
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
 
-from .patched import PATCH
+from .patched import PATCH, report, sparse_calls
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="runs in Triton's interpreter")
 
@@ -74,9 +74,8 @@ def test_a_broken_kernel_leaves_the_picture_of_dense_attention(tiny_wan, broken,
     assert line.startswith("PSA: staying dense: ")
     assert "update the GPU's driver and Triton or delete the files comfyui_psa_check.json in Triton's cache" in line
     assert calls.count(part) == 1, "no call after the one that was wrong"
-    report = psa.get_attachment(KEY).report
-    assert [step["sparse_calls"] for step in report["steps"]] == [0, 0, 0, 0]
-    assert [entry["calls"] for entry in report["fallbacks"]] == [6]
+    assert sparse_calls(psa) == [0, 0, 0, 0]
+    assert [entry["calls"] for entry in report(psa)["fallbacks"]] == [6]
     assert torch.equal(tiny_wan.sample(psa, steps=4, size=SIZE), stock)
     assert calls.count(part) == 1
 
@@ -89,7 +88,6 @@ def test_a_broken_correction_is_left_out_and_the_rest_is_sparse(tiny_wan, broken
     (line,) = told(caplog)
     assert line.startswith("PSA: no correction from here on: ")
     assert calls.count("correction") == 1, "tried once"
-    report = psa.get_attachment(KEY).report
-    assert [step["sparse_calls"] for step in report["steps"]] == [0, 2, 2]
-    assert report["correction"]["corrected_calls"] == 0
-    assert report["fallbacks"] == []
+    assert sparse_calls(psa) == [0, 2, 2]
+    assert report(psa)["correction"]["corrected_calls"] == 0
+    assert report(psa)["fallbacks"] == []

@@ -7,7 +7,9 @@ ComfyUI takes one device for a whole process, and -s shows the figures:
 import pytest
 import torch
 
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
+
+from .patched import report, sparse_calls
 
 pytestmark = pytest.mark.gpu(comfyui=True)
 SIZE = (1, 16, 21, 90, 160)  # 75,600 tokens
@@ -41,9 +43,8 @@ def test_psa_takes_no_more_memory_than_its_correction_says(tiny_wan, model, sett
         psa = patch_model(model, **inputs, correction=correction)
         tiny_wan.sample(psa, steps=3, size=SIZE)  # compiles
         most = most_memory(tiny_wan, psa)
-        report = psa.get_attachment(KEY).report
-        assert [step["sparse_calls"] for step in report["steps"]] == [0, 1, 1]
-        losses = report["correction"] or {}
+        assert sparse_calls(psa) == [0, 1, 1]
+        losses = report(psa)["correction"] or {}
         held = losses.get("bytes", 0) if losses.get("where") == "GPU memory" else 0
         print(f"{correction}: {most / 2**20:.0f} MiB, without PSA {without / 2**20:.0f}, held {held / 2**20:.0f}")
         assert most <= without + held + SMALL

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from comfyui_psa.patching import core, live
-from comfyui_psa.patching.patch import KEY, patch_model
+from comfyui_psa.patching.patch import patch_model
 from comfyui_psa.sampling import self_attention
 
-from .patched import PATCH
+from .patched import PATCH, report
 
 BLOCKS, STEPS = 2, 4
 
@@ -23,7 +23,7 @@ def told(model, tiny_wan):
         psa = patch_model(model, **PATCH | changes, on_end=ended.append)
         tiny_wan.sample(psa, steps=steps, sampler=sampler)
         (found,) = ended
-        assert psa.get_attachment(KEY).report["dense"] == found["dense"], "PSA Report says the same"
+        assert report(psa)["dense"] == found["dense"], "PSA Report says the same"
         return found
 
     return run
