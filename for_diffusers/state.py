@@ -30,6 +30,7 @@ from . import memory, operator
 from .attention_backends import unseen_note, unseen_reason
 from .attention_call import AttentionCall, read_attention
 from .layout import MODELS, transformer_in
+from .loras import lora_strengths
 from .parallel import Parallel, SharedBudget, dense_reason, find_parallel
 from .schedule import Schedule, Steps
 
@@ -175,6 +176,8 @@ class TransformerState:
         blocks = len(MODELS[self.family].attentions(transformer))
         run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")), blocks)
         run.begin_model_call(0.0 if steps is None else steps.now, layout, ())
+        if run.losses.on:
+            run.begin_weights((run.position.forward,), lora_strengths(transformer))
         if run.position.in_last_step:
             run.kept.last_step()
             run.losses.last = True

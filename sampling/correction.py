@@ -65,8 +65,8 @@ class Loss:
 def with_other_weights() -> str:
     """Why a run in which the model has changed goes on without its correction."""
     return (
-        "the correction ends here: a hook has changed the strength of a LoRA, and what was learned with other "
-        "weights does not fit; to keep it, change the strength in the dense steps only"
+        "the correction ends here: the strength of a LoRA has changed, and what was learned with other weights "
+        "does not fit; to keep it, change the strength in the dense steps only"
     )
 
 

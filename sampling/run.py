@@ -112,7 +112,7 @@ class Run:
         self.learns = False
         self._sparse_steps = 0
         self._learning_step: int | None = None
-        self._strengths: dict[Hashable, tuple[float, ...]] = {}
+        self._strengths: dict[Hashable, Hashable] = {}
         self._decide()
 
     def _decide(self) -> None:
@@ -182,8 +182,8 @@ class Run:
         self._decide()
         self.record.model_call(layout, foreign)
 
-    def begin_weights(self, prompts: Sequence[Hashable], strengths: tuple[float, ...]) -> None:
-        """A model call is for `prompts`, with hooks of these strengths on its weights. What was lost with other weights
+    def begin_weights(self, prompts: Sequence[Hashable], strengths: Hashable) -> None:
+        """A model call is for `prompts`, with LoRAs of these strengths on its weights. What was lost with other weights
         must not be given back."""
         changed = any(self._strengths.get(prompt, strengths) != strengths for prompt in prompts)
         self._strengths.update(dict.fromkeys(prompts, strengths))

@@ -310,3 +310,58 @@ def test_processes_on_one_host_share_its_memory(monkeypatch):
     assert memory.free_on_host() == 400
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.free_on_host() == 100
+
+
+def scaled(model):
+    model.set_adapters(["first"], [0.3])
+
+
+def switched_off(model):
+    model.disable_adapters()
+
+
+def deleted(model):
+    model.delete_adapters("first")
+
+
+def merged(model):
+    model.fuse_lora(lora_scale=2.0)
+
+
+def added(model):
+    with_lora(model, "second")
+
+
+def left(model):
+    pass
+
+
+def with_lora(model, name):
+    peft = pytest.importorskip("peft")
+    targets = ["to_q", "to_k", "ffn.net.2"]
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False), name)
+
+
+@pytest.mark.parametrize("change", [scaled, switched_off, deleted, merged, added, left])
+def test_what_was_lost_with_another_lora_is_not_given_back(pipes, caplog, change):
+    """A callback changes it after two sparse steps; from then on, the run is one without correction."""
+    runs = []
+    for correction in ("full", "off"):
+        pipe = pipes.pipeline(pipes.wan())
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            with_lora(pipe.transformer, "first")
+            applied = apply_psa(pipe, 0.6, min_tokens=0, warm_up=1, correction=correction)
+
+            def then(pipe, step, *_):
+                if step == 2:
+                    change(pipe.transformer)
+                return {}
+
+            pipes.run(pipe, 6, callback_on_step_end=then)
+        runs.append([step["corrected_calls"] for step in applied.reports()[0]["steps"]])
+        applied.remove()
+    given_back = [2, 2] if change is not left else [2] * 5
+    assert runs == [[0, *given_back, *[0] * (5 - len(given_back))], [0] * 6]
+    said = [record.getMessage() for record in caplog.records if "the strength of a LoRA has changed" in record.message]
+    assert len(said) == (change is not left)
