@@ -102,9 +102,10 @@ function addPicture(node) {
     });
     chain(node, "onExecuted", (output) => {
         if (!output?.psa) return;
-        const [note = "", auto = ""] = output.psa;
-        const received = output.psa_sparsity?.[0] ?? null;
-        Object.assign(states.get(node), NO_RUN, { note, auto, received, queued: output.psa_asked?.[0] ?? null });
+        // With a list at an input the node runs once for each of its values: the last of them is sampled last.
+        const [note = "", auto = ""] = output.psa.slice(-2);
+        const received = output.psa_sparsity?.at(-1) ?? null;
+        Object.assign(states.get(node), NO_RUN, { note, auto, received, queued: output.psa_asked?.at(-1) ?? null });
         refresh(node);
     });
     refresh(node);

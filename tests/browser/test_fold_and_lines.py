@@ -131,6 +131,24 @@ def test_a_sparsity_that_came_over_a_wire_is_the_one_that_is_shown(pages, demo_w
     assert frontend.errors == []
 
 
+def test_of_a_list_of_sparsities_the_last_one_is_shown(pages):
+    """The node then runs once for each of them, and ComfyUI puts what it tells in one list."""
+    frontend = pages()
+    patch, number = frontend.add("PSAPatch", 300), frontend.add("PrimitiveFloat", -400)
+    frontend.connect(number, 0, patch, "sparsity")
+    frontend.page.evaluate(
+        """(id) => app.canvas.graph.getNodeById(id).onExecuted({
+            psa: ["", "module-default", "no video model", ""], psa_sparsity: [0.5, 0.8], psa_asked: [{}, {}],
+        })""",
+        patch,
+    )
+    frontend.settle()
+    seen = frontend.picture(patch)
+    assert "the last run got 0.80." in seen["text"]
+    assert seen["headline"].startswith("Stays dense: no video model.")
+    assert frontend.errors == []
+
+
 BOTTOMS = """([id, name]) => {
     const node = app.canvas.graph.getNodeById(id);
     const { element } = node.widgets.find((widget) => widget.name === name);
