@@ -53,6 +53,8 @@ WAN: Table = (
     (".norm2.", ".norm3."),
     (".scale_shift_table.", ".modulation."),
     (".proj_out.", ".head.head."),
+    (".proj_in.", ".before_proj."),
+    (".proj_out.", ".after_proj."),  # of VACE's blocks
 )
 
 TABLES = {"cogvideox": COGVIDEOX, "wan2.1": WAN}

@@ -47,3 +47,33 @@ def test_every_layer_is_patched(models, kind, named, wrapper):
     for key in list(products)[:: len(products) // 3]:
         found = patched.patch_weight_to_device(key, return_weight=True)
         torch.testing.assert_close(found, model.model.state_dict()[key] + products[key], rtol=1e-4, atol=1e-4)
+
+
+WAN = {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 2, "ffn_dim": 128}
+VARIANTS = {
+    "t2v": ("WanTransformer3DModel", {}),
+    "i2v": ("WanTransformer3DModel", {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 128}),
+    "vace": ("WanVACETransformer3DModel", {"vace_layers": [0], "vace_in_channels": 96}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_layer_of_diffusers_is_one_of_the_models(tiny_wan, variant):
+    import diffusers
+
+    from comfyui_psa.loading.lora_names import module_names, read_keys
+
+    name, sizes = VARIANTS[variant]
+    layers = {
+        name: tuple(layer.weight.shape)
+        for name, layer in getattr(diffusers, name)(**WAN, **sizes).named_modules()
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv3d)
+    }
+    model = tiny_wan.load(variant)
+    reading = read_keys([f"transformer.{name}.lora_A.weight" for name in layers], module_names(model))
+    assert reading.unknown == []
+    weights = model.model.state_dict()
+    found = {key.module: tuple(weights[key.target].shape) for key in reading.keys.values()}
+    assert len({key.target for key in reading.keys.values()}) == len(layers)
+    assert found.keys() == layers.keys()
+    assert {name: len(size) for name, size in found.items()} == {name: len(size) for name, size in layers.items()}
