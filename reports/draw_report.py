@@ -36,6 +36,7 @@ _OTHER = {
 }
 """What the headline says about steps that were neither sparse nor dense."""
 _MOST_HEIGHT = 4000
+_MOST_FALLBACKS = 8
 _ATTENTION, _REST = (127, 178, 255), (70, 104, 158)
 
 
@@ -245,9 +246,15 @@ def _fallbacks(sheet: Sheet, report: dict[str, Any]) -> None:
     for note in report["notes"]:
         sheet.text(f"Note: {note}.", 14)
     if not report["fallbacks"] and not report["notes"]:
-        sheet.text("Fallbacks: none; every attention call of the sparse steps was sparse.", 14, QUIET)
-    for entry in report["fallbacks"][:8]:
+        none = "Fallbacks: none; every attention call of the sparse steps was sparse."
+        dense = report.get("dense")
+        sheet.text(none if dense is None else f"Nothing was sparse: {dense}.", 14, QUIET)
+    shown, rest = report["fallbacks"][:_MOST_FALLBACKS], report["fallbacks"][_MOST_FALLBACKS:]
+    for entry in shown:
         sheet.text(f"{entry['calls']} calls stayed dense: {entry['reason']}", 14)
+    if rest:
+        calls = sum(entry["calls"] for entry in rest)
+        sheet.text(f"{calls} more calls stayed dense for {len(rest)} other reasons, which are in the JSON.", 14)
     sheet.y += 12
 
 

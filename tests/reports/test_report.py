@@ -250,3 +250,50 @@ def test_the_density_falls_over_the_sparse_steps_and_its_mean_is_the_sliders(mod
         assert sparsity == pytest.approx(expected, abs=0.05), "as closely as whole blocks allow"
     assert report["mean_sparsity"] == pytest.approx(0.6, abs=0.05)
     assert not report["fallbacks"]
+
+
+def test_blocks_that_stay_dense_on_purpose_are_one_reason(model, caplog):
+    from comfyui_psa.patching.patch import patch_model
+
+    psa = patch_model(model, sparsity=0.6, start_percent=0.25, min_tokens=0, dense_blocks="0, 2", correction="off")
+    sample(psa)
+    report = psa.get_attachment("psa").report
+    sparse = sum(step["kind"] == "sparse" for step in report["steps"])
+    assert report["fallbacks"] == [{"reason": "blocks 0, 2 are listed in dense_blocks", "calls": 2 * sparse}]
+    assert caplog.text.count("listed in dense_blocks") == 1
+
+
+@pytest.fixture
+def words(monkeypatch):
+    """What is written in the picture of a report."""
+    from comfyui_psa.reports.draw_report import draw_report
+    from comfyui_psa.reports.paint import Sheet
+
+    def of(report):
+        found, genuine = [], Sheet.text
+        monkeypatch.setattr(
+            Sheet, "text", lambda self, text, *a, **k: found.append(text) or genuine(self, text, *a, **k)
+        )
+        draw_report(report)
+        return "\n".join(found)
+
+    return of
+
+
+def test_a_picture_of_a_run_without_a_sparse_step_says_why(model, words):
+    from comfyui_psa.patching.patch import patch_model
+
+    psa = patch_model(model, sparsity=0.6, start_percent=0.97, end_percent=0.98, min_tokens=0)
+    sample(psa)
+    written = words(psa.get_attachment("psa").report)
+    assert "Nothing was sparse: no step is between start_percent and end_percent; lower start_percent" in written
+    assert "every attention call" not in written
+
+
+def test_reasons_that_a_picture_leaves_out_are_counted(run, words):
+    report = run[0].get_attachment("psa").report
+    reasons = [{"reason": f"reason {number}", "calls": number} for number in range(11)]
+    written = words(report | {"fallbacks": reasons})
+    assert "7 calls stayed dense: reason 7" in written
+    assert "reason 8" not in written
+    assert "27 more calls stayed dense for 3 other reasons" in written
