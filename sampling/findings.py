@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from .record import SKIPPED, SPARSE, Record, Step
@@ -54,6 +55,15 @@ def unranked_note(pairs: int) -> list[str]:
         f"the importance of {pairs} pairs of blocks was not a finite number, and they ranked last: the model's own "
         f"queries or keys are infinite or not a number; run the model in bfloat16, or try another file of its weights"
     ]
+
+
+@functools.lru_cache(maxsize=16)  # every call of such a block asks
+def listed(blocks: frozenset[int]) -> str:
+    """Why calls of these blocks stay dense: one reason for all of them."""
+    numbers = ranges(sorted(blocks))
+    if len(blocks) == 1:
+        return f"block {numbers} is listed in dense_blocks"
+    return f"blocks {numbers} are listed in dense_blocks"
 
 
 def why_dense(run: Run) -> str | None:

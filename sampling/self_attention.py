@@ -17,6 +17,7 @@ from ..kernels.config import ConfigError
 from ..kernels.delta import GROUPS, measure_delta
 from ..kernels.levels import BlockLists, SharedHeads, listed_blocks
 from .correction import Loss, Memory
+from .findings import listed
 from .run import Run, log
 
 WITHOUT_MEMORY = "PSA ran out of memory, even with one head at a time"
@@ -84,7 +85,7 @@ def decline_reason(run: Run, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
         given = str(q.dtype).removeprefix("torch.")
         return f"PSA does not support q, k, v of type {given}; load the model in another type"
     if position.block in settings.dense_blocks:
-        return f"block {position.block} is listed in dense_blocks"
+        return listed(settings.dense_blocks)
     return gradient_reason(q, k, v) or run.kept.refusal(run.cases(q))
 
 

@@ -112,7 +112,7 @@ class SparseAttention:
             RuntimeError: a call fell back to dense attention.
         """
         self.run.end()
-        unwanted = [reason for reason in self.run.record.fallbacks if "is listed in dense_blocks" not in reason]
+        unwanted = [reason for reason in self.run.record.fallbacks if "listed in dense_blocks" not in reason]
         if unwanted:
             raise RuntimeError("; ".join(unwanted))
         means = []

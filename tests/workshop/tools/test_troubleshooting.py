@@ -50,9 +50,9 @@ def test_a_new_log_line_needs_an_explanation(copy):
     ("file", "old", "new"),
     [
         (
-            "sampling/self_attention.py",
-            'return f"block {position.block} is',
-            'return f"the part {position.block} is not',
+            "sampling/findings.py",
+            'return f"block {numbers} is',
+            'return f"the part {numbers} is not',
         ),
         ("sampling/findings.py", "a cache answered all {", "the memory of a node answered {"),
         ("for_diffusers/state.py", "no scheduler is known,", "there is no scheduler,"),
