@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .fused_names import fused_names
 from .names import TABLES, to_diffusers
 
 Target = Any
@@ -76,11 +77,14 @@ def module_names(model: Any) -> dict[str, Target]:
     family = image_model(model)
     table = TABLES.get(family, ())
     names: dict[str, Target] = {}
-    for key in model.model.state_dict():
+    sizes: dict[str, tuple[int, ...]] = {}
+    for key, weight in model.model.state_dict().items():
         if key.startswith("diffusion_model."):
             native = key.removeprefix("diffusion_model.").removesuffix(".weight")
             names[native] = key
             names.setdefault(to_diffusers(native, table), key)
+            sizes[key.removeprefix("diffusion_model.")] = tuple(weight.shape)
+    names |= dict(fused_names(family, sizes))
     if family not in TABLES:
         import comfy.lora
 
