@@ -177,7 +177,7 @@ class TransformerState:
         run = self._run(steps, layout, getattr(timestep, "device", torch.device("cpu")), blocks)
         run.begin_model_call(0.0 if steps is None else steps.now, layout, ())
         if run.losses.on:
-            run.begin_weights((run.position.forward,), lora_strengths(transformer))
+            run.begin_prompts((run.position.forward,), lora_strengths(transformer))
         if run.position.in_last_step:
             run.kept.last_step()
             run.losses.last = True

@@ -131,7 +131,7 @@ class CallListener:
             foreign=not isinstance(options.get(core.OVERRIDE_KEY), PSAOverride),
             rows=core.prompts_of(options, x.shape[0]),
         )
-        run.begin_weights(tuple(options.get("uuids", ())), strengths)
+        run.begin_prompts(tuple(options.get("uuids", ())), strengths)
         if isinstance(call, str):
             run.whole_call_dense(call)
 

@@ -30,6 +30,24 @@ from .record import Record, log
 __all__ = ["Run", "is_active", "log"]
 
 
+@dataclasses.dataclass
+class Again:
+    """A run that learns again in a sparse step.
+
+    Attributes:
+        paid_by: numbers of the steps after it, of all sparse steps counted from 1. cost: what they pay for, in dense
+            steps: this one, and what is not paid yet of an earlier one.
+    """
+
+    paid_by: range
+    cost: float
+
+    @property
+    def steps(self) -> int:
+        """How many there are, this one included."""
+        return 1 + len(self.paid_by)
+
+
 class Run:
     """State of one run, see above.
 
@@ -112,7 +130,9 @@ class Run:
         self.learns = False
         self._sparse_steps = 0
         self._learning_step: int | None = None
-        self._strengths: dict[Hashable, Hashable] = {}
+        self._learned: dict[Hashable, Hashable] = {}
+        self._changed_step: int | None = None
+        self._again: Again | None = None
         self._decide()
 
     def _decide(self) -> None:
@@ -122,22 +142,22 @@ class Run:
         correction = settings.correction or OURS
         if size is not None:
             correction = dataclasses.replace(correction, size=size)
-        steps = self.position.sparse_steps
+        steps = self.position.sparse_steps if self._again is None else self._again.steps
         self.correction = correction.decided(settings.config, settings.falling, steps, self._can_renew)
         self._set_config()
 
     def _can_renew(self, renew: int) -> bool:
         """Whether the other calls can be as sparse as it takes to renew one block in so many."""
-        config, layout = self.settings.config, self.position.layout
-        if layout is None:
-            return True
-        return can_meet(-(-layout.video // config.block_kv), with_renewals(config, self._renewed_share(renew)))
+        config, layout, share = self.settings.config, self.position.layout, self._renewed_share(renew)
+        if self._again is not None and self._too_much(share):
+            return False
+        return layout is None or can_meet(-(-layout.video // config.block_kv), with_renewals(config, share))
 
     def _set_config(self) -> None:
         """The settings at this step: what renewals cost is taken from the other calls."""
         self.config = config_at(self.settings.config, self.settings.falling, self.position.share)
-        if self.losses.on:
-            self.config = with_renewals(self.config, self._renewed_share(self.correction.renew))
+        renew = self.correction.renew if self.losses.on else 0
+        self.config = with_renewals(self.config, self._renewed_share(renew))
 
     def plan(self, sigmas: list[float] | None, device: torch.device, replaced: Sequence[str] = ()) -> None:
         """Called before the first model call, with the sampler's noise levels (steps + 1), if they are known.
@@ -182,14 +202,39 @@ class Run:
         self._decide()
         self.record.model_call(layout, foreign)
 
-    def begin_weights(self, prompts: Sequence[Hashable], strengths: Hashable) -> None:
-        """A model call is for `prompts`, with LoRAs of these strengths on its weights. What was lost with other weights
-        must not be given back."""
-        changed = any(self._strengths.get(prompt, strengths) != strengths for prompt in prompts)
-        self._strengths.update(dict.fromkeys(prompts, strengths))
-        learned_again = not self.position.active or self.position.step == self._learning_step
-        if changed and len(self.losses) and not learned_again:
+    def begin_prompts(self, prompts: Sequence[Hashable], strengths: Hashable) -> None:
+        """A model call is for `prompts`, with LoRAs of these strengths on its weights. If nothing is known of a prompt,
+        or what was lost was lost with other weights, the run learns again."""
+        position, learned = self.position, self._learned
+        if position.before_sparse_part or position.step == self._learning_step:
+            learned.update(dict.fromkeys(prompts, strengths))
+        unknown = [prompt for prompt in prompts if learned.get(prompt) != strengths]
+        if not unknown or not position.active or not self.losses.on or not len(self.losses):
+            return
+        goes_on = self._changed_step is not None and position.step - self._changed_step < 2
+        self._changed_step = position.step
+        if not goes_on and self._learn_again():
+            learned.update(dict.fromkeys(prompts, strengths))
+        elif any(prompt in learned for prompt in unknown):
             self.give_up_correction(with_other_weights())
+
+    def _learn_again(self) -> bool:
+        """Make this sparse step a dense one that learns, as if the run began here; False if the calls after it cannot
+        pay for that with half of their work at most."""
+        left, before = self.position.sparse_steps_left, self._again
+        if not left:
+            return False
+        self._again = Again(range(self._sparse_steps + 1, self._sparse_steps + left + 1), 1.0)
+        if before is not None:
+            self._again.cost += before.cost * self._again.steps / before.steps
+        self._decide()
+        if self._too_much(self._renewed_share(self.correction.renew)):
+            self._again = before
+            self._decide()
+            return False
+        self._learning_step = self.position.step
+        log.info("PSA: correction: learned again in step %d, for other prompts or weights", self.position.step)
+        return True
 
     def choose_size(self, video: torch.Tensor, lists: BlockLists | None, rows: int, memory: Memory) -> bool:
         """Choose the size of the correction by what a first call of `rows` prompts would keep, see `LossStore`; whether
@@ -238,13 +283,20 @@ class Run:
         return renews(self._sparse_steps, position.block, self.correction.renew)
 
     def _renewed_share(self, renew: int) -> float:
-        """Share of the calls in all sparse steps that are dense to renew a loss, if one block in `renew` is."""
-        steps, blocks = self.position.sparse_steps, self.record.blocks
-        if not renew or not steps or not blocks:
+        """Share of the calls in all sparse steps that are dense to renew a loss, if one block in `renew` is; or in the
+        steps since the run learned again, which pay for that."""
+        steps, blocks, again = self.position.sparse_steps, self.record.blocks, self._again
+        if not steps or not blocks:
             return 1 / renew if renew else 0.0
-        sparse = range(1 if self._learning_step is None else 2, steps + 1)
-        turns = [renews(step, block, renew) for step in sparse for block in range(blocks)]
-        return sum(turns) / len(turns) if turns else 0.0
+        sparse = range(1 if self._learning_step is None else 2, steps + 1) if again is None else again.paid_by
+        turns = sum(renews(step, block, renew) for step in sparse for block in range(blocks)) / blocks
+        if again is None:
+            return turns / len(sparse) if sparse else 0.0
+        return (again.cost + turns) / again.steps
+
+    def _too_much(self, share: float) -> bool:
+        """Whether the other calls cannot pay for this share with half of their work."""
+        return self.settings.config.sparsity is None or 2 * share > 1 - self.settings.config.sparsity
 
     def calls_of_step(self, rows: int) -> int:
         """About how many calls a step has, over all blocks and prompts, for calls of `rows` prompts each."""

@@ -24,10 +24,14 @@ class Loop:
     for nothing but the sparse attention of one row.
     """
 
-    def __init__(self, model, patch, *, sigmas, renew=0, keep=True, group=1, gamma=0.95, grids=None, known=None):
-        """grids: number of tokens -> grid. known: what a row is known by again, by default all that there is."""
+    def __init__(
+        self, model, patch, *, sigmas, renew=0, keep=True, group=1, gamma=0.95, grids=None, known=None, again=None
+    ):
+        """grids: number of tokens -> grid. known: what a row is known by again, by default all that there is.
+        again: (percent, renew, keep), from where on it is as if the run had begun there, with other prompts or weights.
+        """
         psa = patch_model(model, **patch)
-        config = psa.get_attachment(KEY).settings.config
+        config = self.slider = psa.get_attachment(KEY).settings.config
         bounds = model.get_model_object("model_sampling").percent_to_sigma
         start, end = bounds(patch["start_percent"]), bounds(patch["end_percent"])
         self.sigmas = [float(sigma) for sigma in sigmas[:-1]]
@@ -39,12 +43,29 @@ class Loop:
         self.number = {step: number for number, step in enumerate(sparse, 1)}
         self.renew, self.keep, self.group, self.gamma = renew, keep, group, gamma
         later = [step for step in sparse if step != self.learning]
-        turns = [is_renewed(self.number[step], block, renew) for step in later for block in range(BLOCKS)]
         # Renewed calls are dense, and what they cost is taken from the others.
-        self.config = dataclasses.replace(config, sparsity=config.sparsity + sum(turns) / max(1, len(turns)))
+        self.config = dataclasses.replace(config, sparsity=config.sparsity + self.turns(later) / max(1, len(later)))
+        self.again = None
+        if again is not None:
+            percent, *self.after = again
+            self.again = next(step for step in sparse if self.sigmas[step] <= bounds(percent) * 1.00001)
+            self.rest = [step for step in sparse if step > self.again]
         self.grids, self.known = grids or {768: (3, 16, 16)}, known or (lambda *row: row)
         self.lists, self.delta = {}, {}
         self.corrected = [0] * len(self.sigmas)
+
+    def turns(self, steps):
+        """How many dense steps the renewals in these make together."""
+        return (
+            sum(is_renewed(self.number[step], block, self.renew) for step in steps for block in range(BLOCKS)) / BLOCKS
+        )
+
+    def begin_again(self):
+        """The steps that are left pay for a dense one."""
+        self.renew, self.keep = self.after
+        share = (1 + self.turns(self.rest)) / (1 + len(self.rest))
+        self.config = dataclasses.replace(self.slider, sparsity=self.slider.sparsity + share)
+        self.learning, self.again = self.again, None
 
     def __call__(self, func, q, k, v, heads, *args, **kwargs):
         dense = func(q, k, v, heads, *args, **kwargs)
@@ -53,6 +74,8 @@ class Loop:
         options = kwargs["transformer_options"]
         sigma, block = float(options["sigmas"][0]), options["block_index"]
         step = min(range(len(self.sigmas)), key=lambda i: abs(self.sigmas[i] - sigma))
+        if step == self.again:
+            self.begin_again()
         videos = len(q) // len(options["uuids"])
         window = tuple(getattr(options.get("context_window"), "index_list", ()))
         without = str(sorted(options.get("patches_replace", {}).get("dit", ())))

@@ -365,3 +365,24 @@ def test_what_was_lost_with_another_lora_is_not_given_back(pipes, caplog, change
     assert runs == [[0, *given_back, *[0] * (5 - len(given_back))], [0] * 6]
     said = [record.getMessage() for record in caplog.records if "the strength of a LoRA has changed" in record.message]
     assert len(said) == (change is not left)
+
+
+def test_a_run_learns_again_where_a_lora_changes_its_strength_early(pipes, caplog):
+    """The steps that are left can pay for a dense one."""
+    pipe = pipes.pipeline(pipes.wan())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        with_lora(pipe.transformer, "first")
+        applied = apply_psa(pipe, 0.6, min_tokens=0, warm_up=1, correction="full")
+
+        def then(pipe, step, *_):
+            if step == 2:
+                scaled(pipe.transformer)
+            return {}
+
+        pipes.run(pipe, 12, callback_on_step_end=then)
+    steps = applied.reports()[0]["steps"]
+    applied.remove()
+    assert [step["corrected_calls"] for step in steps] == [0, 2, 2, 0, *[2] * 8]
+    assert [step["learned_calls"] for step in steps] == [2, 0, 0, 2, *[0] * 8]
+    assert "the strength of a LoRA" not in caplog.text
