@@ -124,3 +124,15 @@ def test_hunyuan_by_diffusers_is_hunyuan_by_its_own_names(models, kind):
     expected, found = patched_by(model, own, layers), patched_by(model, theirs, layers)
     for name in layers:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_parts_of_packed_weights_are_the_same_rows(models):
+    """Four-bit weights have two numbers in a byte, and half as many columns."""
+    from comfyui_psa.loading.fused_names import fused_names
+
+    state = models("hunyuan").model.state_dict()
+    sizes = {key.removeprefix("diffusion_model."): tuple(value.shape) for key, value in state.items()}
+    packed = {name: (*size[:-1], size[-1] // 2) for name, size in sizes.items() if size}
+    found = dict(fused_names("hunyuan_video", sizes))
+    assert len(found) > 20
+    assert dict(fused_names("hunyuan_video", packed)) == found
