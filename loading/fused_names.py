@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Stack = tuple[str, str, str, Mapping[str, Sequence[str]]]
-"""Where a stack of blocks is in ComfyUI, where in diffusers, a layer with as many rows as a block is wide (columns may be
-packed), and a layer's names in it: ComfyUI's -> diffusers'."""
+"""Where a stack of blocks is in ComfyUI, where in diffusers, a layer with as many rows as a block is wide (columns may
+be packed), and a layer's names in it: ComfyUI's -> diffusers'."""
 
 _TO_QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
 _HUNYUAN_VIDEO: Sequence[Stack] = (
