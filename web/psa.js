@@ -19,6 +19,8 @@ const WITH_PRESET = [PATCH, "PSACalibrate"];
 const SIZE = { [PATCH]: [340, 216], [PYRAMID]: [340, 168] };
 const LINE_SIZE = [460, 46];
 const PADDING = 8;
+/** LiteGraph's modes of a node that is muted, and of one that is bypassed. */
+const OFF = [2, 4];
 
 /** Preset name -> the sparsity it was made for, from the node's definition. */
 let suggested = {};
@@ -209,7 +211,7 @@ function settingOf(node, { answer, received }) {
 /** Whether a node still has the inputs that were queued (`asked_of` in patching/live.py); true if that is unknown. */
 function matches(node, asked) {
     if (!asked) return true;
-    if (!("psa_pyramid" in asked) && input(node, "psa_pyramid")?.link != null) return false;
+    if (Object.hasOwn(asked, "psa_pyramid") !== takesPyramid(node)) return false;
     return Object.entries(asked).every(([name, given]) => {
         // What is at the other end of a wire may be unknown, say outside a subgraph: it counts as unchanged.
         if (input(node, name)?.link != null) {
@@ -263,7 +265,9 @@ function widgetsOf(node) {
     const widgets = (node.widgets ?? []).filter((widget) => widget.serialize !== false);
     return {
         inputs: Object.fromEntries(widgets.map((widget) => [widget.name, widget.value])),
-        linked: (node.inputs ?? []).filter((slot) => slot.link != null).map((slot) => slot.name),
+        linked: (node.inputs ?? [])
+            .filter(({ name, link }) => (name === "psa_pyramid" ? takesPyramid(node) : link != null))
+            .map((slot) => slot.name),
     };
 }
 
@@ -324,16 +328,28 @@ function input(node, name) {
     return node.inputs?.find((slot) => slot.name === name);
 }
 
-/** The node that a PSA Patch gets its pyramid from, or undefined. A node that is being loaded, pasted or moved into a
- * subgraph is configured before it is in a graph, and asking for its neighbours then is an error. */
+/** The node that a PSA Patch gets its pyramid from, or undefined. */
 function source(node) {
-    const slot = node.graph ? node.inputs.findIndex((found) => found.name === "psa_pyramid") : -1;
+    return takesPyramid(node) ? atPyramidInput(node) : undefined;
+}
+
+/** Whether a PSA Patch gets a pyramid: nothing comes from a PSA Pyramid that is muted or bypassed. */
+function takesPyramid(node) {
+    const from = atPyramidInput(node);
+    const off = from?.comfyClass === PYRAMID && OFF.includes(from.mode);
+    return input(node, "psa_pyramid")?.link != null && !off;
+}
+
+/** The node at the other end of the wire. A node that is being loaded, pasted or moved into a subgraph is configured
+ * before it is in a graph, and asking for its neighbours then is an error. */
+function atPyramidInput(node) {
+    const slot = node.graph ? (node.inputs ?? []).findIndex((found) => found.name === "psa_pyramid") : -1;
     return slot < 0 ? undefined : (node.getInputNode(slot) ?? undefined);
 }
 
 /** Whether a PSA Patch gets its pyramid from anything but a PSA Pyramid. */
 function pyramidUnreadable(node) {
-    return input(node, "psa_pyramid")?.link != null && source(node)?.comfyClass !== PYRAMID;
+    return takesPyramid(node) && source(node)?.comfyClass !== PYRAMID;
 }
 
 /** The nodes that a PSA Pyramid feeds. */

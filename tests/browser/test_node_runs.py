@@ -162,6 +162,7 @@ def test_a_pyramid_that_was_changed_makes_a_run_the_last_one(pages, demo):
     frontend.load(demo)
     patch = find(demo, "PSAPatch")["id"]
     pyramid = frontend.add("PSAPyramid", -400, 200)
+    frontend.choose(pyramid, "half", 0.0)
     frontend.connect(pyramid, 0, patch, "psa_pyramid")
     kind, detail = frontend.run()
     assert kind == "execution_success", detail
@@ -170,6 +171,13 @@ def test_a_pyramid_that_was_changed_makes_a_run_the_last_one(pages, demo):
     frontend.choose(pyramid, "half", 0.11)
     assert "saved in the sparse steps" in frontend.picture(patch)["headline"]
     assert frontend.picture(patch)["sentence"].startswith("Last run")
+    frontend.page.evaluate("(id) => { app.canvas.graph.getNodeById(id).mode = 4; }", pyramid)
+    assert frontend.run()[0] == "execution_success"
+    seen = frontend.picture(patch)
+    assert seen["headline"].startswith("This run: "), "a pyramid that is bypassed is none"
+    assert "2" in seen["bar"], "the levels are those of the preset"
+    frontend.choose(patch, "preset", "wan-4step-lora")
+    assert not frontend.picture(patch)["problem"]
     assert frontend.errors == []
 
 
