@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..choices.presets import load_presets
 from ..choices.settings import AUTO, MOST_REUSE_STEPS, MOST_SPARSITY, PatchInputs, PatchSettings
 from ..kernels.backends import BACKENDS
 from ..kernels.falling import MOST_FALLING
-from .arguments import ArgumentChecks, wrong
+from .arguments import ArgumentChecks, is_number, wrong
 from .attention_backends import unseen_backend
 from .interception import InterceptedForward
 from .layout import MODELS, family_of, transformer_in
@@ -215,11 +215,11 @@ def remove_psa(pipe: Any) -> bool:
 def _check_steps(warm_up: object, reuse_steps: int, correction: str, knows_steps: bool) -> float | int:
     """`warm_up` as an int for a number of steps and a float for a share; raises ValueError for what is no such number,
     and for what a transformer without its pipeline cannot do."""
-    if isinstance(warm_up, Integral):
-        given: float | int = int(warm_up)
+    if is_number(warm_up, Integral):
+        given: float | int = int(warm_up)  # type: ignore[call-overload]
         fits = given >= 0
     else:
-        given = float(warm_up) if isinstance(warm_up, Real) else -1.0
+        given = float(warm_up) if is_number(warm_up) else -1.0  # type: ignore[arg-type]
         fits = 0 <= given <= 1
     if not fits:
         do = "pass 0.25 for a quarter of the steps, or 4 for four steps"

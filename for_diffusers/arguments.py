@@ -23,6 +23,11 @@ def wrong(asked_by: str, argument: str, given: object, allowed: str, do: str) ->
     return ValueError(f"{asked_by}, {refusal(argument, given, allowed)}; {do}")
 
 
+def is_number(given: object, kind: type = Real) -> bool:
+    """Whether it is a number of this kind; True and False are none."""
+    return isinstance(given, kind) and not isinstance(given, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class ArgumentChecks:
     """Checks the arguments of one function; everything here raises ValueError.
@@ -41,7 +46,7 @@ class ArgumentChecks:
 
     def number(self, argument: str, given: object, least: float, most: float | None, *, whole: bool = False) -> None:
         """`given` must be a number, or a whole one, within these limits."""
-        fits = isinstance(given, Integral if whole else Real) and least <= given  # type: ignore[operator]
+        fits = is_number(given, Integral if whole else Real) and least <= given  # type: ignore[operator]
         if not fits or (most is not None and given > most):  # type: ignore[operator]
             limits = f"{least} or more" if most is None else f"{least} to {most}"
             allowed = f"{'a whole number, ' if whole else ''}{limits}"
@@ -53,7 +58,8 @@ class ArgumentChecks:
         # No iterator: checking it would use it up.
         fits = isinstance(given, Collection) and not isinstance(given, str | bytes | Mapping)
         found = list(given) if fits else []  # type: ignore[call-overload]
-        fits &= all(isinstance(n, Integral) and least <= int(n) and (below is None or int(n) < below) for n in found)
+        whole = [int(n) for n in found if is_number(n, Integral)]
+        fits &= len(whole) == len(found) and all(least <= n and (below is None or n < below) for n in whole)
         if not fits or count not in (None, len(found)):
             limits = f"of at least {least}" if below is None else f"from {least} to {below - 1}"
             many = "" if count is None else f"{count} "
