@@ -65,7 +65,7 @@ export class Picture {
 
     /** Show a setting: its figures (choices/picture.py), a sentence about a problem, or neither. `ran`: what its run
      * did, see outcome.js; `measuredHere`: whether the speed figures were measured on a GPU like this machine's. */
-    show({ language, figures, problem, stock, notes, ran, measuredHere }) {
+    show({ language, figures, problem, stock, off, notes, ran, measuredHere }) {
         const text = (key, values) => say(language, key, values);
         this.headline.classList.toggle("psa-problem", Boolean(problem || ran?.problem));
         this.bar.replaceChildren();
@@ -74,8 +74,8 @@ export class Picture {
         this.note.textContent = notes.join(" ");
         this.speed.textContent = "";
         for (const bar of [this.bar, this.work]) bar.parentElement.style.display = "none";
-        if (problem || stock || ran?.dense || !figures) {
-            this.headline.textContent = problem ?? (stock ? text("stock") : (ran?.bold ?? ""));
+        if (problem || stock || off || ran?.dense || !figures) {
+            this.headline.textContent = problem ?? (off ? text("off") : stock ? text("stock") : (ran?.bold ?? ""));
             return;
         }
         const { sparsity, coverage, speedup } = figures;

@@ -140,6 +140,7 @@ function addElement(node, name, { element, content }, [width, height]) {
 }
 
 api.addEventListener("reconnected", () => everyNode(askAgain));
+api.addEventListener("execution_start", () => everyNode(refresh)); // nodes may have been muted or bypassed
 
 listen("psa.step", (state, step) => (stateForRun(state, step).steps = [...state.steps, step]));
 listen("psa.run", (state, run) => (stateForRun(state, run).run = run));
@@ -182,7 +183,7 @@ function refresh(node) {
 function draw(node, state) {
     const setting = settingOf(node, state);
     const known = { ...state, stock: setting.stock };
-    const changed = !matches(node, state.queued);
+    const changed = setting.off || !matches(node, state.queued);
     const ran = changed ? null : happened(language(), known);
     state.picture.show({ language: language(), measuredHere, ran, ...setting });
     const { picture, steps, run, note } = state;
@@ -191,21 +192,21 @@ function draw(node, state) {
     if (picture.line) picture.follow({ language: language(), steps, run, old });
 }
 
-/** What Picture.show draws of a node's inputs: {problem, figures, stock, notes}. */
+/** What Picture.show draws of a node's inputs: {problem, figures, stock, off, notes}. */
 function settingOf(node, { answer, received }) {
-    const patch = node.comfyClass === PATCH;
+    const [patch, off] = [node.comfyClass === PATCH, OFF.includes(node.mode)];
     const wired = patch && isWired(node);
     const sparsity = patchSparsity(node);
     const notes = wired ? [say(received === null ? "wired" : "wiredRan", { sparsity: sparsity.toFixed(2) })] : [];
     const { refused, figures = null } = answer ?? {};
     const names = { ...namesOf(patch && source(node)), ...namesOf(node) };
-    const problem = refused ? told(language(), refused, names) : null;
+    const problem = refused && !off ? told(language(), refused, names) : null;
     const stock = patch && sparsity === 0 && (!wired || received !== null);
     if (answer?.silent) notes.push(say("noAnswer"));
     else if (patch && pyramidUnreadable(node)) notes.push(say("unknown"));
     else if (!patch && figures?.target != null) notes.push(say("scaled", { sparsity: figures.target.toFixed(2) }));
     else if (!patch && figures && value(node, "mode") !== "budget") notes.push(say("asWritten"));
-    return { problem, figures, stock, notes };
+    return { problem, figures, stock, off, notes };
 }
 
 /** Whether a node still has the inputs that were queued (`asked_of` in patching/live.py); true if that is unknown. */

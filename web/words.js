@@ -4,6 +4,7 @@ const WORDS = {
     en: {
         saved: "{saved} of the attention work saved in the sparse steps",
         stock: "Stays dense: sparsity is 0. Move the slider up to save work.",
+        off: "Muted or bypassed: it has no effect.",
         follows: "Work saved: depends on the video",
         faster: "attention {low} to {high} times faster (H100)",
         noFaster: "attention is no faster than dense here (H100)",
@@ -62,6 +63,7 @@ const WORDS = {
     zh: {
         saved: "稀疏步中节省 {saved} 的注意力计算",
         stock: "保持稠密：稀疏度为 0。调高滑块即可节省计算。",
+        off: "已禁用或绕过：不起作用。",
         follows: "节省的计算量取决于视频内容",
         faster: "注意力速度为稠密的 {low} 到 {high} 倍（H100 实测）",
         noFaster: "此设置下注意力不比稠密更快（在 H100 上实测）",

@@ -133,7 +133,10 @@ def test_a_bypassed_patch_is_left_out_of_the_prompt(pages, demo_workflow):
     assert "PSAPatch" not in [entry["class_type"] for entry in prompt.values()]
     kind, detail = frontend.run()
     assert kind == "execution_success", detail
-    assert frontend.picture(find(demo, "PSAPatch")["id"])["steps"] == 0
+    seen = frontend.picture(find(demo, "PSAPatch")["id"])
+    assert seen["steps"] == 0
+    assert seen["headline"] == "Muted or bypassed: it has no effect."
+    assert seen["bar"] == {}
     assert frontend.errors == []
 
 
@@ -176,6 +179,12 @@ def test_a_pyramid_that_was_changed_makes_a_run_the_last_one(pages, demo):
     seen = frontend.picture(patch)
     assert seen["headline"].startswith("This run: "), "a pyramid that is bypassed is none"
     assert "2" in seen["bar"], "the levels are those of the preset"
+    assert frontend.picture(pyramid)["headline"] == "Muted or bypassed: it has no effect."
+    frontend.page.evaluate("(id) => { app.canvas.graph.getNodeById(id).mode = 4; }", patch)
+    assert frontend.run()[0] == "execution_success"
+    assert frontend.picture(patch)["headline"] == "Muted or bypassed: it has no effect."
+    assert frontend.picture(patch)["sentence"].startswith("Last run")
+    frontend.page.evaluate("(id) => { app.canvas.graph.getNodeById(id).mode = 0; }", patch)
     frontend.choose(patch, "preset", "wan-4step-lora")
     assert not frontend.picture(patch)["problem"]
     assert frontend.errors == []
