@@ -161,7 +161,7 @@ def _summary(
     """One line on what was done and what was left out, and whether all is well. unchanged: whether the patches leave
     every weight as it is."""
     total = len(in_file)
-    count = len({target for layer in fit.layers for target in layer})
+    count = len({target if isinstance(target, str) else target[0] for layer in fit.layers for target in layer})
     done = f"{count} weights of the model patched, strength {strength:g}"
     if strength == 0:
         done = f"{count} weights fit; strength 0 leaves the model as it is"
