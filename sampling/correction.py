@@ -102,6 +102,8 @@ class LossStore:
         self._ahead: dict[Hashable, tuple[Loss, torch.cuda.Event]] = {}
         self._next: dict[Hashable, Hashable] = {}
         self._latest: Hashable = None
+        self._step = 1
+        self._asked: dict[Hashable, int] = {}
         self._stream: torch.cuda.Stream | None = None
         self.last = False
         self.without_room = 0
@@ -153,13 +155,27 @@ class LossStore:
             f"memory, or sample a shorter or smaller video"
         )
 
+    def next_step(self) -> None:
+        """A step begins that has model calls."""
+        self._step += 1
+
+    def begin_again(self) -> None:
+        """All calls of this step that are still to come learn, so what they do not replace may make room for them."""
+        self._asked = {place: step if step == self._step else -1 for place, step in self._asked.items()}
+
     def put(self, place: Hashable, loss: Loss) -> bool:
-        """Keep the loss of the call at `place`, instead of an earlier one; returns whether there was room for it."""
+        """Keep the loss of the call at `place`, instead of an earlier one; returns whether there was room for it. It
+        may take the room of losses that were not asked for in this step and the one before."""
         self._follow(place)
         self._ahead.pop(place, None)
         earlier = self._hosted.get(place)
         held = self._losses.get(place) if earlier is None else earlier.loss
-        nbytes = self.nbytes + loss.nbytes - (0 if held is None else held.nbytes)
+        more = loss.nbytes - (0 if held is None else held.nbytes)
+        if self.nbytes + more > self._budget:
+            for other, step in list(self._asked.items()):
+                if step < self._step - 1 and other != place:
+                    self.drop(other)
+        nbytes = self.nbytes + more
         if nbytes > self._budget:
             self.drop(place)
             self.without_room += 1
@@ -168,6 +184,7 @@ class LossStore:
             self._hosted[place] = self._to_host(loss, earlier)
         else:
             self._losses[place] = loss
+        self._asked[place] = self._step
         self.nbytes = nbytes
         self.most = max(self.most, self.nbytes)
         return True
@@ -176,6 +193,8 @@ class LossStore:
         """The loss of the call at `place` on its device; None if it is not known."""
         if not self.on:
             return None
+        if self.has(place):
+            self._asked[place] = self._step
         loss = self._losses.get(place)
         if loss is not None:
             if self.last:
@@ -209,6 +228,7 @@ class LossStore:
         for place in list(self._hosted):
             self.drop(place)
         self._losses.clear()
+        self._asked.clear()
         self._ahead.clear()
         self._next.clear()
         self._latest, self._stream, self.last = None, None, False
@@ -230,6 +250,7 @@ class LossStore:
     def drop(self, place: Hashable) -> None:
         """Give back what is held for the call at `place`, if anything."""
         self._ahead.pop(place, None)
+        self._asked.pop(place, None)
         loss = self._losses.pop(place, None)
         waiting = self._hosted.pop(place, None)
         if waiting is not None:

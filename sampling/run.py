@@ -195,6 +195,8 @@ class Run:
         self.record.begin_steps(steps, self.position)
         for _ in steps:
             self.kept.next_step()
+        if steps:
+            self.losses.next_step()
         if steps and self.position.active:
             self._begin_sparse_step()
         if not self.position.active and self.position.sparse_steps_left == 0:  # PSA's part is over
@@ -233,6 +235,7 @@ class Run:
             self._decide()
             return False
         self._learning_step = self.position.step
+        self.losses.begin_again()
         log.info("PSA: correction: learned again in step %d, for other prompts or weights", self.position.step)
         return True
 

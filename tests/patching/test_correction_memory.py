@@ -206,6 +206,21 @@ def test_what_follows_a_failure_in_the_same_step_has_the_density_of_the_slider(m
     assert {given["config"].sparsity for given in calls[first + 1 :]} == {0.6}
 
 
+def test_a_prompt_that_replaces_another_takes_its_room(model, sample, monkeypatch, tiny_wan):
+    prompts = tiny_wan.conditioning(end_percent=0.48) + tiny_wan.conditioning(seed=8, start_percent=0.48)
+    arguments = {"steps": 20, "size": (1, 16, 3, 16, 32), "positive": prompts}
+    roomy = patch_model(model, **PATCH | {"sparsity": 0.6})
+    expected = sample(roomy, **arguments)
+    bytes_of_both = report(roomy)["correction"]["bytes"]
+    with_memory(monkeypatch, lambda device: 0.6 * bytes_of_both)
+    psa = patch_model(model, **PATCH | {"sparsity": 0.6})
+    assert torch.equal(sample(psa, **arguments), expected)
+    found = report(psa)["correction"]
+    assert (found["size"], found["without_room"]) == ("full", 0)
+    assert found["bytes"] <= 0.6 * bytes_of_both
+    assert by_step(psa, "sparse_calls") == by_step(psa, "corrected_calls")
+
+
 def test_losses_without_room_are_in_the_report_and_a_note(model, sample, monkeypatch, caplog):
     """The size was chosen for one prompt; another one appears that needs room too."""
     genuine = LossStore.choose_size

@@ -121,6 +121,21 @@ def test_beyond_the_budget_a_loss_is_refused_and_the_old_one_is_gone():
     assert made.most == CALLS * BYTES["full"]
 
 
+def test_a_loss_takes_the_room_of_those_that_nothing_asks_for_any_more():
+    made = chosen("full", CALLS * BYTES["full"])
+    for place in range(CALLS):
+        assert made.put(("early", place), loss())
+    made.next_step()
+    assert not made.put(("late", 0), loss()), "all of them may still be needed"
+    made.next_step()
+    assert made.get(("early", 3)) is not None
+    assert all(made.put(("late", place), loss(seed=1)) for place in range(CALLS - 1))
+    assert [place for place in range(CALLS) if made.has(("early", place))] == [3], "it was asked for"
+    assert not made.put(("late", CALLS), loss())
+    assert made.nbytes == CALLS * BYTES["full"]
+    assert made.without_room == 2
+
+
 def test_windows_that_never_come_back_do_not_fill_the_memory():
     made, one = chosen("full", 10**12), loss()
     kept = [made.put(("window", number), one) for number in range(CALLS * 10)]
