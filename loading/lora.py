@@ -18,8 +18,8 @@ import torch
 
 from ..choices.errors import InputError, require_model
 from .lora_folders import list_loras
-from .lora_forms import Misfit, Size, changes_nothing, make_patches, weight_sizes
-from .lora_kinds import looks_like
+from .lora_forms import Misfit, Size, changes_nothing, key_of, make_patches, weight_sizes
+from .lora_kinds import looks_like, twin_of
 from .lora_names import Reading, Target, image_model, module_names, read_keys
 from .lora_settings import lora_config, with_alphas
 from .menu import menu_name
@@ -153,6 +153,11 @@ def _refuse(
         raise InputError(
             "lora_name", name, f"{allowed}; {fits} for example {_examples(unknown or in_file)}{like}", NODE, do=do
         )
+    twin = twin_of((key_of(target) for layer in fit.layers for target in layer), family)
+    if twin is not None:
+        raise InputError(
+            "lora_name", name, f"{allowed}; this one is for the blocks that {twin} has, which are fewer", NODE, do=do
+        )
 
 
 def _summary(
@@ -161,7 +166,7 @@ def _summary(
     """One line on what was done and what was left out, and whether all is well. unchanged: whether the patches leave
     every weight as it is."""
     total = len(in_file)
-    count = len({target if isinstance(target, str) else target[0] for layer in fit.layers for target in layer})
+    count = len({key_of(target) for layer in fit.layers for target in layer})
     done = f"{count} weights of the model patched, strength {strength:g}"
     if strength == 0:
         done = f"{count} weights fit; strength 0 leaves the model as it is"

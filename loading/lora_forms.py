@@ -92,10 +92,10 @@ def make_patches(target: Target, parts: Mapping[str, torch.Tensor], sizes: Mappi
         spent: set[str] = set()
         for place, (patch, inputs) in tried.items():
             spent |= inputs.keys()
-            if _key(place) not in sizes:
+            if key_of(place) not in sizes:
                 continue
             adapter = not isinstance(patch, tuple)
-            reached = _reached(place, patch, inputs, sizes[_key(place)])
+            reached = _reached(place, patch, inputs, sizes[key_of(place)])
             if not reached:
                 misfit = {part: left[part] for part in inputs}
                 result.misfits.append(_misfit(place, sizes, misfit, multiplied=adapter))
@@ -118,7 +118,7 @@ def changes_nothing(patches: Iterable[tuple[Target, Any]], sizes: Mapping[str, S
     """
     import comfy.lora
 
-    places = [(sizes.get(_key(place)), place, patch) for place, patch in patches]
+    places = [(sizes.get(key_of(place)), place, patch) for place, patch in patches]
     if any(size is None for size, *_ in places):
         return False
     tried = set()
@@ -129,7 +129,7 @@ def changes_nothing(patches: Iterable[tuple[Target, Any]], sizes: Mapping[str, S
         weight = torch.ones(size or (), dtype=torch.float64)  # so that small changes are not rounded away
         offset = None if isinstance(place, str) else place[1]
         with torch.no_grad(), _quiet():
-            found = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, None)], weight.clone(), _key(place))
+            found = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, None)], weight.clone(), key_of(place))
         if not torch.equal(found, weight):
             return False
         tried.add(zeros)
@@ -208,7 +208,7 @@ def _reached(place: Target, patch: Any, inputs: Mapping[str, torch.Tensor], size
     with torch.inference_mode(False), torch.enable_grad(), _quiet(), _SameLayout(inner):
         weight = torch.empty(size, device="meta")
         try:
-            found = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, None)], weight, _key(place))
+            found = comfy.lora.calculate_weight([(1.0, patch, 1.0, offset, None)], weight, key_of(place))
         except Exception:  # anything that would otherwise end sampling later
             return set()
     if tuple(found.shape) != size:
@@ -274,8 +274,9 @@ def _misfit(
     place: Target, sizes: Mapping[str, Size | None], parts: Mapping[str, torch.Tensor], *, multiplied: bool
 ) -> Misfit:
     shapes = {part: tuple(tensor.shape) for part, tensor in parts.items() if part != "alpha"}
-    return Misfit(_key(place), sizes.get(_key(place)) or (), shapes, multiplied)
+    return Misfit(key_of(place), sizes.get(key_of(place)) or (), shapes, multiplied)
 
 
-def _key(place: Target) -> str:
+def key_of(place: Target) -> str:
+    """The key of the weight that a patch is for, whole or in part."""
     return place if isinstance(place, str) else place[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 
 # (what to say, ComfyUI's family, what its modules are called), the most telling first.
@@ -26,3 +27,18 @@ def looks_like(keys: Iterable[str], family: str) -> str | None:
     kinds = ((words, theirs) for words, theirs, pattern in _KINDS if re.search(pattern, text))
     words, theirs = next(kinds, (None, None))
     return None if theirs is not None and theirs == family else words
+
+
+_TWINS = {"hunyuan_video": ("Flux", {"double_blocks": 19, "single_blocks": 38})}
+"""Family -> a model with the same names and sizes, and the number of its blocks, of which it has fewer."""
+_BLOCK = re.compile(r"diffusion_model\.(\w+)\.(\d+)\.")
+
+
+def twin_of(patched: Iterable[str], family: str) -> str | None:
+    """The model with all names and sizes of a family, if weights are patched in each of its blocks and no others."""
+    twin, blocks = _TWINS.get(family, (None, {}))
+    found = defaultdict(set)
+    for match in filter(None, map(_BLOCK.match, patched)):
+        found[match[1]].add(int(match[2]))
+    stacks = [stack for stack in blocks if stack in found]
+    return twin if stacks and all(found[stack] == set(range(blocks[stack])) for stack in stacks) else None

@@ -1,10 +1,12 @@
 """LoRAs for the video families whose names ComfyUI knows: every weight is found in the names of every tool."""
 
+import dataclasses
 import functools
 
 import pytest
 import torch
 
+from comfyui_psa.choices.errors import InputError
 from comfyui_psa.loading.lora import patch_with_lora
 
 KINDS = ["hunyuan", "hunyuan 1.5", "ltx 0.9", "kandinsky 5 lite", "cosmos", "mochi", "minimax h3"]
@@ -136,3 +138,43 @@ def test_parts_of_packed_weights_are_the_same_rows(models):
     found = dict(fused_names("hunyuan_video", sizes))
     assert len(found) > 20
     assert dict(fused_names("hunyuan_video", packed)) == found
+
+
+TWIN = [("double_blocks", "img_mod.lin", 19, 20), ("single_blocks", "modulation.lin", 38, 40)]
+"""Where Flux has blocks as HunyuanVideo has them: a layer in them, and how many Flux and HunyuanVideo have."""
+
+
+@pytest.fixture(scope="module")
+def whole_hunyuan(tiny_families):
+    """As many blocks as the real one has."""
+    kind = tiny_families.KINDS["hunyuan"]
+    sizes = kind.sizes | {"hidden_size": 64, "num_heads": 1, "axes_dim": [16, 24, 24], "depth": 20}
+    whole = dataclasses.replace(kind, sizes=sizes | {"depth_single_blocks": 40})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny_families.KINDS, "whole", whole)
+        return tiny_families.load("whole")
+
+
+def of_blocks(model, wrapper, numbers):
+    weights, tensors = model.model.diffusion_model.state_dict(), {}
+    for stack, layer, *_ in TWIN:
+        for number in numbers.get(stack, ()):
+            rows, columns = weights[f"{stack}.{number}.{layer}.weight"].shape
+            name = wrapper + f"{stack}.{number}.{layer}".replace(".", "_" if wrapper.endswith("_") else ".")
+            tensors |= {
+                f"{name}.lora_down.weight": torch.ones(2, columns),
+                f"{name}.lora_up.weight": torch.ones(rows, 2),
+            }
+    return tensors
+
+
+@pytest.mark.parametrize("wrapper", ["diffusion_model.", "lora_unet_"])
+@pytest.mark.parametrize("stacks", [TWIN[:1], TWIN[1:], TWIN])
+def test_a_flux_lora_is_told_from_one_for_hunyuan_video_by_its_blocks(whole_hunyuan, stacks, wrapper):
+    flux = of_blocks(whole_hunyuan, wrapper, {stack: range(few) for stack, _, few, _ in stacks})
+    with pytest.raises(InputError, match=r"for the blocks that Flux has, which are fewer.*Choose a LoRA that was made"):
+        patch_with_lora(whole_hunyuan, flux, "x")
+    ours = of_blocks(whole_hunyuan, wrapper, {stack: range(many) for stack, *_, many in stacks})
+    assert f"{sum(many for *_, many in stacks)} weights" in patch_with_lora(whole_hunyuan, ours, "x")[1]
+    some = of_blocks(whole_hunyuan, wrapper, {stack: range(few - 1) for stack, _, few, _ in stacks})
+    assert "weights of the model patched" in patch_with_lora(whole_hunyuan, some, "x")[1]
