@@ -57,11 +57,12 @@ def trailing_sigmas(model: Any, steps: int, denoise: float) -> torch.Tensor:
         model: a ComfyUI MODEL; denoise: below 1 the last `steps` of int(steps / denoise), as ComfyUI's schedulers do.
 
     Raises:
-        InputError: the model has no table of noise levels, or fewer levels than the steps asked for.
+        InputError: the model has no table of noise levels that ends in pure noise, or fewer levels than the steps asked
+            for.
     """
     require_model(model, "PSA CogVideoX Sigmas")
     sigmas = getattr(model.get_model_object("model_sampling"), "sigmas", None)
-    if sigmas is None or sigmas.ndim != 1:
+    if sigmas is None or sigmas.ndim != 1 or sigmas[-1] <= _PURE_NOISE_SIGMA:  # tables of flow models end at 1
         do = "connect the model of PSA CogVideoX Loader or PSA CogVideoX Fix"
         raise InputError("model", "another model", "a CogVideoX model", "PSA CogVideoX Sigmas", do=do)
     if denoise != denoise:

@@ -76,9 +76,13 @@ def test_more_steps_than_there_are_levels_are_refused(model):
         trailing_sigmas(model, 600, 0.5)
 
 
-def test_a_model_without_a_table_is_refused(comfyui):
+@pytest.mark.parametrize("kind", [None, "ModelSamplingDiscreteFlow", "ModelSamplingDiscrete", "StableCascadeSampling"])
+def test_the_noise_levels_of_another_model_are_refused(comfyui, kind):
+    import comfy.model_sampling
+
+    sampling = object() if kind is None else getattr(comfy.model_sampling, kind)()
     with pytest.raises(InputError, match=r"PSA CogVideoX Sigmas, input model: .* allowed: a CogVideoX model"):
-        trailing_sigmas(Model(object()), 4, 1.0)
+        trailing_sigmas(Model(sampling), 4, 1.0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 10, 30, 50, 333])
