@@ -36,7 +36,7 @@ from pathlib import Path
 
 from workshop.pack import load_pack
 from workshop.tools.environment import ensure_environment
-from workshop.tools.paths import DEV, ROOT, VENV, VENV_PYTHON, VENV_SCRIPTS, chosen_comfyui
+from workshop.tools.paths import BYTECODE, DEV, ROOT, VENV, VENV_PYTHON, VENV_SCRIPTS, chosen_comfyui
 from workshop.tools.terminal import Failure
 
 
@@ -244,7 +244,9 @@ def _continue_in_environment() -> None:
 
 def _run(command: list, environment: dict[str, str] | None = None) -> int:
     sys.stdout.flush()
-    words, environment = [str(word) for word in command], {**os.environ, **(environment or {})}
+    # Compiled code is kept, also on machines that have Python write none: to import torch and ComfyUI takes half the time.
+    kept = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(BYTECODE)}
+    words, environment = [str(word) for word in command], {**os.environ, **kept, **(environment or {})}
     if os.name != "nt":
         os.execve(
             words[0], words, environment

@@ -38,12 +38,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in set(left_out)]
 
 
-@pytest.fixture(scope="session", params=["pinned frontend", "newest frontend"])
-def server(request, tmp_path_factory, server):
-    """The server with the core's own frontend, then the newest one, which users' frontends become by themselves."""
-    if request.param == "pinned frontend":
-        yield server
-        return
+@pytest.fixture(scope="session")
+def newest_server(tmp_path_factory):
+    """A server with the newest frontend, which users' frontends become by themselves."""
     files = FRONTEND / "comfyui_frontend_package" / "static"
     if not files.is_dir():
         reason = f"no frontend in {FRONTEND}; `python dev.py setup` brings the newest"
@@ -52,6 +49,13 @@ def server(request, tmp_path_factory, server):
     home, log = folder / "home", folder / "server.log"
     with ComfyServer(comfyui_folder(), home=home, log=log, frontend=files) as server:
         yield server
+
+
+@pytest.fixture(scope="session", params=["pinned frontend", "newest frontend"])
+def server(request, server):
+    """The server with the core's own frontend, then the newest one."""
+    # Asked for here, it stays when the parameter changes; every file of these tests changes it.
+    return server if request.param == "pinned frontend" else request.getfixturevalue("newest_server")
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ VENV_PYTHON = VENV_SCRIPTS / ("python.exe" if os.name == "nt" else "python")
 COMFYUI = DEV / "ComfyUI"
 FRONTEND = DEV / "frontend"
 HOME = DEV / "home"
+BYTECODE = DEV / "bytecode"
 SERVER_LOG = DEV / "server.log"
 OUTPUT = ROOT / "output"
 WORKFLOWS = ROOT / "workflows"
